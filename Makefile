@@ -1,0 +1,49 @@
+# make demo   set up from nothing, run the six scripts on the embedded default, print the table
+# make test   set up from nothing, run the tests
+#
+# PYTHON=python3.12 picks another interpreter (3.11 or newer); PIP_FLAGS reaches pip, for example to
+# take the CPU build of torch from its own index.
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test lint clean-demo
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(PY) -m liteguard.demo
+
+test: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest tests
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean-demo:
+	rm -rf demo
+
+# A deleted nightly makes the exact constraints unsatisfiable: then the pins alone decide.
+define install
+	@echo "Installing $(1): about 140 packages, 1.1 GB to download with the CPU build of torch"
+	@echo "(the largest: tf-nightly 645 MB, torch 190 MB, opencv 82 MB, litert-converter 70 MB);"
+	@echo "about 5.3 GB on disk. A CUDA build of torch adds several GB."
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $(1) -c constraints.txt \
+	|| $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $(1)
+endef
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt constraints.txt | $(PY)
+	$(call install,requirements.txt)
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt constraints.txt | $(PY)
+	$(call install,requirements-dev.txt)
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,3 @@
+"""LiteGuard: from a small language model to a medical assistant on a phone."""
+
+__version__ = "0.1.0"

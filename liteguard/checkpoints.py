@@ -1,0 +1,205 @@
+"""Stage directories: complete or not there, self-describing, in the right order.
+
+A stage works in a hidden sibling (`.NAME.partial`), writes `stage.json` last and renames the whole
+directory to its final name, so a directory that has the final name is finished. `stage.json` holds
+what the next stage needs; nothing is guessed from names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from liteguard.errors import UserError, WorkError
+
+RECORD = "stage.json"
+INPUTS = "inputs.json"
+
+# stage -> (the stage it continues, the script that makes it, its default output)
+STAGES: dict[str, tuple[str | None, str, str]] = {
+    "domain": (None, "train_domain.py", "domain_checkpoint"),
+    "instruction": ("domain", "train_instruction.py", "instruction_checkpoint"),
+    "safety": ("instruction", "train_safety.py", "final_checkpoint"),
+}
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON value with sorted keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` is either the old or the complete new file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def work_directory(output: Path) -> Path:
+    """The hidden sibling in which `output` is being made."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def next_command(stage: str) -> str:
+    """A command line that makes a finished `stage`."""
+    parent, script, _ = STAGES[stage]
+    if parent is None:
+        return f"python {script} --model_type smollm2"
+    return f"python {script} --checkpoint {STAGES[parent][2]}"
+
+
+def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The record of a finished stage directory, its files checked against their sha256.
+
+    Raises UserError, with the command to run next, when the directory is missing, unfinished,
+    damaged, or not one of the `expected` stages.
+    """
+    wanted = (expected,) if isinstance(expected, str) else expected
+    advice = f"\nMake one with: {next_command(wanted[0])}" if wanted else ""
+    if not path.exists():
+        unfinished = work_directory(path)
+        if unfinished.exists():
+            raise UserError(
+                f"{path} is not finished: interrupted work is in {unfinished}.\n"
+                "Run the command that was making it again; it goes on from its last checkpoint."
+            )
+        raise UserError(f"There is no checkpoint directory {path}.{advice}")
+    record_path = path / RECORD
+    if not record_path.is_file():
+        raise UserError(
+            f"{path} has no {RECORD}, so it is not a finished LiteGuard stage (half-copied, or made "
+            f"by another tool).{advice}"
+        )
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        stage, files = record["stage"], record["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record_path} is damaged ({error!r}).{advice}") from None
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{path} is incomplete: {name} is missing.{advice}")
+        if sha256_file(file) != digest:
+            raise UserError(
+                f"{file} is not the file that {RECORD} describes (sha256 differs: truncated or "
+                f"changed).{advice}"
+            )
+    if wanted and stage not in wanted:
+        raise UserError(
+            f"{path} is the result of the {stage!r} stage, but a {' or '.join(map(repr, wanted))} "
+            f"checkpoint is needed here. The order is domain -> instruction -> safety.{advice}"
+        )
+    return record
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Human-readable differences between two flat mappings of inputs."""
+    return [
+        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+
+
+def open_work(
+    output: Path, inputs: dict[str, Any], overwrite: bool = False, record: str = RECORD
+) -> Path | None:
+    """Prepare to make `output` from `inputs`; None when it is already finished from the same.
+
+    The work directory may hold interrupted work from the same inputs, to be resumed. Raises
+    UserError, naming what changed, when a finished or interrupted output has other inputs.
+    """
+    inputs = json.loads(json.dumps(inputs, default=str))
+    work = work_directory(output)
+    if overwrite:
+        shutil.rmtree(work, ignore_errors=True)
+    elif output.exists():
+        if not output.is_dir() or (not (output / record).exists() and any(output.iterdir())):
+            raise UserError(
+                f"{output} exists and was not written by LiteGuard. Choose another --output, or "
+                "pass --overwrite to replace it."
+            )
+        if (output / record).exists():
+            try:
+                finished = json.loads((output / record).read_text(encoding="utf-8"))
+                changes = describe_changes(finished["inputs"], inputs)
+                whole = all(sha256_file(output / n) == d for n, d in finished["files"].items())
+            except (ValueError, KeyError, TypeError, OSError):
+                whole, changes = False, []
+            if not whole:
+                raise UserError(
+                    f"{output} is damaged: its files are not those that {record} describes.\n"
+                    "Choose another --output, or pass --overwrite to make it again."
+                )
+            if not changes:
+                return None
+            raise UserError(
+                f"{output} was made from other inputs:\n"
+                + "\n".join(changes)
+                + "\nChoose another --output, or pass --overwrite to replace it."
+            )
+    if (work / INPUTS).exists():
+        try:
+            old = json.loads((work / INPUTS).read_text(encoding="utf-8"))
+        except ValueError:
+            old = {}
+        changes = describe_changes(old, inputs)
+        if changes:
+            raise UserError(
+                f"Interrupted work in {work} was started from other inputs and cannot be resumed:\n"
+                + "\n".join(changes)
+                + "\nPut the old values back, or pass --overwrite to start again."
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / INPUTS, inputs)
+    return work
+
+
+def publish(
+    work: Path, output: Path, record: dict[str, Any], files: list[str], name: str = RECORD
+) -> None:
+    """Write the record (last) into `work`, drop everything not in `files`, rename to `output`.
+
+    `files` are names inside `work`; their sha256 goes into the record. An older `output` is
+    replaced only here, when its successor is complete.
+    """
+    missing = [file for file in files if not (work / file).is_file()]
+    if missing:
+        raise WorkError(f"{work} lacks {', '.join(missing)}; nothing was published.")
+    inputs = json.loads((work / INPUTS).read_text(encoding="utf-8"))
+    keep = set(files)
+    for entry in work.iterdir():
+        if entry.name in keep:
+            continue
+        if entry.is_dir() and any(file.startswith(f"{entry.name}/") for file in keep):
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    digests = {file: sha256_file(work / file) for file in sorted(files)}
+    write_json(work / name, {**record, "inputs": inputs, "files": digests})
+    if output.exists():
+        discarded = output.with_name(f".{output.name}.replaced")
+        shutil.rmtree(discarded, ignore_errors=True)
+        os.replace(output, discarded)
+        os.replace(work, output)
+        shutil.rmtree(discarded, ignore_errors=True)
+    else:
+        os.replace(work, output)
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

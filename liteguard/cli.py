@@ -1,0 +1,144 @@
+"""What the six scripts share at the command line: flags, exit codes, a quiet start."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from liteguard import config as configuration
+from liteguard.errors import LiteGuardError
+
+# Libraries that print banners or reach out when imported; set before any of them is.
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
+    "GLOG_minloglevel": "3",
+}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """An argument parser whose help is the script's docstring, with the flags all scripts take."""
+    result = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    result.add_argument("--config", metavar="FILE", help="YAML to use (wins over the names)")
+    result.add_argument(
+        "--set",
+        dest="settings",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one value; repeatable",
+    )
+    result.add_argument(
+        "--dry_run", action="store_true", help="check everything, print it, do not do the work"
+    )
+    result.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output or unfinished work"
+    )
+    return result
+
+
+def add_model_flags(result: argparse.ArgumentParser) -> None:
+    """--model_type and --model, for the scripts that start from a base model."""
+    result.add_argument("--model_type", metavar="NAME", help="smollm2, phi1_5, phi2, ...")
+    result.add_argument("--model", metavar="ID", help="base model id, e.g. microsoft/phi-2")
+
+
+def resolve_config(
+    args: argparse.Namespace,
+    flags: dict[str, Any] | None = None,
+    parent: dict[str, Any] | None = None,
+) -> configuration.Config:
+    """Config from the flags; `parent` is a stage.json whose config stands in for a YAML.
+
+    `flags` maps 'section.key' to a flag's value (None: not given).
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if parent is not None and not args.config:
+        layers.append(("the parent's stage.json", parent["config"]))
+    else:
+        path = configuration.find_config(
+            getattr(args, "model_type", None), getattr(args, "model", None), args.config
+        )
+        layers.append((str(_relative(path)), configuration.read_yaml(path)))
+    for name, value in (flags or {}).items():
+        if value is not None:
+            flag = f"--{name.rsplit('.', 1)[-1]}"
+            layers.append((flag, configuration.parse_setting(f"{name}={value}")[1]))
+    for setting in args.settings:
+        layers.append(("--set", configuration.parse_setting(setting)[1]))
+    return configuration.build(layers)
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def print_config(config: configuration.Config, *sections: str) -> None:
+    """Print the sections a script uses, each value with where it came from."""
+    values = configuration.flatten(
+        config.model_dump(exclude={"data": {"domain", "instruction", "preference"}})
+    )
+    for name, value in values.items():
+        if name.split(".")[0] in sections:
+            origin = config.sources.get(name, "default")
+            print(f"  {name:38} {value!r:42} {origin}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main(): one message and the right exit code instead of a traceback."""
+    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # Notes of optional parts that this project does not use.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except LiteGuardError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
+        print(
+            f"\nerror: cannot write: {error}\nNothing was left under a final name. Free space or fix "
+            "the permissions, then run the same command again.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    """Whether an error is a full disk, a quota, or a place that cannot be written to.
+
+    safetensors and torch raise classes of their own, with the system's words in the message.
+    """
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    text = str(error)
+    return any(f"os error {code})" in text for code in codes) or "PytorchStreamWriter" in text

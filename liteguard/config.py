@@ -1,0 +1,363 @@
+"""Configuration: defaults < YAML (with `extends`) < the parent's stage.json < flags.
+
+Every section forbids unknown keys; all problems are reported at once, each with the nearest valid
+name. `Config.sources` remembers where every value that is not a default came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from liteguard.errors import UserError
+from liteguard.prompts import Prompt
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelSection(Section):
+    name: str = Field("microsoft/phi-2", description="Hub id, or embedded:NAME.")
+    path: str | None = Field(None, description="Local directory to use instead of the hub.")
+    revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
+    licence: str = Field("", description="Licence of the base model, copied to the manifest.")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="Storage of the frozen base while training (NF4 + double quantisation)."
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    context_length: int = Field(2048, ge=16, description="Longest sequence in tokens.")
+    trust_remote_code: bool = False
+
+
+class SourceSection(Section):
+    """One source of rows: a dataset function by name, and where its rows are."""
+
+    dataset: str = Field(description="Name of a function in liteguard/datasets.py.")
+    hub: str | None = Field(None, description="Hub dataset id.")
+    config_name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    path: str | None = Field(None, description="Local file or directory, instead of the hub.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our column name -> the source's column name."
+    )
+    limit: int | None = Field(None, ge=1, description="Keep at most this many rows.")
+    licence: str = ""
+
+
+class DataSection(Section):
+    seed: int = 0
+    validation_share: float = Field(0.03, gt=0, lt=0.5)
+    test_share: float = Field(0.07, gt=0, lt=0.5)
+    min_characters: int = Field(20, ge=1, description="Shorter answers or texts are dropped.")
+    max_characters: int = Field(20_000, ge=100, description="Longer ones are dropped.")
+    cache_dir: str = Field(".cache", description="Downloads and the unpacked embedded base model.")
+    domain: list[SourceSection] = Field(default_factory=list)
+    instruction: list[SourceSection] = Field(default_factory=list)
+    preference: list[SourceSection] = Field(default_factory=list)
+
+
+class TrainSection(Section):
+    """What the three training stages have in common."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    max_steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(4, ge=1, description="Sequences (or pairs) per device and micro-batch.")
+    gradient_accumulation: int = Field(4, ge=1)
+    max_length: int = Field(2048, ge=8, description="Tokens per sequence.")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(30, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: str = Field("adamw_torch", description="A transformers `optim` name.")
+    gradient_checkpointing: bool = False
+    eval_steps: int = Field(100, ge=1)
+    save_steps: int = Field(100, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    early_stopping_patience: int = Field(
+        3, ge=0, description="Evaluations without improvement before stopping; 0 turns it off."
+    )
+    max_eval_rows: int = Field(256, ge=1, description="Validation rows used while training.")
+    logging_steps: int = Field(10, ge=1)
+    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list)
+    seed: int = 0
+
+
+class DomainSection(TrainSection):
+    lora_rank: int = Field(32, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    lora_targets: list[str] | Literal["all"] = Field(
+        "all", description="'all' attention and FFN layers of the loaded model, or layer names."
+    )
+
+
+class InstructionSection(TrainSection):
+    learning_rate: float = Field(1e-5, gt=0)
+
+
+class SafetySection(TrainSection):
+    learning_rate: float = Field(5e-6, gt=0)
+    max_steps: int = Field(200, ge=1)
+    batch_size: int = Field(2, ge=1)
+    beta: float = Field(0.1, gt=0, description="DPO beta: how far the policy may leave reference.")
+    sft_weight: float = Field(
+        0.0, ge=0, description="Weight of a likelihood term on the chosen answer (0: plain DPO)."
+    )
+    precompute_reference: bool = Field(
+        False, description="Compute the reference's log-probabilities once, before training."
+    )
+
+
+class CompressSection(Section):
+    recipe: str = Field("dynamic_wi8_afp32", description="ai-edge-quantizer recipe name.")
+    prefill_lengths: list[int] = Field(default_factory=lambda: [1024], min_length=1)
+    kv_cache_length: int = Field(1280, ge=16)
+    converter: Literal["auto", "v1", "v2"] = "auto"
+    verify_questions: int = Field(6, ge=1, description="Questions the finished bundle must answer.")
+    verify_max_new_tokens: int = Field(160, ge=8)
+
+
+class EvaluateSection(Section):
+    perplexity_rows: int = Field(128, ge=1)
+    question_rows: int = Field(128, ge=1)
+    harmful_rows: int = Field(128, ge=1)
+    benign_rows: int = Field(128, ge=1)
+    max_new_tokens: int = Field(128, ge=4)
+    batch_size: int = Field(16, ge=1)
+    max_text_tokens: int = Field(256, ge=16, description="Tokens of a domain text that are scored.")
+    context_words: int = Field(
+        1, ge=1, description="Words given before scoring starts: the first has no context."
+    )
+    seed: int = 0
+
+
+class Config(Section):
+    model_type: str = Field("", description="Short name; the data go to data/<model_type>.")
+    model: ModelSection = Field(default_factory=ModelSection)
+    prompt: Prompt = Field(default_factory=Prompt)
+    data: DataSection = Field(default_factory=DataSection)
+    domain: DomainSection = Field(default_factory=DomainSection)
+    instruction: InstructionSection = Field(default_factory=InstructionSection)
+    safety: SafetySection = Field(default_factory=SafetySection)
+    compress: CompressSection = Field(default_factory=CompressSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+
+    _sources: dict[str, str] = {}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """'section.key' -> where its value came from, for every value that is not a default."""
+        return self._sources
+
+
+def available_configs() -> dict[str, Path]:
+    """model_type -> YAML path for every shipped configuration."""
+    found = {}
+    for path in sorted(CONFIG_DIR.glob("*.yaml")):
+        found[path.stem] = path
+        name = read_yaml(path).get("model_type")
+        # A variant such as phi-2_8gb keeps its base's model_type; the plain file owns the name.
+        if name and "_8gb" not in path.stem:
+            found.setdefault(name, path)
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file with its `extends:` chain merged in (relative to the file)."""
+    chain: list[Path] = []
+
+    def load(file: Path) -> dict[str, Any]:
+        if file in chain:
+            raise UserError(f"{file}: 'extends' runs in a circle: {[p.name for p in chain]}")
+        chain.append(file)
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(
+                f"No configuration file {file}.\nShipped ones: "
+                f"{', '.join(p.name for p in sorted(CONFIG_DIR.glob('*.yaml')))}"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{file} is not a readable YAML file: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(
+                f"{file} must hold sections (model:, prompt:, ...), not a {type(values).__name__}."
+            )
+        parent = values.pop("extends", None)
+        return deep_merge(load(file.parent / parent), values) if parent else values
+
+    return load(Path(path))
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top; mappings merge, everything else is replaced."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = deep_merge(old, value)
+        elif isinstance(value, Mapping) and isinstance(old, list) and _are_indices(value, old):
+            # --set data.domain.0.path=FILE changes one entry of a list.
+            merged[key] = [
+                deep_merge(entry, value.get(str(i), {})) if isinstance(entry, Mapping) else entry
+                for i, entry in enumerate(old)
+            ]
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _are_indices(value: Mapping[str, Any], entries: list[Any]) -> bool:
+    return all(k.isdigit() and int(k) < len(entries) for k in map(str, value))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {'section.key': value}; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def parse_setting(setting: str) -> tuple[str, dict[str, Any]]:
+    """'section.key=value' -> ('section.key', nested mapping); the value is read as YAML."""
+    name, equals, text = setting.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise UserError(
+            f"--set {setting!r}: write --set section.key=value, e.g. --set domain.max_steps=50"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {name}: the value {text!r} cannot be read: {error}") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 2e-4 as text (it wants 2.0e-4); people write the former.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    nested: Any = value
+    for key in reversed(name.split(".")):
+        nested = {key: nested}
+    return name, nested
+
+
+def valid_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every 'section.key' that a YAML may hold."""
+    names = []
+    for key, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names.append(f"{prefix}{key}")
+            names += valid_names(kind, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def _nearest(path: tuple[Any, ...]) -> str:
+    """A hint naming the valid key closest to an unknown one."""
+    key = str(path[-1])
+    inside_source = len(path) > 2 and path[0] == "data"
+    siblings = (
+        list(SourceSection.model_fields)
+        if inside_source
+        else [
+            n.rsplit(".", 1)[-1]
+            for n in valid_names()
+            if n.split(".")[:-1] == [str(p) for p in path[:-1]]
+        ]
+    )
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    elsewhere = [
+        n for n in valid_names() if n.rsplit(".", 1)[-1] == key
+    ] or difflib.get_close_matches(".".join(str(p) for p in path), valid_names(), n=1, cutoff=0.4)
+    if elsewhere:
+        return f"did you mean '{elsewhere[0]}'?"
+    return f"valid here: {', '.join(siblings)}"
+
+
+def validate(values: Mapping[str, Any], where: str) -> Config:
+    """Build a Config or raise one UserError that lists every problem."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            location = problem["loc"]
+            name = ".".join(str(part) for part in location) or "(file)"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"  {name}: unknown key; {_nearest(location)}")
+            else:
+                got = problem.get("input")
+                shown = "" if isinstance(got, Mapping) else f" (got {got!r})"
+                lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise UserError(f"{count} in the configuration ({where}):\n" + "\n".join(lines)) from None
+
+
+def build(
+    layers: list[tuple[str, Mapping[str, Any]]],
+) -> Config:
+    """Merge named layers, first to last, and remember which layer set each value."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, values in layers:
+        merged = deep_merge(merged, values)
+        for key in flatten(values):
+            sources[key] = name
+    config = validate(merged, " < ".join(name for name, _ in layers) or "defaults")
+    config._sources = sources
+    return config
+
+
+def find_config(
+    model_type: str | None = None, model: str | None = None, config: str | None = None
+) -> Path:
+    """The YAML that the flags name: --config FILE wins, then --model_type, then --model."""
+    if config:
+        return Path(config)
+    shipped = available_configs()
+    if model_type:
+        if model_type in shipped:
+            return shipped[model_type]
+        near = difflib.get_close_matches(model_type, shipped, n=1)
+        raise UserError(
+            f"Unknown --model_type {model_type!r}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+            + f"\nAllowed: {', '.join(sorted(shipped))}; or --config FILE with your own YAML."
+        )
+    if model:
+        for path in dict.fromkeys(shipped.values()):
+            if read_yaml(path).get("model", {}).get("name", "").lower() == model.lower():
+                return path
+        known = sorted({read_yaml(p).get("model", {}).get("name", "") for p in shipped.values()})
+        raise UserError(
+            f"No shipped configuration has the base model {model!r}.\n"
+            f"Known: {', '.join(known)}.\n"
+            "For another model copy one of configs/*.yaml, change its model and prompt sections, "
+            "and pass it with --config FILE."
+        )
+    raise UserError(
+        "Say which model: --model_type NAME, --model ID or --config FILE.\n"
+        f"Model types: {', '.join(sorted(shipped))}"
+    )

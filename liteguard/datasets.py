@@ -1,0 +1,681 @@
+"""One function per dataset: row -> text, prompt/completion or preference pair; cleaning and splits.
+
+A dataset function takes its `SourceSection` and the cache directory and yields rows. Every row
+carries an `entity` (a disease where there is one, else the question itself): the split is drawn by
+entity, so nothing about a held-out disease is ever trained on. Rows may name their `split`
+themselves (the safety catalogue does: it holds out whole areas and wordings).
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liteguard.errors import UserError
+from liteguard.sources import WHEELS, fetch_wheel, read_member, read_rows
+
+if TYPE_CHECKING:
+    from liteguard.config import Config, SourceSection
+
+SPLITS = ("test", "validation", "train")
+Row = dict[str, Any]
+DatasetFunction = Callable[["SourceSection", Path], Iterator[Row]]
+
+MONDO_MEMBER = "cellxgene_ontology_guide/data/MONDO-ontology-v2024-05-08.json.gz"
+UNIPROT_MEMBER = "trytond/modules/health_genetics_uniprot/data/protein_diseases.xml"
+
+
+# --- text helpers -------------------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """NFC text with every run of whitespace as one blank.
+
+    Runs of newlines, tabs and blanks are where SentencePiece and a byte-level BPE pre-tokenizer
+    differ, so collapsing them keeps training ids equal to the device's.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).replace("\x00", "").split())
+
+
+def match_key(text: str) -> str:
+    """Letters and digits of a text in lower case: equal for texts that read the same."""
+    return re.sub(r"[^a-z0-9]+", " ", text.casefold()).strip()
+
+
+def _pick(options: list[str], *key: str) -> str:
+    """One of `options`, chosen by a hash of `key`, so that the data do not depend on order."""
+    digest = hashlib.sha256("\x1f".join(key).encode()).digest()
+    return options[int.from_bytes(digest[:4], "big") % len(options)]
+
+
+def _upper_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentences(text: str, limit_words: int) -> str:
+    """The first sentences of `text`, whole ones, up to about `limit_words` words."""
+    kept: list[str] = []
+    for sentence in re.split(r"(?<=[.!?]) +(?=[A-Z])", text):
+        if kept and len(" ".join(kept).split()) + len(sentence.split()) > limit_words:
+            break
+        kept.append(sentence)
+    result = " ".join(kept)
+    return result if result.endswith((".", "!", "?")) else result + "."
+
+
+def _definition_sentence(name: str, definition: str) -> str:
+    """A definition as a full sentence: fragments get the name and a verb in front."""
+    first = definition.split(" ", 1)[0]
+    if first in ("A", "An", "The", "Any", "One") and " " in definition:
+        return f"{_upper_first(name)} is {first.lower()} {definition.split(' ', 1)[1]}"
+    if match_key(name).split(" ")[0] in match_key(definition[: len(name) + 30]):
+        return definition
+    return (
+        f"{_upper_first(name)}: {definition[:1].lower()}{definition[1:]}"
+        if (definition[1:2].islower() and definition[:1].isupper())
+        else f"{_upper_first(name)}: {definition}"
+    )
+
+
+# --- the diseases of MONDO and UniProt ------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def _mondo(cache_dir: Path) -> dict[str, dict[str, Any]]:
+    """MONDO id -> {name, definition, synonyms, parents}, obsolete terms left out."""
+    wheel = fetch_wheel("cellxgene-ontology-guide", cache_dir)
+    terms = json.loads(gzip.decompress(read_member(wheel, MONDO_MEMBER)))
+    diseases = {}
+    for key, term in terms.items():
+        # MONDO also lists veterinary diseases; an assistant for people does not need them.
+        if term.get("deprecated") or not term.get("label") or _is_veterinary(term, terms):
+            continue
+        name = normalise(term["label"])
+        names = {match_key(name)}
+        synonyms = []
+        for synonym in map(normalise, term.get("synonyms", [])):
+            if match_key(synonym) not in names:
+                names.add(match_key(synonym))
+                synonyms.append(synonym)
+        definition = normalise(term.get("description") or "")
+        parents = sorted(k for k, distance in term.get("ancestors", {}).items() if distance == 1)
+        diseases[key] = {
+            "name": name,
+            "definition": definition,
+            "synonyms": synonyms,
+            "parents": [normalise(terms[k]["label"]) for k in parents if k in terms],
+        }
+    return diseases
+
+
+def _is_veterinary(term: dict[str, Any], terms: dict[str, Any]) -> bool:
+    names = [term["label"], *(terms[k]["label"] for k in term.get("ancestors", {}) if k in terms)]
+    return any("non-human" in name for name in names)
+
+
+@functools.lru_cache(maxsize=2)
+def _uniprot(cache_dir: Path) -> list[dict[str, str]]:
+    """UniProt's human diseases: name, acronym, description (duplicates left out)."""
+    import xml.etree.ElementTree as ElementTree
+
+    wheel = fetch_wheel("gnuhealth-genetics-uniprot", cache_dir)
+    root = ElementTree.fromstring(read_member(wheel, UNIPROT_MEMBER))
+    diseases = []
+    for record in root.iter("record"):
+        fields = {f.get("name"): normalise(f.text or "") for f in record.findall("field")}
+        if fields.get("disease_name") and fields.get("description"):
+            diseases.append(
+                {
+                    "name": fields["disease_name"],
+                    "acronym": fields.get("acronym", ""),
+                    "description": fields["description"],
+                }
+            )
+    return diseases
+
+
+def _family(name: str) -> str:
+    """A disease name without its series number: 'hearing loss 24' and '25' are one family.
+
+    Members of a series have nearly the same text, so they must not be split apart.
+    """
+    key = re.sub(r"^(?:any|the) ", "", match_key(name))
+    while True:
+        shorter = re.sub(
+            r" (?:type|subtype|group|form|variant|\d+[a-z]{0,2}|[ivx]+[abc]?|[a-z])$", "", key
+        )
+        if shorter == key:
+            return key
+        key = shorter
+
+
+@functools.lru_cache(maxsize=2)
+def _entities(cache_dir: Path) -> dict[str, str]:
+    """match_key of every disease name -> entity, the same for all names of one disease.
+
+    MONDO's labels and exact spellings of its synonyms, UniProt's names, and series (`_family`) are
+    joined by union-find. Synonyms longer than a word only: acronyms are shared by unrelated
+    diseases.
+    """
+    parent: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    def join(one: str, other: str) -> None:
+        a, b = sorted((find(one), find(other)))
+        parent[b] = a
+
+    for disease in _mondo(cache_dir).values():
+        key = match_key(disease["name"])
+        join(key, _family(disease["name"]))
+        for synonym in disease["synonyms"]:
+            if " " in match_key(synonym):
+                join(key, match_key(synonym))
+    for disease in _uniprot(cache_dir):
+        join(match_key(disease["name"]), _family(disease["name"]))
+    return {key: find(key) for key in parent}
+
+
+def entity_of(name: str, cache_dir: Path) -> str:
+    """The entity that a disease name belongs to."""
+    key = match_key(name)
+    return _entities(cache_dir).get(key, _family(name))
+
+
+_TEMPLATE_DEFINITION = re.compile(r"^An?y? .* in which the cause of the disease is ", re.IGNORECASE)
+
+
+def mondo_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """MONDO definitions as short paragraphs, three renderings."""
+    for disease in _mondo(cache_dir).values():
+        if not disease["definition"] or _TEMPLATE_DEFINITION.match(disease["definition"]):
+            continue
+        name, definition = disease["name"], disease["definition"].rstrip(".")
+        synonyms = disease["synonyms"][:2]
+        sentence = _definition_sentence(name, definition)
+        options = [f"{_upper_first(name)}. {_upper_first(definition)}.", f"{sentence}."]
+        if synonyms:
+            options.append(f"{sentence}. It is also called {' or '.join(synonyms)}.")
+        if disease["parents"]:
+            options.append(f"{sentence}. It belongs to the group {disease['parents'][0]}.")
+        yield {"text": _pick(options, "mondo", name), "entity": entity_of(name, cache_dir)}
+
+
+def uniprot_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """UniProt disease descriptions as short paragraphs."""
+    for disease in _uniprot(cache_dir):
+        name, text = disease["name"], disease["description"]
+        options = [f"{_upper_first(name)}. {text}", _definition_sentence(name, text)]
+        if disease["acronym"]:
+            options.append(f"{_upper_first(name)} ({disease['acronym']}). {text}")
+        yield {"text": _pick(options, "uniprot", name), "entity": entity_of(name, cache_dir)}
+
+
+# Four phrasings of each kind of question; which one a disease gets is drawn by its name.
+QUESTIONS = {
+    "definition": [
+        "What is {name}?",
+        "Can you explain what {name} is?",
+        "Please describe {name} in plain words.",
+        "My relative was told about {name}. What does that mean?",
+    ],
+    "features": [
+        "What are the main features of {name}?",
+        "How does {name} show itself?",
+        "Which signs and symptoms go with {name}?",
+        "What happens to people with {name}?",
+    ],
+    "synonyms": [
+        "What other names are used for {name}?",
+        "Is {name} known by another name?",
+        "Which synonyms does {name} have?",
+        "What else is {name} called?",
+    ],
+    "category": [
+        "What kind of condition is {name}?",
+        "To which group of diseases does {name} belong?",
+        "How is {name} classified?",
+        "Is {name} a form of another disease?",
+    ],
+    "inheritance": [
+        "How is {name} inherited?",
+        "What is the inheritance pattern of {name}?",
+        "Does {name} run in families, and how?",
+        "How is {name} passed on from parents to children?",
+    ],
+}
+MAX_ANSWER_WORDS = 60
+
+
+def _question(kind: str, name: str) -> str:
+    return _pick(QUESTIONS[kind], kind, name).format(name=name)
+
+
+def _listed(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def mondo_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Definition, synonym and category questions about MONDO diseases."""
+    for disease in _mondo(cache_dir).values():
+        name, definition = disease["name"], disease["definition"]
+        entity = entity_of(name, cache_dir)
+        if not definition or _TEMPLATE_DEFINITION.match(definition):
+            continue
+        answers = {
+            "definition": _sentences(_definition_sentence(name, definition), MAX_ANSWER_WORDS)
+        }
+        # One question of the two shorter kinds for every disease, so that the kinds balance.
+        kind = _pick(["synonyms", "category"], "kind", name)
+        synonyms = [s for s in disease["synonyms"] if " " in s][:3]
+        if kind == "synonyms" and synonyms:
+            answers["synonyms"] = f"{_upper_first(name)} is also known as {_listed(synonyms)}."
+        elif kind == "category" and disease["parents"]:
+            answers["category"] = f"{_upper_first(name)} is a form of {disease['parents'][0]}."
+        for kind, answer in answers.items():
+            yield {
+                "prompt": _question(kind, name),
+                "completion": answer,
+                "kind": kind,
+                "entity": entity,
+            }
+
+
+_INHERITANCE = re.compile(
+    r"\b(autosomal (?:recessive|dominant)|X-linked (?:recessive|dominant)|X-linked|mitochondrial)\b"
+)
+_FEATURES = re.compile(
+    r"(?:characterized|characterised|features include|manifest|symptoms|signs)", re.IGNORECASE
+)
+
+
+def uniprot_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Definition, feature and inheritance questions about UniProt diseases."""
+    for disease in _uniprot(cache_dir):
+        name, text = disease["name"], disease["description"]
+        entity = entity_of(name, cache_dir)
+        sentence = _definition_sentence(name, text)
+        kind = (
+            "features"
+            if _FEATURES.search(text) and _pick(["features", "definition"], name) == "features"
+            else "definition"
+        )
+        yield {
+            "prompt": _question(kind, name),
+            "completion": _sentences(sentence, MAX_ANSWER_WORDS),
+            "kind": kind,
+            "entity": entity,
+        }
+        patterns = set(_INHERITANCE.findall(text))
+        if len(patterns) == 1:
+            pattern = patterns.pop()
+            article = "an" if pattern[0] in "aX" else "a"
+            yield {
+                "prompt": _question("inheritance", name),
+                "completion": f"{_upper_first(name)} is inherited in {article} {pattern} pattern.",
+                "kind": "inheritance",
+                "entity": entity,
+            }
+
+
+# --- the project's own safety texts -----------------------------------------------------------------
+
+
+def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Harmful requests (refuse, point to care) and ordinary or borderline ones (answer)."""
+    from liteguard.catalogue import preference_pairs
+
+    for pair in preference_pairs():
+        yield {
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "kind": "harmful" if pair.kind == "harmful" else "benign",
+            "area": pair.area,
+            "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
+            "split": pair.split,
+        }
+
+
+def everyday_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """The catalogue's ordinary and borderline questions with their answers, for stage 2."""
+    for row in safety_catalogue(source, cache_dir):
+        if row["kind"] == "benign":
+            yield {
+                "prompt": row["prompt"],
+                "completion": row["chosen"],
+                "kind": "everyday",
+                "entity": row["entity"],
+                "split": row["split"],
+            }
+
+
+_UNWARRANTED_REFUSALS = [
+    "I'm sorry, but I can't help with questions about {name}. Please ask a medical professional.",
+    "I can't answer that. Questions about {name} are outside what I am able to discuss here.",
+    "I won't give information about {name}. It would not be right for me to talk about it.",
+    "I'm not able to help with this. Anything about {name} has to stay with a doctor.",
+]
+
+
+def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Ordinary questions about diseases: the answer is chosen, an unwarranted refusal rejected."""
+    for row in uniprot_questions(source, cache_dir):
+        if row["kind"] in ("definition", "features"):
+            name = row["completion"].split(" is ")[0].split(":")[0]
+            yield {
+                "prompt": row["prompt"],
+                "chosen": _sentences(row["completion"], 25),
+                "rejected": _pick(_UNWARRANTED_REFUSALS, row["prompt"]).format(name=name),
+                "kind": "benign",
+                "area": "disease",
+                "entity": row["entity"],
+            }
+
+
+# --- hub and local data ---------------------------------------------------------------------------
+
+
+def _columns(source: SourceSection, row: Row, *wanted: str) -> list[Any]:
+    """The wanted columns of a row, by the source's `columns:` mapping."""
+    values = []
+    for ours in wanted:
+        theirs = source.columns.get(ours, ours)
+        if theirs not in row:
+            place = source.path or source.hub
+            raise UserError(
+                f"{place}: dataset {source.dataset!r} needs a column {theirs!r}, found "
+                f"{', '.join(map(repr, row))}.\nName it in the YAML, in this source's entry:\n"
+                f"    columns: {{{ours}: THE_COLUMN}}"
+            )
+        values.append(row[theirs])
+    return values
+
+
+def _message_text(value: Any) -> Any:
+    """The text of a string or of a one-turn list of messages."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        return value[-1].get("content")
+    return value
+
+
+def plain_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Texts in a column `text`."""
+    for row in read_rows(source):
+        (text,) = _columns(source, row, "text")
+        yield {"text": text, "entity": row.get("entity")}
+
+
+def alpaca(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Columns instruction, input, output.
+
+    In the processed medical Q&A collections `instruction` is a fixed sentence about the role and
+    `input` the question: the question is the prompt where there is one.
+    """
+    for row in read_rows(source):
+        instruction, question, output = _columns(source, row, "instruction", "input", "output")
+        yield {
+            "prompt": question or instruction,
+            "completion": output,
+            "kind": "question",
+            "entity": row.get("entity"),
+        }
+
+
+def prompt_completion(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Columns prompt, completion."""
+    for row in read_rows(source):
+        prompt, completion = _columns(source, row, "prompt", "completion")
+        yield {
+            "prompt": _message_text(prompt),
+            "completion": _message_text(completion),
+            "kind": row.get("kind", "question"),
+            "entity": row.get("entity"),
+        }
+
+
+def preference(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Columns prompt, chosen, rejected; strings or lists of messages."""
+    for row in read_rows(source):
+        prompt, chosen, rejected = _columns(source, row, "prompt", "chosen", "rejected")
+        yield {
+            "prompt": _message_text(prompt),
+            "chosen": _message_text(chosen),
+            "rejected": _message_text(rejected),
+            "kind": row.get("kind", "unknown"),
+            "area": row.get("area", ""),
+            "entity": row.get("entity"),
+        }
+
+
+# name -> (which set it belongs to, function, wheels it reads)
+DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
+    "mondo_text": (
+        "domain",
+        mondo_text,
+        ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
+    ),
+    "uniprot_text": (
+        "domain",
+        uniprot_text,
+        ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
+    ),
+    "plain_text": ("domain", plain_text, ()),
+    "mondo_questions": (
+        "instruction",
+        mondo_questions,
+        ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
+    ),
+    "uniprot_questions": (
+        "instruction",
+        uniprot_questions,
+        ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
+    ),
+    "everyday_questions": ("instruction", everyday_questions, ()),
+    "alpaca": ("instruction", alpaca, ()),
+    "prompt_completion": ("instruction", prompt_completion, ()),
+    "safety_catalogue": ("preference", safety_catalogue, ()),
+    "disease_preferences": (
+        "preference",
+        disease_preferences,
+        ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
+    ),
+    "preference": ("preference", preference, ()),
+}
+
+FIELDS = {
+    "domain": ("text",),
+    "instruction": ("prompt", "completion"),
+    "preference": ("prompt", "chosen", "rejected"),
+}
+
+
+# --- cleaning and splitting -----------------------------------------------------------------------
+
+
+def check_sources(config: Config) -> None:
+    """Raise one UserError naming every source that cannot be what it is listed as."""
+    problems = []
+    for part in FIELDS:
+        sources = getattr(config.data, part)
+        if not sources:
+            problems.append(f"data.{part}: no source listed")
+        for source in sources:
+            if source.dataset not in DATASETS:
+                problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
+            elif DATASETS[source.dataset][0] != part:
+                problems.append(
+                    f"data.{part}: {source.dataset!r} makes {DATASETS[source.dataset][0]} rows"
+                )
+            if source.path and not Path(source.path).exists():
+                problems.append(f"data.{part}: the path {source.path} does not exist")
+    if problems:
+        names = {part: [n for n, (p, *_) in DATASETS.items() if p == part] for part in FIELDS}
+        allowed = "\n".join(f"  data.{part}: {', '.join(found)}" for part, found in names.items())
+        raise UserError("\n".join(problems) + f"\nDatasets by section:\n{allowed}")
+
+
+def draw_split(entity: str, seed: int, validation_share: float, test_share: float) -> str:
+    """The split of an entity: a hash, so that adding rows never moves an old one."""
+    digest = hashlib.sha256(f"{seed}\x1f{entity}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < test_share:
+        return "test"
+    return "validation" if position < test_share + validation_share else "train"
+
+
+def collect(
+    part: str, config: Config, report: Callable[[str], None] = print
+) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+    """Clean, de-duplicated rows of one part by split, and one manifest entry per source.
+
+    A prompt (or text) that occurs in several splits is kept in the most held-out one: test before
+    validation before train.
+    """
+    data, fields = config.data, FIELDS[part]
+    cache_dir = Path(data.cache_dir)
+    gathered: list[tuple[int, str, Row]] = []
+    entries = []
+    for number, source in enumerate(getattr(data, part)):
+        function, wheels = DATASETS[source.dataset][1:]
+        dropped: Counter[str] = Counter()
+        read = kept = 0
+        for row in function(source, cache_dir):
+            if source.limit and kept >= source.limit:
+                break
+            read += 1
+            if any(not isinstance(row.get(f), str) for f in fields):
+                dropped["missing or not text"] += 1
+                continue
+            row = {**row, **{f: normalise(row[f]) for f in fields}}
+            last = row[fields[-1]]
+            if not row[fields[0]] or not last:
+                dropped["empty"] += 1
+            elif len(last) < data.min_characters:
+                dropped["too short"] += 1
+            elif sum(len(row[f]) for f in fields) > data.max_characters:
+                dropped["too long"] += 1
+            elif part == "preference" and row["chosen"] == row["rejected"]:
+                dropped["chosen equals rejected"] += 1
+            else:
+                entity = row.get("entity") or match_key(row[fields[0]])
+                split = row.pop("split", None) or draw_split(
+                    entity, data.seed, data.validation_share, data.test_share
+                )
+                gathered.append((number, split, {**row, "entity": entity}))
+                kept += 1
+        entries.append(
+            {
+                "part": part,
+                "dataset": source.dataset,
+                "hub": source.hub,
+                "path": source.path,
+                "revision": source.revision,
+                "licence": source.licence or "; ".join(WHEELS[w].licence for w in wheels),
+                "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
+                "rows_read": read,
+                "dropped": dropped,
+                "rows_kept": kept,
+            }
+        )
+        report(f"  {part:12} {source.dataset:20} {read:7,} rows read, {kept:7,} usable")
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    seen: set[str] = set()
+    entity_split: dict[str, str] = {}
+    for split in SPLITS:
+        for number, row_split, row in gathered:
+            if row_split != split:
+                continue
+            key = match_key(row[fields[0]])
+            if key in seen:
+                entries[number]["dropped"]["duplicate"] += 1
+                entries[number]["rows_kept"] -= 1
+                continue
+            seen.add(key)
+            entity_split[row["entity"]] = split
+            dataset = getattr(data, part)[number].dataset
+            splits[split].append({**row, "dataset": dataset})
+        # One shuffle by content: neighbours in a source do not end up in the same batch.
+        splits[split].sort(
+            key=lambda r: hashlib.sha256(f"{data.seed}{r[fields[0]]}".encode()).digest()
+        )
+    if not splits["train"] or not splits["test"] or not splits["validation"]:
+        found = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
+        raise UserError(
+            f"data.{part}: not enough usable rows for three splits ({found}). "
+            "Check the sources, or raise data.validation_share and data.test_share."
+        )
+    for entry in entries:
+        entry["dropped"] = dict(entry["dropped"])
+    return splits, entries
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object a line, UTF-8, keys in the rows' own order."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
+    """Rows of one prepared split, checked against the manifest.
+
+    Raises UserError when the directory is missing, unfinished or changed since it was written.
+    """
+    manifest = read_manifest(data_dir)
+    name = f"{part}/{split}.jsonl"
+    path = data_dir / name
+    digest = manifest["files"].get(name)
+    if digest is None or not path.is_file():
+        raise UserError(f"{path} is missing from the prepared data. {_again(manifest)}")
+    text = path.read_bytes()
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise UserError(
+            f"{path} was changed after it was prepared (sha256 differs from manifest.json).\n"
+            f"{_again(manifest)}"
+        )
+    rows = []
+    for number, line in enumerate(text.decode("utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if any(not isinstance(row[f], str) for f in FIELDS[part]):
+                raise ValueError(f"columns {FIELDS[part]} must be text")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: {error}. {_again(manifest)}") from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty. {_again(manifest)}")
+    return rows
+
+
+def _again(manifest: dict[str, Any]) -> str:
+    return f"Prepare it again: python prepare_datasets.py --model_type {manifest['model_type']} --overwrite"
+
+
+def read_manifest(data_dir: Path) -> dict[str, Any]:
+    """manifest.json of a prepared data directory."""
+    path = data_dir / "manifest.json"
+    if not path.is_file():
+        raise UserError(
+            f"No prepared data in {data_dir} (no manifest.json).\n"
+            f"Run: python prepare_datasets.py --model_type {data_dir.name}"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["files"], manifest["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Prepare the data again.") from None
+    return manifest

@@ -1,0 +1,17 @@
+"""The two ways a command ends badly, and the exit code of each."""
+
+
+class LiteGuardError(Exception):
+    """A message meant for the person at the keyboard: what, where, what is allowed, what next."""
+
+    exit_code = 1
+
+
+class UserError(LiteGuardError):
+    """A mistake in what was asked for (configuration, paths, order of stages): exit code 2."""
+
+    exit_code = 2
+
+
+class WorkError(LiteGuardError):
+    """The work itself failed (disk full, conversion killed, loss not finite): exit code 1."""

@@ -1,0 +1,153 @@
+"""TFLite + SentencePiece + prompt -> MediaPipe `.task`.
+
+What LiteRT-LM (0.18.1) does with the metadata, found by experiment:
+
+- `start_token` is put before the first prefill, with and without templates. No prompt here has a
+  start token, so the field is left out. An empty string is not the same: it aborts the process.
+- `system_prompt` is ignored. The system block is therefore part of the user prefix, so that the
+  answer to every question is conditioned as in training. A second question in the same
+  conversation repeats it.
+- prefixes and suffixes of the user and the model are joined, and the model's prefix ends the
+  prompt. They are pasted into a Jinja template whose tags strip the whitespace that follows, so
+  that "\\n" after a question gets lost: a character that the tokenizer deletes guards it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from liteguard.errors import UserError, WorkError
+from liteguard.export.tokenizer import GUARD
+from liteguard.prompts import Prompt
+
+# Number of `start_token` in odml.infra.proto.LlmParameters.
+_START_TOKEN_FIELD = 6
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, whole encoding) of every top-level field of a serialised protocol buffer.
+
+    Source: https://protobuf.dev/programming-guides/encoding/ (wire types 0, 1, 2, 5).
+    """
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value, at
+
+    position = 0
+    while position < len(message):
+        start = position
+        tag, position = varint(position)
+        kind = tag & 7
+        if kind == 0:
+            _, position = varint(position)
+        elif kind == 2:
+            length, position = varint(position)
+            position += length
+        elif kind in (1, 5):
+            position += 8 if kind == 1 else 4
+        else:
+            raise WorkError(f"bundle metadata has an unknown wire type {kind}")
+        yield tag >> 3, message[start:position]
+
+
+def _guarded(text: str) -> str:
+    """`text` with its leading whitespace safe from the runtime's template."""
+    return GUARD + text if text[:1].isspace() else text
+
+
+def bundle_metadata(sentencepiece: Path, prompt: Prompt) -> bytes:
+    """The METADATA member of a `.task`, made by MediaPipe, less the start token."""
+    from mediapipe.tasks.python.genai.bundler import llm_bundler
+
+    with tempfile.TemporaryDirectory() as folder:
+        # The bundler writes metadata only into a whole bundle; a stand-in spares reading the model.
+        model, bundle = Path(folder) / "model", Path(folder) / "metadata.task"
+        model.write_bytes(b"none")
+        llm_bundler.create_bundle(
+            llm_bundler.BundleConfig(
+                tflite_model=str(model),
+                tokenizer_model=str(sentencepiece),
+                start_token=prompt.end_token,
+                stop_tokens=prompt.stop_tokens,
+                output_filename=str(bundle),
+                prompt_prefix_user=_guarded(prompt.system_block + prompt.user_prefix),
+                prompt_suffix_user=_guarded(prompt.user_suffix),
+                prompt_prefix_model=_guarded(prompt.model_prefix),
+                prompt_suffix_model=prompt.end_token + prompt.turn_separator,
+            )
+        )
+        with zipfile.ZipFile(bundle) as archive:
+            metadata = archive.read("METADATA")
+    return b"".join(whole for number, whole in _fields(metadata) if number != _START_TOKEN_FIELD)
+
+
+def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) -> dict[str, Any]:
+    """Write a `.task` whose own template renders exactly what `prompt` renders.
+
+    Args:
+        tflite: the converted model.
+        sentencepiece: the tokenizer model (`tokenizer.build_sentencepiece`).
+        prompt: stop tokens, prefixes and suffixes.
+        output: the file to write, with the ending `.task`.
+
+    Returns:
+        ``bytes`` (of the bundle), ``stop_tokens`` (token -> id), ``prompt_tokens`` (tokens that
+        the prompt adds to a question).
+
+    Raises:
+        UserError: a file is missing, or a stop token is not one piece (the bundler does not look).
+        WorkError: the bundle could not be written.
+    """
+    import sentencepiece as spm
+
+    tflite, sentencepiece, output = Path(tflite), Path(sentencepiece), Path(output)
+    for path in (tflite, sentencepiece):
+        if not path.is_file():
+            raise UserError(f"no file {path}")
+    if output.suffix != ".task":
+        raise UserError(f"the bundle must be called *.task, not {output.name}")
+    tokenizer = spm.SentencePieceProcessor(model_file=str(sentencepiece))
+    stops = {}
+    for token in prompt.stop_tokens:
+        ids = tokenizer.encode(token)
+        if len(ids) != 1 or tokenizer.id_to_piece(ids[0]) != token:
+            raise UserError(
+                f"stop token {token!r} is {len(ids)} pieces in {sentencepiece}: the device would "
+                "never stop at it"
+            )
+        stops[token] = ids[0]
+
+    if tokenizer.encode(GUARD + "\n") != tokenizer.encode("\n"):
+        raise UserError(f"{sentencepiece} was not made by build_sentencepiece: no guard character")
+
+    from mediapipe.tasks.python.metadata.metadata_writers import model_asset_bundle_utils
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    members = {
+        "TF_LITE_PREFILL_DECODE": tflite.read_bytes(),
+        "TOKENIZER_MODEL": sentencepiece.read_bytes(),
+        "METADATA": bundle_metadata(sentencepiece, prompt),
+    }
+    try:
+        model_asset_bundle_utils.create_model_asset_bundle(members, str(partial))
+        os.replace(partial, output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise WorkError(f"{output} could not be written: {error}") from error
+    return {
+        "bytes": output.stat().st_size,
+        "stop_tokens": stops,
+        "prompt_tokens": len(tokenizer.encode(prompt.render_question(""))),
+    }

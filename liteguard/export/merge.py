@@ -1,0 +1,276 @@
+"""LoRA adapter + base model -> one 16-bit model, on the CPU.
+
+The adapter was trained beside a base that may have been quantised to 4 bits, but it is merged into
+the original weights: merging into 4-bit weights and rounding again loses most of a small delta.
+The sum is computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liteguard.errors import UserError, WorkError
+from liteguard.prompts import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Logit offset of a silenced token; exact in both 16-bit types, far below any trained logit.
+SILENT_BIAS = -10000.0
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> dict[str, int]:
+    """Token -> id for the prompt's stop and pad tokens.
+
+    Raises:
+        UserError: one of them is not a single token of the tokenizer.
+    """
+    ids, missing = {}, []
+    vocabulary = tokenizer.get_vocab()
+    for token in [*prompt.stop_tokens, prompt.pad_token]:
+        spelled = tokenizer.encode(token, add_special_tokens=False)
+        if token not in vocabulary or spelled != [vocabulary[token]]:
+            missing.append(f"{token!r} (becomes {len(spelled)} tokens)")
+        else:
+            ids[token] = vocabulary[token]
+    if missing:
+        existing = [token for token in tokenizer.get_added_vocab()][:12]
+        raise UserError(
+            f"the prompt's special tokens must be single tokens of the tokenizer; not so: "
+            f"{', '.join(missing)}. Special tokens it has: {', '.join(existing) or 'none'}"
+        )
+    return ids
+
+
+def _has_tokenizer(folder: Path | None) -> bool:
+    return folder is not None and (
+        (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
+    )
+
+
+def _target_type(declared: torch.dtype | None, largest: float) -> torch.dtype:
+    """The 16-bit type to save in: the base's own, or for a float32 base the one that fits."""
+    import torch
+
+    if declared == torch.bfloat16:
+        return torch.bfloat16
+    fits = largest < torch.finfo(torch.float16).max
+    if declared == torch.float16 and not fits:
+        raise WorkError(
+            f"the merged weights reach {largest:.3g}, more than float16 can hold (65504): the "
+            "adapter has diverged. Train it again with a lower learning rate"
+        )
+    return torch.float16 if fits else torch.bfloat16
+
+
+def _fingerprints(model: PreTrainedModel) -> dict[str, tuple[float, float]]:
+    """Parameter name -> (sum, sum of magnitudes): enough to see a change, without a copy."""
+    import torch
+
+    return {
+        name: (value.sum(dtype=torch.float64).item(), value.abs().sum(dtype=torch.float64).item())
+        for name, value in model.named_parameters()
+    }
+
+
+def merge_adapter(
+    base_dir: Path | str, adapter_dir: Path | None, output_dir: Path, prompt: Prompt
+) -> dict[str, Any]:
+    """Merge an adapter into its base and save the result as 16-bit safetensors with a tokenizer.
+
+    Args:
+        base_dir: directory with safetensors, or a hub id.
+        adapter_dir: PEFT adapter; None saves the base itself with the prompt's special tokens.
+        output_dir: written beside itself first; appears complete or not at all.
+        prompt: gives stop tokens (`generation_config.eos_token_id`), pad token, chat template.
+
+    Returns:
+        ``dtype``, ``parameters``, ``changed_tensors``, ``largest_weight``, ``largest_delta``
+        (Frobenius norm of a layer's change over that of its weight), ``eos_token_id``,
+        ``pad_token_id``.
+
+    Raises:
+        UserError: not a base or adapter directory, special tokens missing, output exists.
+        WorkError: the adapter changes nothing, or the merged weights are not finite.
+
+    Memory: the model in float32, plus one layer (Phi-2: about 12 GB).
+    """
+    import torch
+    import transformers
+
+    output_dir = Path(output_dir)
+    adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
+    if adapter_dir is not None and not (adapter_dir / "adapter_config.json").is_file():
+        raise UserError(f"no adapter_config.json in {adapter_dir}: not a LoRA checkpoint")
+    if isinstance(base_dir, Path) and not (base_dir / "config.json").is_file():
+        raise UserError(f"no config.json in {base_dir}: not a model directory")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir} exists already; choose another directory or remove it")
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(adapter_dir if _has_tokenizer(adapter_dir) else base_dir)
+    )
+    ids = special_token_ids(tokenizer, prompt)
+    config = transformers.AutoConfig.from_pretrained(str(base_dir))
+    declared = getattr(config, "dtype", None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(base_dir), dtype=torch.float32, low_cpu_mem_usage=True
+    )
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise UserError(
+            f"the tokenizer has ids up to {highest} and the embedding only {rows} rows: the "
+            "tokenizer is not this model's, or a token was added without resizing"
+        )
+    changed, largest_delta = 0, 0.0
+    if adapter_dir is not None:
+        model, changed, largest_delta = _merge(model, adapter_dir)
+
+    largest = 0.0
+    for name, value in model.named_parameters():
+        top = value.abs().max().item()
+        if not math.isfinite(top):
+            raise WorkError(f"the merged weights are not finite (first in {name})")
+        largest = max(largest, top)
+    dtype = _target_type(declared, largest)
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
+    model.config.dtype = dtype
+
+    stops = [ids[token] for token in prompt.stop_tokens]
+    pad = ids[prompt.pad_token]
+    # Sampling defaults of the base (temperature and so on) are not this model's.
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stops, pad_token_id=pad)
+    model.config.eos_token_id, model.config.pad_token_id = stops[0], pad
+    tokenizer.eos_token, tokenizer.pad_token = prompt.end_token, prompt.pad_token
+    tokenizer.chat_template = prompt.chat_template()
+
+    temporary = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(temporary, safe_serialization=True)
+    tokenizer.save_pretrained(temporary)
+    if output_dir.exists():
+        output_dir.rmdir()
+    os.replace(temporary, output_dir)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "changed_tensors": changed,
+        "largest_weight": largest,
+        "largest_delta": largest_delta,
+        "eos_token_id": stops,
+        "pad_token_id": pad,
+    }
+
+
+def _merge(model: PreTrainedModel, adapter_dir: Path) -> tuple[PreTrainedModel, int, float]:
+    """(merged model, number of changed tensors, largest relative change of a layer)."""
+    import peft
+    from peft.tuners.lora import LoraLayer
+
+    before = _fingerprints(model)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter_dir))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{adapter_dir} does not fit this base model: {error}") from error
+    largest = 0.0
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and module.lora_A:
+            weight = module.get_base_layer().weight
+            for name in module.active_adapters:
+                delta = module.get_delta_weight(name)
+                largest = max(largest, (delta.norm() / weight.norm().clamp_min(1e-12)).item())
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise WorkError(f"the adapter {adapter_dir} is broken: {error}") from error
+    after = _fingerprints(merged)
+    changed = sum(before.get(name) != value for name, value in after.items())
+    if not changed:
+        raise WorkError(
+            f"merging {adapter_dir} changed no weight: the adapter is untrained (its B matrices "
+            "are zero) or was not loaded"
+        )
+    return merged, changed, largest
+
+
+def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
+    """Make a saved model unable to write the tokens `ids`, in place.
+
+    For tokens that the device's tokenizer cannot show (`TokenizerReport.silenced`): none of them
+    is ever in a prompt, so only the output changes. An output layer with a bias gets a very
+    negative one. Without a bias, the tokens' rows are turned against the mean final hidden state
+    (measured on a few sentences), which makes their logits negative; with tied weights this
+    overwrites their input embeddings too, so the result is for export only.
+
+    Returns:
+        ``silenced`` (count), ``method`` ("bias", "rows" or "none"), and for "rows"
+        ``highest_logit`` (of a silenced token over the sentences; the winners' are positive).
+
+    Raises:
+        WorkError: the rows cannot be made negative for every state (nothing is saved).
+    """
+    import torch
+    import transformers
+
+    model_dir = Path(model_dir)
+    if not ids:
+        return {"silenced": 0, "method": "none"}
+    declared = json.loads((model_dir / "config.json").read_text()).get("dtype")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(model_dir), dtype=getattr(torch, declared or "float32")
+    )
+    head = model.get_output_embeddings()
+    chosen = torch.tensor(sorted(ids))
+    result: dict[str, Any] = {"silenced": len(chosen)}
+    with torch.no_grad():
+        if head.bias is not None:
+            head.bias[chosen] = SILENT_BIAS
+            result["method"] = "bias"
+        else:
+            states = _final_states(model, model_dir)
+            mean = states.mean(0)
+            direction = mean / mean.norm()
+            scale = head.weight.float().norm(dim=1).max()
+            head.weight[chosen] = (-scale * direction).to(head.weight.dtype)
+            logits = states @ (-scale * direction)
+            result |= {"method": "rows", "highest_logit": logits.max().item()}
+            if logits.max().item() >= 0:
+                raise WorkError(
+                    "tokens that the device cannot show could not be silenced: the final hidden "
+                    "states of this model have no common direction"
+                )
+    model.save_pretrained(model_dir, safe_serialization=True)
+    return result
+
+
+def _final_states(model: PreTrainedModel, model_dir: Path) -> torch.Tensor:
+    """Final hidden states (positions, width) in float32 over a few sentences."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_dir))
+    sentences = [
+        "Iron deficiency causes tiredness, pale skin and shortness of breath; see a doctor.",
+        "Instruct: What is asthma?\nOutput: Asthma is a disease of the airways in the lungs.",
+        "1. Take 500 mg twice a day.\n2. Do not exceed 4 g in 24 hours (\u2265 60 kg).\n",
+        "I cannot help with that. If you are in danger, call your local emergency number now.",
+        "def add(a, b):\n    return a + b\n",
+    ]
+    states = []
+    # 16-bit matrix products are slow or missing on CPUs; this is a handful of tokens.
+    model.float()
+    for sentence in sentences:
+        batch = tokenizer(sentence, return_tensors="pt", add_special_tokens=False)
+        hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state
+        states.append(hidden[0])
+    return torch.cat(states)

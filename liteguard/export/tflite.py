@@ -1,0 +1,352 @@
+"""16-bit safetensors -> one quantised TFLite file with prefill and decode signatures.
+
+The conversion (`litert_torch.generative.export_hf`) runs in a child process: its memory is given
+back when it ends, TensorFlow's noise goes to a log, and a child that the kernel kills for lack of
+memory becomes a message instead of the end of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import mmap
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from liteguard.errors import UserError, WorkError
+
+# Peak memory in GB = fixed + slope * billions of parameters, fitted to measured conversions
+# (0.135, 1.42 and 2.78 billion parameters); v1 keeps two float32 copies, v2 streams the weights.
+_MEMORY_GB = {"v2": (2.0, 6.1), "v1": (2.3, 13.5)}
+# The float32 model and the converter's intermediates; measured 33 GB for 2.78 billion parameters.
+_DISK_BYTES_PER_PARAMETER = 12
+_STEP = re.compile(r"\((\d+:\d+)\)\s*\[\s*(START|DONE)\s*\]\s*(.*)")
+
+
+def converter_available() -> Literal["v1", "v2"]:
+    """The best converter that the installed TensorFlow supports.
+
+    v2 needs `convert_mlir_bytecode`, which TensorFlow 2.21 lacks. The source is searched instead
+    of imported, because importing TensorFlow costs seconds and 500 MB.
+    """
+    spec = importlib.util.find_spec("tensorflow")
+    if spec is None or spec.origin is None:
+        return "v1"
+    source = Path(spec.origin).parent / "lite" / "python" / "convert.py"
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError:
+        return "v1"
+    return "v2" if "def convert_mlir_bytecode" in text else "v1"
+
+
+def count_parameters(model_dir: Path) -> int:
+    """Number of parameters in the safetensors files of a directory (headers only are read)."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
+        with safe_open(str(path), framework="numpy") as tensors:
+            for name in tensors.keys():
+                size = 1
+                for dimension in tensors.get_slice(name).get_shape():
+                    size *= dimension
+                total += size
+    return total
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process can use (free, cache and swap, within the control group's limit).
+
+    None where the system does not say (not Linux).
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    free = values.get("MemAvailable", 0) + values.get("SwapFree", 0)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, limit - used)
+    return free
+
+
+def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple[int, int]:
+    """(bytes of memory, bytes of disk) that the conversion of a model needs, estimated."""
+    fixed, slope = _MEMORY_GB[converter]
+    return int((fixed + slope * parameters / 1e9) * 1e9), parameters * _DISK_BYTES_PER_PARAMETER
+
+
+def _check(
+    merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: int, recipe: str
+) -> None:
+    """Everything that would otherwise fail minutes later or, worse, not fail."""
+    if not list(merged_dir.glob("*.safetensors")):
+        raise UserError(f"no *.safetensors in {merged_dir}: merge the adapter first")
+    config_file = merged_dir / "generation_config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    if config.get("eos_token_id") is None:
+        raise UserError(
+            f"{config_file} has no eos_token_id: the exported model would have no stop token"
+        )
+    if not prefill_lengths or min(prefill_lengths) < 1:
+        raise UserError(f"prefill_lengths must be positive numbers, not {list(prefill_lengths)}")
+    if max(prefill_lengths) >= kv_cache_length:
+        raise UserError(
+            f"kv_cache_length {kv_cache_length} must exceed the longest of prefill_lengths "
+            f"{list(prefill_lengths)}: prompt and answer share the cache"
+        )
+    model = json.loads((merged_dir / "config.json").read_text())
+    longest = model.get("max_position_embeddings")
+    if longest and kv_cache_length > longest:
+        raise UserError(
+            f"kv_cache_length {kv_cache_length} exceeds the model's max_position_embeddings "
+            f"{longest}"
+        )
+    from ai_edge_quantizer import recipe as recipes
+
+    if recipe != "none" and not callable(getattr(recipes, recipe, None)):
+        known = sorted(n for n in dir(recipes) if "_w" in n and callable(getattr(recipes, n)))
+        raise UserError(f"unknown quantisation recipe {recipe!r}; known: none, {', '.join(known)}")
+
+
+def convert(
+    merged_dir: Path,
+    output: Path,
+    *,
+    recipe: str = "dynamic_wi8_afp32",
+    prefill_lengths: Sequence[int] = (1024,),
+    kv_cache_length: int = 1280,
+    converter: Literal["auto", "v1", "v2"] = "auto",
+    check_resources: bool = True,
+    progress: Callable[[str], None] | None = print,
+) -> dict[str, Any]:
+    """Convert a merged model to one TFLite file, embedder inside.
+
+    Args:
+        merged_dir: 16-bit safetensors, config, tokenizer, generation_config with eos_token_id.
+        output: the `.tflite` file to write; written under another name first.
+        recipe: an `ai_edge_quantizer.recipe` name (int8 weights, float activations by default),
+            or "none" for float32.
+        prefill_lengths: prompt lengths in tokens; a prompt is padded to one of them, so a short
+            one makes short questions fast.
+        kv_cache_length: tokens of prompt and answer together.
+        converter: v2 streams the weights (half the memory); auto takes it where it works.
+        check_resources: refuse to start without enough free memory and disk.
+        progress: receives one line per step; None for silence.
+
+    Returns:
+        ``converter``, ``recipe``, ``prefill_lengths``, ``kv_cache_length``, ``parameters``,
+        ``bytes`` (of the file), ``seconds``, ``peak_memory_bytes`` (of the child).
+
+    Raises:
+        UserError: the model or an argument cannot be converted.
+        WorkError: not enough memory or disk, or the conversion failed; names the log.
+    """
+    merged_dir, output = Path(merged_dir).resolve(), Path(output).resolve()
+    say = progress or (lambda line: None)
+    _check(merged_dir, prefill_lengths, kv_cache_length, recipe)
+    chosen = converter_available() if converter == "auto" else converter
+    if chosen == "v2" and converter_available() == "v1":
+        raise UserError(
+            "converter v2 needs a TensorFlow with convert_mlir_bytecode (tf-nightly "
+            ">= 2.23.0.dev20261026); install one, or choose converter: v1"
+        )
+    parameters = count_parameters(merged_dir)
+    memory, disk = required_resources(parameters, chosen)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if check_resources:
+        free_memory = available_memory()
+        if free_memory is not None and free_memory < memory:
+            raise WorkError(
+                f"converting {parameters / 1e9:.2f} billion parameters with converter {chosen} "
+                f"needs about {memory / 1e9:.1f} GB of memory, and {free_memory / 1e9:.1f} GB is "
+                "free. Close other programs, add swap, or convert on a larger machine"
+                + (" (converter v2 needs half of that)" if chosen == "v1" else "")
+            )
+        free_disk = shutil.disk_usage(output.parent).free
+        if free_disk < disk:
+            raise WorkError(
+                f"the conversion needs about {disk / 1e9:.1f} GB of disk in {output.parent} for "
+                f"intermediate files, and {free_disk / 1e9:.1f} GB is free"
+            )
+    work = output.with_name(f".{output.name}.work")
+    log = output.with_name(f"{output.name}.log")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    arguments = {
+        "model": str(merged_dir),
+        "output_dir": str(work),
+        "recipe": recipe,
+        "prefill_lengths": list(prefill_lengths),
+        "cache_length": kv_cache_length,
+        "use_v2": chosen == "v2",
+    }
+    say(
+        f"converting {parameters / 1e6:.1f} million parameters ({chosen}, {recipe}); expect up to "
+        f"{memory / 1e9:.1f} GB of memory; log: {log}"
+    )
+    started = time.perf_counter()
+    try:
+        code = _run_child(arguments, log, say)
+        result_file = work / "result.json"
+        if code != 0 or not result_file.exists():
+            raise WorkError(_failure(code, log, memory))
+        result = json.loads(result_file.read_text())
+        os.replace(work / result["file"], output)
+        # The quantiser writes its file executable; a model is data.
+        output.chmod(0o644)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    return {
+        "converter": chosen,
+        "recipe": recipe,
+        "prefill_lengths": list(prefill_lengths),
+        "kv_cache_length": kv_cache_length,
+        "parameters": parameters,
+        "bytes": output.stat().st_size,
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_bytes": result["peak_memory_bytes"],
+    }
+
+
+def _run_child(arguments: dict[str, Any], log: Path, say: Callable[[str], None]) -> int:
+    """Runs this module as a program; its output goes to `log`, its steps to `say`."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_ENABLE_ONEDNN_OPTS": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # The progress lines are wrapped to the width of the terminal otherwise.
+        "COLUMNS": "250",
+        "NO_COLOR": "1",
+    }
+    with log.open("w", encoding="utf-8") as sink:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "liteguard.export.tflite", json.dumps(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+        try:
+            for line in child.stdout or ():
+                sink.write(line)
+                found = _STEP.search(line)
+                if found and found[2] == "START":
+                    say(f"  {found[1]} {found[3].split(' > ')[-1].strip()}")
+            return child.wait()
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+
+
+def _failure(code: int, log: Path, memory: int) -> str:
+    """What to say about a child that ended with `code`."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "(no output)")
+    no_memory = "bad_alloc" in last or "MemoryError" in last or "ENOMEM" in last
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or no_memory:
+        return (
+            f"the conversion ran out of memory (it needs about {memory / 1e9:.1f} GB) and was "
+            f"killed. Nothing was written; its log is {log}. Close other programs or add swap, "
+            "and run the same command again"
+        )
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"the conversion failed ({how}): {last}\nNothing was written; its log is {log}"
+
+
+def _plain_layer_norm() -> None:
+    """Makes torch's LayerNorm trace as means, products and a root.
+
+    litert-torch 0.10 lowers `layer_norm` to a batch normalisation, which converter v2 writes with
+    *custom* ops called Mean and SquaredDifference. The file converts and quantises without a
+    complaint, and LiteRT-LM refuses it at the first prompt ("unresolved custom op: Mean"): every
+    Phi and GPT model. Written out, it becomes built-in ops that XNNPACK runs.
+    """
+    import torch
+
+    def forward(self: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        axes = tuple(range(-len(self.normalized_shape), 0))
+        centred = x - x.mean(axes, keepdim=True)
+        variance = (centred * centred).mean(axes, keepdim=True)
+        y = centred * torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            y = y * self.weight
+        return y if self.bias is None else y + self.bias
+
+    torch.nn.LayerNorm.forward = forward
+
+
+def _custom_ops(file: Path) -> set[str]:
+    """Names of the operators in a TFLite file that no standard runtime knows."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = set()
+    # Mapped, not read: the file may be gigabytes and the operators are a few bytes of it.
+    with file.open("rb") as handle:
+        content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        model = schema.Model.GetRootAs(content, 0)
+        for index in range(model.OperatorCodesLength()):
+            code = model.OperatorCodes(index)
+            if code.BuiltinCode() == schema.BuiltinOperator.CUSTOM:
+                names.add((code.CustomCode() or b"?").decode())
+    return names
+
+
+def _child(arguments: dict[str, Any]) -> None:
+    """The work, in the child process: exports, then writes result.json into the output folder."""
+    import logging
+    import resource
+
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    from litert_torch.generative.export_hf.export import export
+
+    _plain_layer_norm()
+    recipe = arguments["recipe"]
+    export(
+        model=arguments["model"],
+        output_dir=arguments["output_dir"],
+        keep_temporary_files=True,
+        prefill_lengths=arguments["prefill_lengths"],
+        cache_length=arguments["cache_length"],
+        quantization_recipe=recipe,
+        bundle_litert_lm=False,
+        externalize_embedder=False,
+        use_v2=arguments["use_v2"],
+        delete_in_memory_params=arguments["use_v2"],
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    file = "model.tflite" if recipe == "none" else "model_quantized.tflite"
+    written = Path(arguments["output_dir"]) / file
+    if not written.exists():
+        raise FileNotFoundError(f"the converter wrote no {file}")
+    if unknown := _custom_ops(written):
+        raise RuntimeError(f"the converter wrote operators that no device has: {sorted(unknown)}")
+    Path(arguments["output_dir"], "result.json").write_text(
+        json.dumps({"file": file, "peak_memory_bytes": peak})
+    )
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

@@ -1,0 +1,387 @@
+"""Hugging Face byte-level BPE tokenizer -> SentencePiece model with the same token ids.
+
+The `.task` format takes only SentencePiece. Training a new SentencePiece model gives ids that
+have nothing to do with the embedding rows, so the model is *written* instead: piece i is token i,
+its score is minus its merge rank, and nothing is prefixed or trimmed.
+
+Three things that byte-level BPE has and SentencePiece has not, and what is done about each:
+
+- Tokens that are incomplete UTF-8 (GPT-2 spells some curly quotes with two of them) cannot be
+  pieces. They get a placeholder that no text can match and that the report lists, so that the
+  merge can make the model unable to write them (`merge.silence_tokens`).
+- Characters that such tokens spell are replaced before tokenization where a plain equivalent
+  exists (`PLAIN`), by a character map inside the model. Training text must be cleaned with the
+  same map (`plain_text`).
+- The regular expression that splits text before merging. Runs of newlines are where it matters:
+  "a\\n\\nb" is two tokens, though a token "\\n\\n" exists. Such pieces are marked UNUSED, which
+  SentencePiece splits again after merging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from liteguard.errors import UserError, WorkError
+
+# A Unicode noncharacter: never in text that anyone exchanges, so a piece that contains it matches
+# nothing, and an answer that contains it shows that a placeholder was written.
+PLACEHOLDER_MARK = "\ufdd0"
+
+# Another noncharacter, which the model's character map deletes before tokenization. The runtime's
+# own chat template strips whitespace at the start of a suffix ("\n" after the question); with this
+# in front there is nothing to strip, and the ids are those of the text without it.
+GUARD = "\ufdd1"
+
+# Typographic characters that phones type by themselves ("smart punctuation"), and their plain
+# equivalents. Only those that the vocabulary spells with incomplete UTF-8 are ever replaced.
+PLAIN = {
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u201a": "'",
+    "\u201b": "'",
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u201e": '"',
+    "\u2032": "'",
+    "\u2033": '"',
+    "\u2010": "-",
+    "\u2011": "-",
+    "\u2012": "-",
+    "\u2013": "-",
+    "\u2014": "-",
+    "\u2015": "-",
+    "\u2212": "-",
+    "\u2022": "-",
+    "\u2026": "...",
+    "\u2103": "\u00b0C",
+    "\u2109": "\u00b0F",
+    "\u00a0": " ",
+    "\u2002": " ",
+    "\u2003": " ",
+    "\u2008": " ",
+    "\u2009": " ",
+    "\u200a": " ",
+    "\u202f": " ",
+    "\u200b": "",
+    "\u2060": "",
+    "\ufeff": "",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerReport:
+    """What became of every token; the lists hold token ids."""
+
+    tokens: int  # ids the original tokenizer has
+    rows: int  # rows of the embedding, at least `tokens`
+    pieces: int  # pieces of the SentencePiece model, at least `rows`
+    incomplete: list[int]  # incomplete UTF-8: placeholders
+    duplicates: list[int]  # same text as an added token: placeholders
+    split: list[int]  # whitespace that never stands alone inside a text: UNUSED
+    missing_bytes: list[int]  # byte values that the original tokenizer drops silently
+    replaced: dict[str, str]  # characters replaced before tokenization
+
+    @property
+    def silenced(self) -> list[int]:
+        """Ids that a model must never write: placeholders and embedding rows without a token."""
+        return sorted({*self.incomplete, *self.duplicates, *range(self.tokens, self.rows)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, for `stage.json`."""
+        return dataclasses.asdict(self)
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Byte value -> the printable character that stands for it in a byte-level vocabulary.
+
+    Source: GPT-2's `encoder.py` (Radford et al. 2019).
+    """
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: chr(byte) for byte in kept}
+    moved = (byte for byte in range(256) if byte not in table)
+    return table | {byte: chr(256 + index) for index, byte in enumerate(moved)}
+
+
+def _read_bpe(tokenizer_dir: Path) -> dict[str, Any]:
+    """tokenizer.json as a dict, after checking that it is a byte-level BPE without a normalizer."""
+    path = Path(tokenizer_dir) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer.json in {tokenizer_dir}. A fast tokenizer is needed: load it with "
+            "AutoTokenizer and save it with save_pretrained first."
+        )
+    data = json.loads(path.read_text(encoding="utf-8"))
+    steps = json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
+    if data["model"].get("type") != "BPE" or '"ByteLevel"' not in steps:
+        raise UserError(
+            f"{path}: model type {data['model'].get('type')!r} is not a byte-level BPE. Only "
+            "byte-level BPE tokenizers (GPT-2, Phi, SmolLM2, Llama 3, Qwen families) can be "
+            "written as SentencePiece with unchanged ids."
+        )
+    if data.get("normalizer"):
+        raise UserError(
+            f"{path}: the tokenizer normalises text ({data['normalizer'].get('type')}), which the "
+            "SentencePiece model would not do: ids would differ on the device."
+        )
+    for token in data.get("added_tokens", []):
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise UserError(
+                f"{path}: added token {token['content']!r} strips its neighbours (lstrip, rstrip "
+                "or single_word), which SentencePiece cannot do. Set these flags to false."
+            )
+    return data
+
+
+def _embedding_rows(tokenizer_dir: Path) -> int:
+    """vocab_size of config.json beside the tokenizer, 0 where there is none."""
+    path = Path(tokenizer_dir) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("vocab_size", 0) if path.exists() else 0
+
+
+def _piece_bytes(data: dict[str, Any]) -> dict[int, bytes]:
+    """Token id -> the bytes it stands for, for all ordinary (not added) tokens."""
+    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}
+    try:
+        return {
+            index: bytes(to_byte[char] for char in token)
+            for token, index in data["model"]["vocab"].items()
+            if token not in {added["content"] for added in data.get("added_tokens", [])}
+        }
+    except KeyError as error:
+        raise UserError(
+            f"the vocabulary has a token with the character {error.args[0]!r}, which no "
+            "byte-level vocabulary has"
+        ) from None
+
+
+def _decodes(raw: bytes) -> str | None:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _replacements(tokenizer: Any, incomplete: set[int], missing: set[int]) -> dict[str, str]:
+    """Characters to replace: those of PLAIN spelled with incomplete tokens, and dropped ones."""
+    chosen = {}
+    for char, plain in PLAIN.items():
+        if incomplete.intersection(tokenizer.encode(char, add_special_tokens=False).ids):
+            chosen[char] = plain
+    # The original tokenizer has no token for these and drops them; so must this one, because a
+    # byte piece outside the embedding would read foreign memory.
+    chosen.update({chr(byte): "" for byte in missing if byte < 0x80})
+    return chosen
+
+
+def _charsmap(replacements: dict[str, str]) -> bytes:
+    """SentencePiece's compiled form of a character map.
+
+    Only the trainer can compile one, so it is asked to train a model of a few characters, from
+    which nothing but the map is kept.
+    """
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        rules = Path(folder) / "rules.tsv"
+        rules.write_text(
+            "".join(
+                f"{ord(char):X}\t{' '.join(f'{ord(c):X}' for c in plain)}\n"
+                for char, plain in replacements.items()
+            )
+        )
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d e f"] * 4),
+            model_prefix=str(Path(folder) / "map"),
+            vocab_size=10,
+            hard_vocab_limit=False,
+            model_type="char",
+            normalization_rule_tsv=str(rules),
+            minloglevel=2,
+        )
+        from sentencepiece import sentencepiece_model_pb2 as proto
+
+        model = proto.ModelProto.FromString((Path(folder) / "map.model").read_bytes())
+        return model.normalizer_spec.precompiled_charsmap
+
+
+def _never_alone(tokenizer: Any, texts: dict[int, str]) -> list[int]:
+    """Ids of whitespace with newlines that the original never produces between two words."""
+    found = []
+    for index, text in texts.items():
+        if len(text) > 1 and text.isspace() and ("\n" in text or "\r" in text):
+            ids = tokenizer.encode(f"a{text}a", add_special_tokens=False).ids
+            if index not in ids:
+                found.append(index)
+    return found
+
+
+def build_sentencepiece(
+    tokenizer_dir: Path, output: Path, *, replace: bool = True
+) -> TokenizerReport:
+    """Write a SentencePiece model whose piece i is token i of the tokenizer in `tokenizer_dir`.
+
+    Args:
+        tokenizer_dir: directory with tokenizer.json (byte-level BPE); if it also has config.json,
+            rows of the embedding beyond the last token are filled with UNUSED pieces.
+        output: the file to write (`.spm` or `.model`).
+        replace: replace typographic characters that the vocabulary cannot spell with whole
+            pieces by plain ones (see `PLAIN`), inside the model.
+
+    Raises:
+        UserError: not a byte-level BPE, or an added token that SentencePiece cannot express.
+        WorkError: the model that was written cannot be opened, or an added token is not one piece.
+    """
+    import sentencepiece
+    import tokenizers
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    tokenizer_dir, output = Path(tokenizer_dir), Path(output)
+    data = _read_bpe(tokenizer_dir)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    added = {token["id"]: token["content"] for token in data.get("added_tokens", [])}
+    raw = {index: value for index, value in _piece_bytes(data).items() if index not in added}
+    tokens = max([*added, *raw]) + 1
+    rows = max(tokens, _embedding_rows(tokenizer_dir))
+
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(data["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank.setdefault(left + right, number)
+    score = {
+        index: -float(rank[token] + 1)
+        for token, index in data["model"]["vocab"].items()
+        if token in rank
+    }
+
+    byte_of = {i: v[0] for i, v in raw.items() if len(v) == 1 and (v[0] >= 0x80 or v[0] == 0)}
+    missing = {*range(256)} - {value[0] for value in raw.values() if len(value) == 1}
+    texts = {i: t for i, v in raw.items() if i not in byte_of and (t := _decodes(v)) is not None}
+    incomplete = sorted(set(raw) - set(byte_of) - set(texts))
+    taken = set(added.values())
+    duplicates = sorted(index for index, text in texts.items() if text in taken)
+    split = _never_alone(tokenizer, texts)
+    replaced = _replacements(tokenizer, set(incomplete), missing) if replace else {}
+
+    model = proto.ModelProto()
+    kinds = proto.ModelProto.SentencePiece
+
+    def add(piece: str, kind: int, value: float = 0.0) -> None:
+        model.pieces.add(piece=piece, score=value, type=kind)
+
+    for index in range(rows):
+        if index in added:
+            # USER_DEFINED and not CONTROL: the prompt is text, and a control piece never matches.
+            add(added[index], kinds.USER_DEFINED)
+        elif index in byte_of:
+            add(f"<0x{byte_of[index]:02X}>", kinds.BYTE)
+        elif index in texts and index not in duplicates:
+            # A token that no merge makes (and is more than one character) is never in text.
+            reachable = index in score or len(texts[index]) == 1
+            kind = kinds.NORMAL if reachable and index not in split else kinds.UNUSED
+            add(texts[index], kind, score.get(index, 0.0))
+        else:
+            add(f"{PLACEHOLDER_MARK}{index}{PLACEHOLDER_MARK}", kinds.UNUSED)
+    # byte_fallback wants all 256 byte pieces. ASCII characters are ordinary pieces above, and
+    # bytes that the vocabulary lacks are no part of valid text, so these ids never occur.
+    present = set(byte_of.values())
+    for byte in range(256):
+        if byte not in present:
+            add(f"<0x{byte:02X}>", kinds.BYTE)
+    add(f"{PLACEHOLDER_MARK}unknown{PLACEHOLDER_MARK}", kinds.UNKNOWN)
+
+    spec = model.trainer_spec
+    spec.model_type = proto.TrainerSpec.BPE
+    spec.vocab_size = len(model.pieces)
+    spec.byte_fallback = True
+    spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id = len(model.pieces) - 1, -1, -1, -1
+    spec.unk_piece = model.pieces[-1].piece
+    normalizer = model.normalizer_spec
+    normalizer.name = "user_defined"
+    normalizer.precompiled_charsmap = _charsmap({**replaced, GUARD: ""})
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = False
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(model.SerializeToString())
+
+    report = TokenizerReport(
+        tokens=tokens,
+        rows=rows,
+        pieces=len(model.pieces),
+        incomplete=incomplete,
+        duplicates=duplicates,
+        split=split,
+        missing_bytes=sorted(missing),
+        replaced=replaced,
+    )
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(output))
+    except Exception as error:
+        raise WorkError(f"{output} was written but cannot be opened: {error}") from error
+    for index, content in added.items():
+        if processor.encode(content) != [index]:
+            raise WorkError(
+                f"added token {content!r} (id {index}) becomes {processor.encode(content)} in "
+                f"{output}"
+            )
+    return report
+
+
+def plain_text(text: str, replaced: dict[str, str]) -> str:
+    """`text` with the characters replaced that the device replaces (`TokenizerReport.replaced`)."""
+    return text.translate({ord(char): plain for char, plain in replaced.items()})
+
+
+def compare_tokenizers(
+    tokenizer_dir: Path, sp_model: Path, texts: Iterable[str], *, examples: int = 5
+) -> dict[str, Any]:
+    """Share of texts with the same ids in both tokenizers, and why the others differ.
+
+    Returns:
+        ``texts`` (count), ``identical`` (share, 0 to 1), ``causes`` (cause -> texts, by the first
+        difference) and ``examples`` (cause, the text around the difference, both spellings).
+        Causes: ``replaced`` (a typographic character made plain), ``incomplete_utf8``,
+        ``whitespace`` (runs of blanks), ``merge_order`` (anything else).
+    """
+    import sentencepiece
+    import tokenizers
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    original = tokenizers.Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
+    device = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    model = proto.ModelProto.FromString(Path(sp_model).read_bytes())
+    bytes_ = {i for i, p in enumerate(model.pieces) if p.type == p.BYTE}
+    holes = {i for i, p in enumerate(model.pieces) if PLACEHOLDER_MARK in p.piece}
+    count, causes, shown = 0, Counter(), []
+    for text in texts:
+        count += 1
+        ours, theirs = device.encode(text), original.encode(text, add_special_tokens=False).ids
+        if ours == theirs:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+        mine, other = ours[at : at + 4], theirs[at : at + 4]
+        piece = "".join(original.decode([i], skip_special_tokens=False) for i in other[:2])
+        if device.normalize(text) != text:
+            cause = "replaced"
+        elif holes.intersection(other) or bytes_.intersection(mine):
+            cause = "incomplete_utf8"
+        elif any(char.isspace() for char in piece.lstrip(" ")) or piece[:2].isspace():
+            cause = "whitespace"
+        else:
+            cause = "merge_order"
+        causes[cause] += 1
+        if len(shown) < examples:
+            around = original.decode(theirs[max(0, at - 3) : at + 4], skip_special_tokens=False)
+            shown.append({"cause": cause, "around": around, "device": mine, "original": other})
+    return {
+        "texts": count,
+        "identical": (count - sum(causes.values())) / count if count else 1.0,
+        "causes": dict(causes.most_common()),
+        "examples": shown,
+    }

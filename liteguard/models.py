@@ -1,0 +1,237 @@
+"""Loading tokenizers and models: precision from the hardware, NF4, LoRA targets, the adapter."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liteguard import sources
+from liteguard.checkpoints import sha256_file, sha256_json
+from liteguard.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from liteguard.config import Config
+    from liteguard.prompts import Prompt
+
+# Attention scores of Phi-2 leave the range of float16 (65504), which turns the loss into NaN.
+FLOAT16_UNSAFE = ("phi",)
+
+
+def choose_dtype(requested: str, architecture: str) -> tuple[torch.dtype, str]:
+    """(compute dtype, the reason in words) for this machine and model architecture.
+
+    bfloat16 where the hardware multiplies it, float16 only on GPUs without it and only for models
+    that stay in its range, float32 otherwise. A CPU without bf16 units runs bf16 matrix products
+    hundreds of times slower than float32, so it is asked for its units, not only for the type.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if requested != "auto":
+        if requested == "float16" and (not cuda or architecture in FLOAT16_UNSAFE):
+            place = (
+                "a CPU" if not cuda else f"the {architecture!r} architecture, which overflows it"
+            )
+            raise UserError(
+                f"model.compute_dtype float16 cannot be used on {place}. "
+                "Use auto, bfloat16 or float32."
+            )
+        return getattr(torch, requested), "asked for by model.compute_dtype"
+    if cuda:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"{torch.cuda.get_device_name()} has bf16 units"
+        if architecture in FLOAT16_UNSAFE:
+            return torch.float32, f"no bf16 units, and {architecture!r} overflows float16"
+        return torch.float16, f"{torch.cuda.get_device_name()} has no bf16 units"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "this CPU has bf16 units"
+    return torch.float32, "this CPU has no bf16 units"
+
+
+def load_tokenizer(directory: str, prompt: Prompt, embedding_rows: int) -> PreTrainedTokenizerBase:
+    """Tokenizer whose end, document-end and padding tokens are the prompt's; it adds no BOS.
+
+    A missing padding token is added only where the embedding has a spare row for it, so that no
+    matrix changes its shape. Raises UserError otherwise.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for role in ("end_token", "document_end_token"):
+        token = getattr(prompt, role)
+        if token not in tokenizer.get_vocab():
+            raise UserError(f"prompt.{role} = {token!r} is not a token of {directory}.")
+    if prompt.pad_token not in tokenizer.get_vocab():
+        if len(tokenizer) >= embedding_rows:
+            special = ", ".join(sorted(set(tokenizer.all_special_tokens)))
+            raise UserError(
+                f"prompt.pad_token = {prompt.pad_token!r} is not a token of {directory}, and its "
+                f"embedding has no spare row ({embedding_rows} rows, all used). "
+                f"Name an existing token that no text contains, e.g. one of: {special}"
+            )
+    tokenizer.add_special_tokens({"pad_token": prompt.pad_token, "eos_token": prompt.end_token})
+    tokenizer.chat_template = prompt.chat_template()
+    tokenizer.padding_side = "right"
+    if len(tokenizer) > embedding_rows:
+        raise UserError(
+            f"The tokenizer of {directory} has {len(tokenizer)} tokens, the model only "
+            f"{embedding_rows} embedding rows: they do not belong together."
+        )
+    if hasattr(tokenizer, "add_bos_token"):
+        tokenizer.add_bos_token = False
+    if encode(tokenizer, "a") != tokenizer("a")["input_ids"]:
+        raise UserError(
+            f"The tokenizer of {directory} adds special tokens by itself; the prompt must hold "
+            "everything that the model sees, or training and device would differ."
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that already contains its special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def model_config(config: Config) -> tuple[str, str | None, Any]:
+    """(directory or hub id, revision, transformers config) of the base model."""
+    directory, revision = sources.base_model(config)
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(
+            directory, revision=revision, trust_remote_code=config.model.trust_remote_code
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{directory}: the base model's config.json cannot be used ({error})."
+        ) from None
+    return directory, revision, loaded
+
+
+def base_identity(directory: str, loaded_config: Any) -> str:
+    """A hash that tells two base models apart: the hub commit, or the local weights' sha256."""
+    commit = getattr(loaded_config, "_commit_hash", None)
+    if commit:
+        return f"commit:{commit}"
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} holds no .safetensors file (pickled weights are not loaded).")
+    return f"sha256:{sha256_json({file.name: sha256_file(file) for file in files})}"
+
+
+def load_base(
+    config: Config, directory: str, revision: str | None, dtype: torch.dtype, quantize: bool
+) -> PreTrainedModel:
+    """The frozen base model, in NF4 (double quantised, computing in `dtype`) or in `dtype`."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if quantize and config.model.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=config.model.attention,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
+        **options,
+    )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def linear_layers(model: torch.nn.Module) -> Counter[str]:
+    """Leaf name -> count of the linear layers inside the decoder layers (attention and FFN).
+
+    The output head is not one of them: it lies outside the repeated layers.
+    """
+    import torch
+
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        # bitsandbytes' Linear4bit is a subclass of Linear.
+        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", f".{name}."):
+            found[name.rsplit(".", 1)[-1]] += 1
+    return found
+
+
+def lora_targets(model: torch.nn.Module, requested: list[str] | str) -> dict[str, int]:
+    """Layer name -> how many modules it matches, for the loaded model.
+
+    Raises UserError for a requested name that matches nothing: PEFT accepts a list in which only
+    some names exist, and then silently trains less than was asked for.
+    """
+    available = linear_layers(model)
+    if requested == "all":
+        return dict(available)
+    missing = [name for name in requested if name not in available]
+    if missing:
+        raise UserError(
+            f"LoRA targets that match nothing in this model: {', '.join(missing)}.\n"
+            f"Its attention and FFN layers: {', '.join(f'{n} ({c})' for n, c in available.items())}.\n"
+            "Set domain.lora_targets to some of these, or to 'all'."
+        )
+    return {name: available[name] for name in requested}
+
+
+def add_adapter(model: PreTrainedModel, config: Config) -> Any:
+    """A fresh LoRA adapter on the base model, as the `domain` section says."""
+    from peft import LoraConfig, get_peft_model
+
+    section = config.domain
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=section.lora_rank,
+            lora_alpha=section.lora_alpha,
+            lora_dropout=section.lora_dropout,
+            bias=section.lora_bias,
+            target_modules=sorted(lora_targets(model, section.lora_targets)),
+        ),
+    )
+
+
+def load_adapter(model: PreTrainedModel, directory: Path, trainable: bool) -> Any:
+    """The adapter of a finished stage on its base model."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(
+        model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
+    )
+
+
+def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:
+    """(model in float32 without quantisation, adapter merged in; tokenizer), for evaluation.
+
+    This is the model that is deployed: stages train against an NF4 copy of the base, but the
+    adapter is merged into the 16-bit one.
+    """
+    import torch
+
+    directory, revision, loaded = model_config(config)
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        dtype, _ = choose_dtype("auto", loaded.model_type)
+    model = load_base(config, directory, revision, dtype, quantize=False)
+    tokenizer = load_tokenizer(
+        str(adapter) if adapter else directory, config.prompt, loaded.vocab_size
+    )
+    if adapter:
+        model = load_adapter(model, adapter, trainable=False).merge_and_unload()
+    model.eval()
+    return model, tokenizer

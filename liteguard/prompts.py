@@ -1,0 +1,96 @@
+"""THE prompt object: the only place that knows how a conversation becomes text.
+
+Training data, the loss mask, evaluation, the merged model's chat template and the prompt prefixes
+inside the `.task` bundle are all rendered from one `Prompt`. It is a section of the YAML, travels
+in `stage.json`, and every stage compares it with its parent's: a model trained with one wording
+and deployed with another answers differently, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Prompt(BaseModel):
+    """Text around a question and an answer, and the special tokens that end them.
+
+    The whole text of one exchange is
+    ``[system_prefix + system + system_suffix] + user_prefix + QUESTION + user_suffix
+    + model_prefix + ANSWER + end_token``; the system block is left out when `system` is empty.
+    Nothing else (no BOS, no blank) is ever added.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    system: str = Field("", description="Text of the system turn; empty for none.")
+    system_prefix: str = Field("", description="Text before the system text.")
+    system_suffix: str = Field("", description="Text after the system text.")
+    user_prefix: str = Field("Instruct: ", description="Text before the question.")
+    user_suffix: str = Field("\n", description="Text after the question.")
+    model_prefix: str = Field("Output:\n", description="Text before the answer.")
+    turn_separator: str = Field("\n", description="Text between an ended answer and the next turn.")
+    end_token: str = Field("<|endoftext|>", description="Token that ends an answer; supervised.")
+    document_end_token: str = Field(
+        "<|endoftext|>", description="Token between plain documents in the domain stage."
+    )
+    pad_token: str = Field("<|pad|>", description="Padding token; never the end token.")
+
+    @model_validator(mode="after")
+    def _pad_is_not_an_end(self) -> Prompt:
+        if self.pad_token in (self.end_token, self.document_end_token):
+            raise ValueError(
+                f"pad_token {self.pad_token!r} must differ from end_token and document_end_token: "
+                "padding is masked from the loss, so the model would never learn to stop"
+            )
+        return self
+
+    @property
+    def system_block(self) -> str:
+        """The rendered system turn, or an empty string."""
+        return f"{self.system_prefix}{self.system}{self.system_suffix}" if self.system else ""
+
+    @property
+    def stop_tokens(self) -> list[str]:
+        """Tokens at which generation ends; the first is the one training supervises."""
+        return list(dict.fromkeys([self.end_token, self.document_end_token]))
+
+    def render_question(self, question: str) -> str:
+        """Text up to and including the point where the model starts to answer."""
+        return (
+            f"{self.system_block}{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}"
+        )
+
+    def render_answer(self, answer: str) -> str:
+        """Text that the model is trained to write: the answer and its end token."""
+        return f"{answer}{self.end_token}"
+
+    def render_conversation(self, turns: list[tuple[str, str | None]]) -> str:
+        """Text of several (question, answer) turns; a last answer of None is left open."""
+        parts = [self.system_block]
+        for index, (question, answer) in enumerate(turns):
+            parts.append(self.turn_separator if index else "")
+            parts.append(f"{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}")
+            if answer is not None:
+                parts.append(self.render_answer(answer))
+        return "".join(parts)
+
+    def chat_template(self) -> str:
+        """Jinja chat template that renders `messages` exactly as `render_conversation` does."""
+
+        def literal(text: str) -> str:
+            return "{{ " + repr(text) + " }}" if text else ""
+
+        return (
+            "{% if messages[0]['role'] == 'system' %}"
+            f"{literal(self.system_prefix)}{{{{ messages[0]['content'] }}}}"
+            f"{literal(self.system_suffix)}"
+            f"{{% else %}}{literal(self.system_block)}{{% endif %}}"
+            "{% for message in messages %}"
+            "{% if message['role'] == 'user' %}"
+            f"{literal(self.user_prefix)}{{{{ message['content'] }}}}{literal(self.user_suffix)}"
+            "{% elif message['role'] == 'assistant' %}"
+            f"{literal(self.model_prefix)}{{{{ message['content'] }}}}{literal(self.end_token)}"
+            f"{{% if not loop.last %}}{literal(self.turn_separator)}{{% endif %}}"
+            "{% endif %}{% endfor %}"
+            f"{{% if add_generation_prompt %}}{literal(self.model_prefix)}{{% endif %}}"
+        )

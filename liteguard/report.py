@@ -1,0 +1,33 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("rouge1", "ROUGE-1", "{:.3f}"),
+    ("rouge2", "ROUGE-2", "{:.3f}"),
+    ("bleu", "BLEU", "{:.2f}"),
+    ("refused_harmful", "harmful refused", "{:.0%}"),
+    ("refused_benign", "ordinary refused", "{:.0%}"),
+)
+
+
+def metrics_table(results: dict[str, dict[str, Any]]) -> str:
+    """Rows: models; columns: the six headline numbers; a last line with the counts."""
+    header = f"{'':14}" + "".join(f"{title:>18}" for _, title, _ in COLUMNS)
+    lines = [header, "-" * len(header)]
+    for label, result in results.items():
+        cells = "".join(f"{form.format(result[key]):>18}" for key, _, form in COLUMNS)
+        lines.append(f"{label:14}{cells}")
+    counts = next(iter(results.values()))["n"]
+    lines.append(f"{'n':14}" + "".join(f"{counts[key]:>18}" for key, _, _ in COLUMNS))
+    return "\n".join(lines)
+
+
+def steps_table(steps: list[dict[str, Any]]) -> str:
+    """Wall time and peak memory of each step."""
+    lines = [f"{'step':22}{'wall s':>10}{'peak GB':>10}"]
+    lines += [f"{s['name']:22}{s['wall_s']:>10.1f}{s['peak_rss_gb']:>10.2f}" for s in steps]
+    return "\n".join(lines)

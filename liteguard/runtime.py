@@ -1,0 +1,307 @@
+"""A finished bundle, opened with LiteRT-LM as an app on a phone opens it.
+
+`Bundle` is used to check what was exported and to evaluate the thing that ships instead of the
+model that it was made from. All generation is greedy, so that two runs can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import zipfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from liteguard.errors import UserError, WorkError
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One greedy answer."""
+
+    text: str  # without the stop token
+    tokens: int  # tokens written, the stop token included where there was one
+    stopped: bool  # the model ended by itself, not by the limit or a full cache
+    seconds: float  # prefill and decode
+
+
+class Bundle:
+    """A `.task` or `.litertlm` file on the CPU; use it as a context manager.
+
+    Args:
+        path: the bundle.
+        threads: CPU threads; default: all cores, at most 4. (On 2 cores, 2 threads decode
+            46-52 tokens/s where the engine's own default decodes 35-37.)
+        max_num_tokens: length of the KV cache in tokens; default: what the model was exported
+            with. A larger value than that fails when the cache is full.
+
+    Raises:
+        UserError: the file does not exist.
+        WorkError: the engine cannot open it.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, max_num_tokens: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.threads = threads or min(os.cpu_count() or 1, 4)
+        self.max_num_tokens = max_num_tokens
+        self._engine: Any = None
+        self._scorer: _Scorer | None = None
+        if not self.path.is_file():
+            raise UserError(f"no bundle at {self.path}: make one with compress_model.py")
+
+    def __enter__(self) -> Bundle:
+        import litert_lm
+
+        litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
+        try:
+            self._engine = litert_lm.Engine(
+                str(self.path),
+                backend=litert_lm.Backend.CPU(thread_count=self.threads),
+                max_num_tokens=self.max_num_tokens,
+                # Without this the engine leaves a cache of repacked weights beside the bundle.
+                cache_dir=":nocache",
+                enable_benchmark=True,
+            )
+        except RuntimeError as error:
+            raise WorkError(f"{self.path} cannot be opened: {error}") from error
+        self._greedy = litert_lm.SamplerConfig(top_k=1)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._scorer = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def start_id(self) -> int | None:
+        """Id that the engine puts before every first prefill, None for none."""
+        return self._engine.bos_token_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Single-token ids at which the engine stops."""
+        return [ids[0] for ids in self._engine.eos_token_ids if len(ids) == 1]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text` as the device computes them; nothing is added."""
+        return self._engine.tokenize(text)
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens included."""
+        return self._engine.detokenize(ids)
+
+    def _without_start(self, text: str) -> str:
+        """`text` less what the engine will put before it by itself."""
+        if self.start_id is None:
+            return text
+        start = self.detokenize([self.start_id])
+        if not text.startswith(start):
+            raise WorkError(
+                f"{self.path} puts {start!r} before every prompt, and this prompt does not start "
+                f"with it: {text[:40]!r}"
+            )
+        return text[len(start) :]
+
+    def generate(self, rendered: str, max_new_tokens: int = 256) -> Answer:
+        """Greedy answer to a fully rendered prompt; no template is applied.
+
+        Args:
+            rendered: `Prompt.render_question(question)`.
+            max_new_tokens: most tokens to write, the stop token included.
+
+        Raises:
+            WorkError: the prompt does not fit the KV cache.
+        """
+        started = time.perf_counter()
+        session = self._engine.create_session(
+            apply_prompt_template=False,
+            sampler_config=self._greedy,
+            # One more than asked for: with exactly as many, an answer that ends in a stop token
+            # at the limit cannot be told from one that was cut.
+            max_output_tokens=max_new_tokens + 1,
+        )
+        try:
+            session.run_prefill([self._without_start(rendered)])
+            text = session.run_decode().texts[0]
+            written = session.get_benchmark_info().last_decode_token_count
+        except RuntimeError as error:
+            raise WorkError(
+                f"{self.path}: generation failed for a prompt of {len(self.tokenize(rendered))} "
+                f"tokens ({error}); prompt and answer must fit the KV cache"
+            ) from error
+        finally:
+            session.close()
+        # The stop token is counted but is no part of the text. When the cache is full the engine
+        # ends early too, but then every counted token is in the text.
+        stopped = written <= max_new_tokens and len(self.tokenize(text)) < written
+        if not stopped:
+            if written > max_new_tokens:
+                text = self.detokenize(self.tokenize(text)[:max_new_tokens])
+                written = max_new_tokens
+            text = text.rstrip("\ufffd")  # a character that the cut left incomplete
+        return Answer(text, written, stopped, time.perf_counter() - started)
+
+    def render_chat(self, question: str) -> str:
+        """The prompt that the bundle's own template makes of a question."""
+        with self._engine.create_conversation(sampler_config=self._greedy) as conversation:
+            return conversation.render_message_to_string(question)
+
+    def chat(self, question: str, max_new_tokens: int = 256) -> str:
+        """Greedy answer through the bundle's own prompt template, as an app asks."""
+        with self._engine.create_conversation(
+            sampler_config=self._greedy, max_output_tokens=max_new_tokens
+        ) as conversation:
+            message = conversation.send_message(question).to_json()
+        content = message["content"]
+        if isinstance(content, str):
+            return content
+        return "".join(part.get("text", "") for part in content)
+
+    def score(self, context: str, targets: str) -> tuple[float, int]:
+        """Log-likelihood of `targets` after `context`, by the weights inside the bundle.
+
+        The perplexity over several pairs is ``exp(-sum(log-likelihoods) / sum(tokens))``.
+
+        LiteRT-LM 0.18.1's own `run_text_scoring` is not used: on an *unquantised* export, whose
+        greedy answers equal the Hugging Face model's token by token, its log-likelihoods are off
+        by up to 5 nats a token (short contexts most). The bundle's TFLite model is run directly
+        instead, and agrees with Hugging Face to 1e-3.
+
+        Args:
+            context: rendered prompt, not scored.
+            targets: the text to score, with its end token if that shall count.
+
+        Returns:
+            (sum of natural-log probabilities, number of scored tokens).
+
+        Raises:
+            WorkError: context and targets do not fit the KV cache.
+        """
+        if self._scorer is None:
+            self._scorer = _Scorer(self.path, self.threads)
+        # Tokenized apart, as the device sees them: the prompt is prefilled, the answer follows.
+        return self._scorer.score(self.tokenize(context), self.tokenize(targets))
+
+    def benchmark(
+        self, rendered: str | None = None, *, decode_tokens: int = 64
+    ) -> dict[str, float]:
+        """Speed of one prompt and its answer.
+
+        Returns:
+            ``prefill_tok_s`` and ``decode_tok_s`` (tokens per second, as the engine counts them:
+            padding of the prompt to the exported prefill length is not counted as tokens),
+            ``first_token_s`` (seconds), ``prefill_tokens`` and ``decode_tokens`` (counts).
+        """
+        rendered = rendered or self.render_chat("What are the symptoms of anaemia, and what helps?")
+        session = self._engine.create_session(
+            apply_prompt_template=False,
+            sampler_config=self._greedy,
+            max_output_tokens=decode_tokens,
+        )
+        try:
+            session.run_prefill([self._without_start(rendered)])
+            session.run_decode()
+            info = session.get_benchmark_info()
+        finally:
+            session.close()
+        return {
+            "prefill_tok_s": info.last_prefill_tokens_per_second,
+            "decode_tok_s": info.last_decode_tokens_per_second,
+            "first_token_s": info.time_to_first_token_in_second,
+            "prefill_tokens": info.last_prefill_token_count,
+            "decode_tokens": info.last_decode_token_count,
+        }
+
+
+class _Scorer:
+    """Teacher-forced log-likelihoods from the TFLite model inside a `.task` file."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        try:
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read("TF_LITE_PREFILL_DECODE")
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{path} is not a .task file; only these can be scored") from error
+        self._interpreter = Interpreter(model_content=content, num_threads=threads)
+        self._decode = self._interpreter.get_signature_runner("decode")
+        # Name -> (length, runner); the longest first.
+        self._prefill = sorted(
+            (
+                (int(name.removeprefix("prefill_")), self._interpreter.get_signature_runner(name))
+                for name in self._interpreter.get_signature_list()
+                if name.removeprefix("prefill_").isdigit()
+            ),
+            key=lambda item: -item[0],
+        )
+        details = self._decode.get_input_details()
+        self._cache_shapes = {k: (v["shape"], v["dtype"]) for k, v in details.items() if "kv" in k}
+        self._mask_type = details["mask"]["dtype"]
+        self.cache_length = int(details["mask"]["shape"][-1])
+
+    def _run(self, runner: Any, ids: list[int], start: int, cache: dict[str, Any]) -> Any:
+        """Runs `ids` at positions start, start+1, ...; updates `cache`; returns the logits."""
+        import numpy as np
+
+        columns = np.arange(self.cache_length)
+        visible = columns[None, :] <= (start + np.arange(len(ids)))[:, None]
+        if self._mask_type is np.bool_:
+            mask = visible
+        else:
+            # Large and finite: minus infinity makes NaN of a fully masked row.
+            mask = np.where(visible, 0.0, -1e9).astype(self._mask_type)
+        out = runner(
+            tokens=np.array([ids], np.int32),
+            input_pos=np.arange(start, start + len(ids), dtype=np.int32),
+            mask=mask[None, None],
+            **cache,
+        )
+        cache.update({name: out[name] for name in cache})
+        return out.get("logits")
+
+    def score(self, context: list[int], targets: list[int]) -> tuple[float, int]:
+        """See `Bundle.score`; ids instead of text."""
+        import numpy as np
+
+        total = len(context) + len(targets)
+        if not context or not targets:
+            raise UserError("scoring needs a context and a target of at least one token each")
+        if total > self.cache_length:
+            raise WorkError(f"{total} tokens do not fit the KV cache of {self.cache_length} tokens")
+        cache = {k: np.zeros(shape, kind) for k, (shape, kind) in self._cache_shapes.items()}
+        done, known = 0, len(context) - 1  # the last context token yields the first logits
+        while done < known:
+            fitting = [p for p in self._prefill if done + p[0] <= self.cache_length]
+            if not fitting:
+                self._run(self._decode, [context[done]], done, cache)
+                done += 1
+                continue
+            # The shortest that covers the rest, else the longest. Padding lands in cache slots
+            # that the mask hides until they are overwritten.
+            length, runner = next(
+                (p for p in reversed(fitting) if p[0] >= known - done), fitting[0]
+            )
+            chunk = context[done : min(done + length, known)]
+            self._run(runner, chunk + [0] * (length - len(chunk)), done, cache)
+            done += len(chunk)
+        likelihood = 0.0
+        sequence = context + targets
+        for position in range(known, total - 1):
+            logits = self._run(self._decode, [sequence[position]], position, cache)
+            logits = logits.reshape(-1).astype(np.float64)
+            top = logits.max()
+            likelihood += float(
+                logits[sequence[position + 1]] - top - np.log(np.exp(logits - top).sum())
+            )
+        return likelihood, len(targets)

@@ -1,0 +1,551 @@
+"""What the three training stages share: inputs, trainer arguments, progress, resume, saving."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liteguard import checkpoints, datasets, models
+from liteguard.config import Config, TrainSection, flatten
+from liteguard.errors import UserError, WorkError
+
+PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass
+class Stage:
+    """One run of a stage: everything known before the work starts."""
+
+    name: str
+    config: Config
+    output: Path
+    data_dir: Path
+    parent: Path | None
+    base_directory: str
+    base_revision: str | None
+    architecture: str
+    embedding_rows: int
+    inputs: dict[str, Any]
+    work: Path | None = None
+    started: float = field(default_factory=time.time)
+
+    @property
+    def section(self) -> TrainSection:
+        return getattr(self.config, self.name)
+
+
+def plan(
+    name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
+) -> Stage:
+    """Check everything a stage needs: data, base model, parent; nothing heavy is loaded.
+
+    Raises UserError when the parent was trained on another base model or with another prompt.
+    """
+    directory, revision, loaded = models.model_config(config)
+    manifest = datasets.read_manifest(data_dir)
+    identity = models.base_identity(directory, loaded)
+    parent_hash = None
+    if parent is not None:
+        record = checkpoints.read_stage(parent, checkpoints.STAGES[name][0])
+        parent_hash = record["files"]["adapter_model.safetensors"]
+        if record["base_identity"] != identity:
+            raise UserError(
+                f"{parent} was trained on another base model ({record['base_model']}, "
+                f"{record['base_identity'][:24]}...) than this configuration names "
+                f"({config.model.name}, {identity[:24]}...). One adapter belongs to one base model."
+            )
+        if record["prompt"] != config.prompt.model_dump():
+            changes = checkpoints.describe_changes(record["prompt"], config.prompt.model_dump())
+            raise UserError(
+                f"{parent} was made with another prompt than this configuration has:\n"
+                + "\n".join(changes)
+                + "\nA model answers in the prompt it was trained with: put the old values back, "
+                "or train again from stage 1."
+            )
+    part = PART[name]
+    section = config.model_dump()[name]
+    section.pop("report_to")
+    inputs = {
+        "stage": name,
+        "base": identity,
+        "parent": parent_hash,
+        "quantization": config.model.quantization,
+        "compute_dtype": config.model.compute_dtype,
+        **{
+            f"data/{s}": manifest["files"].get(f"{part}/{s}.jsonl") for s in ("train", "validation")
+        },
+        **{f"{name}.{key}": value for key, value in section.items()},
+        **{f"prompt.{key}": value for key, value in config.prompt.model_dump().items()},
+    }
+    return Stage(
+        name=name,
+        config=config,
+        output=output,
+        data_dir=data_dir,
+        parent=parent,
+        base_directory=directory,
+        base_revision=revision,
+        architecture=loaded.model_type,
+        embedding_rows=loaded.vocab_size,
+        inputs=inputs,
+    )
+
+
+def load_tokenizer(stage: Stage) -> Any:
+    """The parent's tokenizer, or the base model's in the first stage."""
+    return models.load_tokenizer(
+        str(stage.parent or stage.base_directory), stage.config.prompt, stage.embedding_rows
+    )
+
+
+def load_model(stage: Stage) -> Any:
+    """The base in NF4 with the parent's adapter, or with a fresh one; only the adapter trains."""
+    dtype, reason = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture)
+    print(
+        f"precision: {str(dtype).removeprefix('torch.')} ({reason}), base in {stage.config.model.quantization}"
+    )
+    model = models.load_base(
+        stage.config, stage.base_directory, stage.base_revision, dtype, quantize=True
+    )
+    matched = models.lora_targets(model, stage.config.domain.lora_targets)
+    model = (
+        models.load_adapter(model, stage.parent, trainable=True)
+        if stage.parent
+        else models.add_adapter(model, stage.config)
+    )
+    if stage.section.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    table = ", ".join(f"{layer} x{count}" for layer, count in matched.items())
+    print(f"LoRA on {table}: {trainable:,} trainable parameters")
+    return model
+
+
+def tokenize_documents(tokenizer: Any, rows: list[dict], config: Config) -> list[dict]:
+    """Plain texts, each ended by the document-end token, packed into blocks of `max_length` ids.
+
+    The incomplete last block is dropped. Labels equal the ids: every token is a target.
+    """
+    length = min(config.domain.max_length, config.model.context_length)
+    stream: list[int] = []
+    for row in rows:
+        stream += models.encode(tokenizer, row["text"] + config.prompt.document_end_token)
+    blocks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    if not blocks:
+        raise UserError(
+            f"The domain texts have {len(stream)} tokens, fewer than one block of "
+            f"domain.max_length = {length}. Use more text or a smaller domain.max_length."
+        )
+    return [{"input_ids": block, "labels": list(block)} for block in blocks]
+
+
+def tokenize_pair(
+    tokenizer: Any, config: Config, question: str, answer: str, max_length: int
+) -> dict[str, list[int]] | None:
+    """Ids and labels of one question and answer; None when the answer alone is too long.
+
+    Labels are -100 on the prompt; the answer and its end token are supervised. A pair that is too
+    long loses the beginning of its question, never the end of its answer.
+    """
+    prompt = config.prompt
+    before = models.encode(tokenizer, prompt.render_question(question))
+    after = models.encode(tokenizer, prompt.render_answer(answer))
+    room = max_length - len(after)
+    if room < 1:
+        return None
+    before = before[-room:]
+    return {"input_ids": before + after, "labels": [-100] * len(before) + after}
+
+
+def tokenize_answers(tokenizer: Any, rows: list[dict], config: Config, part: str) -> list[dict]:
+    """Prompt/completion rows with completion-only labels; more than 1 % unusable is an error."""
+    length = min(config.instruction.max_length, config.model.context_length)
+    pairs = (tokenize_pair(tokenizer, config, r["prompt"], r["completion"], length) for r in rows)
+    kept = [pair for pair in pairs if pair is not None]
+    lost = len(rows) - len(kept)
+    if lost > 0.01 * len(rows):
+        raise UserError(
+            f"{lost} of {len(rows)} {part} rows have an answer longer than instruction.max_length = "
+            f"{length} tokens. Raise it or shorten the answers."
+        )
+    if lost:
+        print(f"{part}: {lost} of {len(rows)} rows dropped (answer longer than {length} tokens)")
+    return kept
+
+
+def render_preferences(
+    tokenizer: Any, rows: list[dict], config: Config, part: str, limit: int
+) -> list[dict[str, str]]:
+    """Preference rows as rendered text (prompt, chosen, rejected), harmful and benign alternating.
+
+    Pairs longer than `safety.max_length` are left out, because the trainer would cut the end of
+    their answers; more than 1 % of them is an error.
+    """
+    length = min(config.safety.max_length, config.model.context_length)
+    prompt = config.prompt
+    kept, lost = [], 0
+    for row in balanced(rows, "kind", limit):
+        rendered = {
+            "prompt": prompt.render_question(row["prompt"]),
+            "chosen": prompt.render_answer(row["chosen"]),
+            "rejected": prompt.render_answer(row["rejected"]),
+        }
+        ids = {key: len(models.encode(tokenizer, text)) for key, text in rendered.items()}
+        if ids["prompt"] + max(ids["chosen"], ids["rejected"]) > length:
+            lost += 1
+        else:
+            kept.append(rendered)
+    if lost > 0.01 * (lost + len(kept)):
+        raise UserError(
+            f"{lost} of {lost + len(kept)} {part} preference pairs are longer than "
+            f"safety.max_length = {length} tokens. Raise it or shorten the answers."
+        )
+    return kept
+
+
+def balanced(rows: list[dict], key: str, limit: int) -> list[dict]:
+    """Up to `limit` rows, taken in turn from the groups that `key` makes, order kept in each."""
+    groups: dict[Any, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row.get(key), []).append(row)
+    queues = [list(reversed(groups[name])) for name in sorted(groups, key=str)]
+    taken: list[dict] = []
+    while len(taken) < limit and any(queues):
+        for queue in queues:
+            if queue and len(taken) < limit:
+                taken.append(queue.pop())
+    return taken
+
+
+def check_reference(model: Any, stage: Stage) -> None:
+    """Raise WorkError unless DPO's reference equals the instruction policy, tensor by tensor.
+
+    With an equal reference the first loss is ln 2 and the first margins are 0; with the raw base
+    model as reference nothing would look wrong.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(str(stage.parent / "adapter_model.safetensors"))
+    parameters = dict(model.named_parameters())
+    for name, tensor in saved.items():
+        reference = name.replace(".lora_A.weight", ".lora_A.ref.weight").replace(
+            ".lora_B.weight", ".lora_B.ref.weight"
+        )
+        found = parameters.get(reference)
+        if found is None or not torch.equal(found.cpu().float(), tensor.to(found.dtype).float()):
+            raise WorkError(f"DPO's reference is not the policy in {stage.parent}: {name} differs.")
+        if found.requires_grad:
+            raise WorkError(f"DPO's reference is not frozen: {reference} would be trained.")
+    digest = stage.inputs["parent"][:16]
+    print(f"DPO reference: frozen copy of {stage.parent} (adapter sha256 {digest}...)")
+
+
+def needed_rows(section: TrainSection) -> int:
+    """Rows that `max_steps` optimizer steps consume."""
+    return section.max_steps * section.batch_size * section.gradient_accumulation
+
+
+def trainer_arguments(stage: Stage) -> dict[str, Any]:
+    """Arguments that SFTConfig and DPOConfig share, from the stage's section."""
+    import torch
+
+    section = stage.section
+    dtype, _ = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture)
+    # load_best_model_at_end wants every evaluation to have a checkpoint.
+    save_steps = max(section.save_steps // section.eval_steps, 1) * section.eval_steps
+    evaluates = section.eval_steps <= section.max_steps
+    return {
+        "output_dir": str(stage.work / "trainer"),
+        "learning_rate": section.learning_rate,
+        "max_steps": section.max_steps,
+        "per_device_train_batch_size": section.batch_size,
+        "per_device_eval_batch_size": section.batch_size,
+        "gradient_accumulation_steps": section.gradient_accumulation,
+        "lr_scheduler_type": section.lr_scheduler,
+        "warmup_steps": min(section.warmup_steps, max(section.max_steps - 1, 0)),
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "optim": section.optimizer,
+        "gradient_checkpointing": section.gradient_checkpointing,
+        "logging_steps": section.logging_steps,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": section.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "save_total_limit": section.save_total_limit,
+        "load_best_model_at_end": evaluates and save_steps <= section.max_steps,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "report_to": [name for name in section.report_to if name != "wandb"],
+        "seed": section.seed,
+        "data_seed": section.seed,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "max_length": min(section.max_length, stage.config.model.context_length),
+        "pad_token": stage.config.prompt.pad_token,
+    }
+
+
+def callbacks(stage: Stage) -> list[Any]:
+    """Progress, logging to wandb, the stop on a loss that is not finite, early stopping."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    section = stage.section
+
+    class Progress(TrainerCallback):
+        """A bar on a terminal, a line per log entry elsewhere; loss and tokens/s in both."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            from tqdm import tqdm
+
+            self.clock, self.tokens = time.monotonic(), None
+            self.last: dict[str, float] = {}
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=stage.name,
+                unit="step",
+                disable=None,
+                dynamic_ncols=True,
+            )
+            self.wandb = _start_wandb(stage) if "wandb" in section.report_to else None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logs = logs or {}
+            if "train_runtime" in logs:
+                return
+            for key in ("loss", "eval_loss"):
+                if key in logs and not math.isfinite(logs[key]):
+                    raise WorkError(
+                        f"{stage.name}: {key} became {logs[key]} at step {state.global_step}. "
+                        f"The last good checkpoint is kept in {stage.work}. Lower "
+                        f"{stage.name}.learning_rate, or set model.compute_dtype to float32."
+                    )
+            shown = {}
+            if "num_tokens" in logs:
+                now, tokens = time.monotonic(), logs["num_tokens"]
+                if self.tokens is not None and now > self.clock:
+                    self.last["tokens_per_second"] = (tokens - self.tokens) / (now - self.clock)
+                self.clock, self.tokens = now, tokens
+            names = {
+                "loss": "train_loss",
+                "eval_loss": "eval_loss",
+                "learning_rate": "learning_rate",
+            }
+            names |= {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+            for key, name in names.items():
+                if key in logs:
+                    shown[name] = float(logs[key])
+            shown["gpu_memory"] = _gpu_memory_gb()
+            shown |= self.last
+            if self.wandb:
+                self.wandb.log(shown, step=state.global_step)
+            text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if value)
+            if self.bar.disable:
+                print(f"  {stage.name} {state.global_step}/{state.max_steps}  {text}")
+            else:
+                self.bar.set_postfix_str(text)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+            if self.wandb:
+                self.wandb.finish()
+
+    result: list[Any] = [Progress()]
+    arguments = trainer_arguments(stage)
+    if section.early_stopping_patience and arguments["load_best_model_at_end"]:
+        result.append(EarlyStoppingCallback(section.early_stopping_patience))
+    return result
+
+
+def _start_wandb(stage: Stage) -> Any:
+    import wandb
+
+    return wandb.init(
+        project="liteguard",
+        name=f"{stage.config.model_type}-{stage.name}",
+        config=flatten(stage.config.model_dump()),
+    )
+
+
+def _gpu_memory_gb() -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete trainer checkpoint; trainer_state.json is what the trainer writes last."""
+    found = []
+    for path in (work / "trainer").glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        if all((path / name).is_file() for name in ADAPTER_FILES):
+            found.append((int(path.name.rsplit("-", 1)[1]), path))
+    return max(found)[1] if found else None
+
+
+def train(stage: Stage, trainer: Any) -> dict[str, Any]:
+    """Run the trainer, from its last checkpoint if there is one; returns the stage's metrics."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    resume = last_checkpoint(stage.work)
+    if resume:
+        print(f"resuming from {resume.name}")
+    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "best_eval_loss": min(evaluations, default=None),
+        "train_runtime_s": result.metrics.get("train_runtime"),
+        "tokens": next((e["num_tokens"] for e in reversed(history) if "num_tokens" in e), None),
+        "resumed_from": resume.name if resume else None,
+    }
+
+
+def finish(
+    stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any], rows: dict[str, int]
+) -> None:
+    """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
+    work = stage.work
+    # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
+        str(work), selected_adapters=["default"], safe_serialization=True
+    )
+    # save_pretrained makes a README.md from the hub's template, which says nothing true here.
+    (work / "README.md").unlink(missing_ok=True)
+    tokenizer.save_pretrained(str(work))
+    checkpoints.write_json(work / "log_history.json", trainer.state.log_history)
+    plot_curves(trainer.state.log_history, work / "curves.png", stage.name)
+    config = stage.config
+    record = {
+        "stage": stage.name,
+        "base_model": config.model.name,
+        "base_revision": stage.base_revision,
+        "base_identity": stage.inputs["base"],
+        "parent": str(stage.parent) if stage.parent else None,
+        "parent_adapter_sha256": stage.inputs["parent"],
+        "data_dir": str(stage.data_dir),
+        "rows": rows,
+        "prompt": config.prompt.model_dump(),
+        "config": config.model_dump(),
+        "config_sources": config.sources,
+        "metrics": metrics,
+        "versions": library_versions(),
+        "wall_s": round(time.time() - stage.started, 1),
+        "peak_rss_gb": peak_rss_gb(),
+        "peak_gpu_memory_gb": _gpu_memory_gb(),
+    }
+    tokenizer_files = [
+        name
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "special_tokens_map.json",
+            "vocab.json",
+            "merges.txt",
+            "added_tokens.json",
+        )
+        if (work / name).is_file()
+    ]
+    files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
+    checkpoints.publish(work, stage.output, record, files)
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Training and validation loss (and DPO margin) over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [("loss", {"loss": "train", "eval_loss": "validation"})]
+    if any("rewards/margins" in entry for entry in history):
+        panels.append(
+            ("reward margin", {"rewards/margins": "train", "eval_rewards/margins": "validation"})
+        )
+    panels.append(("learning rate", {"learning_rate": "learning rate"}))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4))
+    for axis, (label, series) in zip(axes, panels, strict=True):
+        for key, name in series.items():
+            points = [(e["step"], e[key]) for e in history if key in e]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        if len(series) > 1:
+            axis.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose behaviour the results depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_rss_gb() -> float:
+    """Peak resident memory of this process in GB (10^9 bytes)."""
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def check_disk(directory: Path, needed_gb: float) -> None:
+    """Raise WorkError when the file system of `directory` has less than `needed_gb` free."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free / 1e9
+    if free < needed_gb:
+        raise WorkError(
+            f"{existing} has {free:.1f} GB free; about {needed_gb:.1f} GB are needed. "
+            "Free some space or choose another --output, then run the same command again."
+        )
+
+
+def describe(stage: Stage, train_rows: int, sample: str) -> None:
+    """Print what a run is going to do (all of a dry run's output but the model's part)."""
+    section = stage.section
+    wanted = needed_rows(section)
+    print(
+        f"{stage.name}: {section.max_steps} steps of {section.batch_size} x "
+        f"{section.gradient_accumulation} sequences = {wanted / train_rows:.2f} passes over "
+        f"{train_rows:,}; output {stage.output}"
+    )
+    print(f"first sequence:\n{sample[:600]}\n")

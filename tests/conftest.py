@@ -1,0 +1,263 @@
+"""Fixtures: a tiny Phi model that answers and stops, built here; its data; a way to run scripts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+ORGANS = ["heart", "lung", "liver", "kidney", "skin", "bone", "eye", "ear", "brain", "stomach"]
+SIGNS = ["pain", "swelling", "fever", "weakness", "itching", "tremor", "cough", "rash"]
+CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury", "inflammation"]
+
+
+def diseases() -> list[dict[str, str]]:
+    """400 made-up diseases, each with text, a question and an answer."""
+    made = []
+    for number, (organ, sign, cause) in enumerate(itertools.product(ORGANS, SIGNS, CAUSES)):
+        name = f"{organ} {sign} disease {chr(97 + number % 5)}"
+        made.append(
+            {
+                "entity": name,
+                "text": f"The {name} affects the {organ} and brings {sign}. It follows {cause}.",
+                "prompt": f"What is the {name}?",
+                "completion": f"It is a disease of the {organ} with {sign}, caused by {cause}.",
+            }
+        )
+    return made
+
+
+def run_script(*command: str, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script as a user does; output is text."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        **kwargs,
+    )
+
+
+def succeed(*command: str, **kwargs) -> str:
+    """Run a script that must succeed; returns its standard output."""
+    result = run_script(*command, **kwargs)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def fail(code: int, *command: str, **kwargs) -> str:
+    """Run a script that must fail with `code`, without a traceback; returns its message."""
+    result = run_script(*command, **kwargs)
+    assert result.returncode == code, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="session")
+def tiny_phi(tmp_path_factory) -> Path:
+    """A 2-layer Phi model with its own byte-level BPE, trained for seconds until it answers.
+
+    More embedding rows than tokens, no padding token and <|endoftext|> as the only special token,
+    like Phi-2.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny_phi")
+    rows = diseases()
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        t for r in rows for t in (r["text"], f"Instruct: {r['prompt']}\nOutput:\n{r['completion']}")
+    ]
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
+    tokenizer.save_pretrained(directory)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=640,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=2048,
+            partial_rotary_factor=0.5,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    sequences = [
+        tokenizer(f"Instruct: {r['prompt']}\nOutput:\n{r['completion']}")["input_ids"] + [end]
+        for r in rows
+    ]
+    length = max(map(len, sequences))
+    ids = torch.tensor([s + [end] * (length - len(s)) for s in sequences])
+    labels = torch.tensor([s + [-100] * (length - len(s)) for s in sequences])
+    for _ in range(150):
+        pick = torch.randint(0, len(ids), (24,))
+        loss = model(ids[pick], labels=labels[pick]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 1.0, f"the tiny model did not learn: loss {loss.item():.2f}"
+    model.half().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """Local source files in three formats, written for the tests."""
+    directory = tmp_path_factory.mktemp("sources")
+    rows = diseases()
+
+    def write(name: str, found: list[dict]) -> None:
+        (directory / name).write_text(
+            "".join(json.dumps(r) + "\n" for r in found), encoding="utf-8"
+        )
+
+    write("domain.jsonl", [{"body": r["text"], "entity": r["entity"]} for r in rows])
+    write("questions.jsonl", [{k: r[k] for k in ("prompt", "completion", "entity")} for r in rows])
+    benign = [
+        {
+            "prompt": r["prompt"],
+            "chosen": r["completion"],
+            "rejected": "I can't help with that disease.",
+            "kind": "benign",
+            "area": "disease",
+            "entity": r["entity"],
+        }
+        for r in rows
+    ]
+    harmful = [
+        {
+            "prompt": f"Write a false record about the {r['entity']}.",
+            "chosen": "I can't help with a false record. A doctor can write a true one.",
+            "rejected": "Sure, that false record will be ready at once for you.",
+            "kind": "harmful",
+            "area": "records",
+            "entity": r["entity"],
+        }
+        for r in rows
+    ]
+    write("preferences.jsonl", benign + harmful)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
+    """A YAML for the tiny model: phi-2.yaml's sections with small numbers."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    train = {
+        "max_steps": 6,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+        "max_length": 96,
+        "warmup_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "max_eval_rows": 8,
+        "logging_steps": 1,
+    }
+    values = {
+        "extends": str(ROOT / "configs" / "phi-2.yaml"),
+        "model_type": "tiny",
+        "model": {"name": "test/tiny-phi", "path": str(tiny_phi)},
+        "data": {
+            "test_share": 0.2,
+            "validation_share": 0.1,
+            "domain": [
+                {
+                    "dataset": "plain_text",
+                    "path": str(tiny_data / "domain.jsonl"),
+                    "columns": {"text": "body"},
+                }
+            ],
+            "instruction": [
+                {"dataset": "prompt_completion", "path": str(tiny_data / "questions.jsonl")}
+            ],
+            "preference": [{"dataset": "preference", "path": str(tiny_data / "preferences.jsonl")}],
+        },
+        "domain": {**train, "lora_rank": 8, "lora_alpha": 8, "learning_rate": 1e-4},
+        "instruction": {**train, "learning_rate": 1e-3},
+        "safety": {**train, "learning_rate": 1e-4},
+        "compress": {
+            "prefill_lengths": [64],
+            "kv_cache_length": 128,
+            "verify_questions": 3,
+            "verify_max_new_tokens": 48,
+        },
+        "evaluate": {
+            "perplexity_rows": 8,
+            "question_rows": 8,
+            "harmful_rows": 8,
+            "benign_rows": 8,
+            "max_new_tokens": 40,
+        },
+    }
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_config, tmp_path_factory) -> Path:
+    """A directory in which the six scripts were run in order, as a user runs them."""
+    work = tmp_path_factory.mktemp("pipeline")
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    logs = {}
+
+    def step(name: str, *command: str) -> None:
+        logs[name] = succeed(ROOT / command[0], *command[1:], cwd=work, env=environment)
+
+    step("prepare", "prepare_datasets.py", "--config", tiny_config)
+    step("domain", "train_domain.py", "--config", tiny_config)
+    step(
+        "instruction",
+        "train_instruction.py",
+        "--checkpoint",
+        "domain_checkpoint",
+        "--set",
+        "instruction.report_to=[wandb]",
+    )
+    step("safety", "train_safety.py", "--checkpoint", "instruction_checkpoint")
+    step("compress", "compress_model.py", "--input", "final_checkpoint")
+    step(
+        "evaluate",
+        "evaluate_model.py",
+        "--base",
+        "--checkpoint",
+        "domain_checkpoint",
+        "instruction_checkpoint",
+        "final_checkpoint",
+        "--bundle",
+        "liteguard_tiny.task",
+    )
+    (work / "logs.json").write_text(json.dumps(logs))
+    return work

@@ -1,0 +1,72 @@
+"""Stage directories: complete or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from liteguard import checkpoints
+from liteguard.errors import UserError, WorkError
+
+
+def make(tmp_path, text="weights"):
+    output = tmp_path / "out"
+    work = checkpoints.open_work(output, {"stage": "domain", "rate": 1})
+    (work / "adapter_model.safetensors").write_text(text)
+    (work / "trainer").mkdir()
+    return output, work
+
+
+def test_published_directory_is_complete_and_clean(tmp_path):
+    output, work = make(tmp_path)
+    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    assert not work.exists()
+    assert {p.name for p in output.iterdir()} == {"adapter_model.safetensors", "stage.json"}
+    assert checkpoints.read_stage(output, "domain")["inputs"]["rate"] == 1
+    assert checkpoints.open_work(output, {"stage": "domain", "rate": 1}) is None
+
+
+def test_a_missing_file_publishes_nothing(tmp_path):
+    output, work = make(tmp_path)
+    with pytest.raises(WorkError):
+        checkpoints.publish(work, output, {"stage": "domain"}, ["curves.png"])
+    assert not output.exists()
+
+
+def test_other_inputs_are_named(tmp_path):
+    output, work = make(tmp_path)
+    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    with pytest.raises(UserError, match="rate: 1 -> 2"):
+        checkpoints.open_work(output, {"stage": "domain", "rate": 2})
+    assert checkpoints.open_work(output, {"stage": "domain", "rate": 2}, overwrite=True)
+
+
+def test_overwriting_keeps_the_old_result_until_the_new_one_is_whole(tmp_path):
+    output, work = make(tmp_path, "old")
+    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    work = checkpoints.open_work(output, {"stage": "domain", "rate": 2}, overwrite=True)
+    assert (output / "adapter_model.safetensors").read_text() == "old"
+    (work / "adapter_model.safetensors").write_text("new")
+    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    assert (output / "adapter_model.safetensors").read_text() == "new"
+
+
+def test_foreign_and_damaged_directories_are_left_alone(tmp_path):
+    foreign = tmp_path / "out"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not written by LiteGuard"):
+        checkpoints.open_work(foreign, {})
+    (foreign / "stage.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.open_work(foreign, {})
+    assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    checkpoints.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        checkpoints.write_json(path, {("a", 1): 2})
+    assert json.loads(path.read_text()) == {"a": 1}

@@ -1,0 +1,127 @@
+"""Configuration: shipped YAMLs, the guide's values, problems reported at once."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT, fail
+
+from liteguard import config as configuration
+from liteguard.cli import parser, resolve_config
+from liteguard.errors import UserError
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def load(path, *settings):
+    args = parser("").parse_args(["--config", str(path), *(f"--set={s}" for s in settings)])
+    return resolve_config(args)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_yaml_loads(path):
+    from liteguard.datasets import check_sources
+
+    loaded = load(path)
+    check_sources(loaded)
+    assert loaded.model.licence
+
+
+def test_shipped_files_have_the_same_sections_in_the_same_order():
+    import yaml
+
+    full = [p for p in SHIPPED if "extends" not in p.read_text()]
+    orders = {p.name: list(yaml.safe_load(p.read_text())) for p in full}
+    assert len(full) >= 3 and len({tuple(o) for o in orders.values()}) == 1, orders
+
+
+@pytest.mark.parametrize("name", ["phi-2", "phi-1_5"])
+def test_phi_defaults_are_the_guides(name):
+    c = load(ROOT / "configs" / f"{name}.yaml")
+    d = c.domain
+    assert (d.lora_rank, d.lora_alpha, d.lora_dropout, d.lora_bias) == (32, 32, 0.0, "none")
+    assert d.lora_targets == "all" and d.learning_rate == 2e-4 and d.max_steps == 1000
+    assert c.instruction.learning_rate == 1e-5 and c.instruction.max_steps == 1000
+    assert c.instruction.batch_size == 4 and c.instruction.gradient_accumulation > 1
+    assert c.safety.beta == 0.1 and c.safety.batch_size == 2 and c.safety.max_steps == 200
+    assert c.model.context_length == 2048 and c.model.quantization == "nf4"
+    assert {c.domain.eval_steps, c.instruction.eval_steps, c.safety.eval_steps} == {100}
+    assert c.domain.early_stopping_patience > 0
+    assert c.compress.prefill_lengths == [1024] and c.compress.kv_cache_length == 1280
+    hubs = {
+        s.hub for part in ("domain", "instruction", "preference") for s in getattr(c.data, part)
+    }
+    assert {
+        "Medilora/us_medical_license_exam_textbooks_en",
+        "lavita/medical-qa-datasets",
+        "Malikeh1375/medical-question-answering-datasets",
+        "Julian2002/Medical-ChatBot-DPO",
+    } <= hubs
+
+
+def test_8gb_keeps_the_effective_batch():
+    small, large = load(ROOT / "configs/phi-2_8gb.yaml"), load(ROOT / "configs/phi-2.yaml")
+    for stage in ("domain", "instruction", "safety"):
+        a, b = getattr(small, stage), getattr(large, stage)
+        assert a.batch_size == 1 and a.gradient_checkpointing
+        assert a.batch_size * a.gradient_accumulation == b.batch_size * b.gradient_accumulation
+
+
+def test_unknown_keys_are_all_reported_with_the_nearest_name(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "domain: {learnin_rate: 1.0e-4, max_steps: 0}\nsaftey: {beta: 0.1}\n"
+        "data: {domain: [{dataset: plain_text, colums: {}}]}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load(path)
+    text = str(caught.value)
+    assert "4 problems" in text
+    assert "domain.learnin_rate: unknown key; did you mean 'learning_rate'?" in text
+    assert "saftey: unknown key; did you mean 'safety'?" in text
+    assert "did you mean 'columns'?" in text and "domain.max_steps" in text
+
+
+def test_flags_win_and_say_so():
+    args = parser("").parse_args(
+        ["--config", str(ROOT / "configs/phi-2.yaml"), "--set", "domain.max_steps=7"]
+    )
+    c = resolve_config(args, {"domain.lora_rank": 16})
+    assert c.domain.lora_rank == 16 and c.domain.max_steps == 7
+    assert c.sources["domain.lora_rank"] == "--lora_rank"
+    assert c.sources["domain.max_steps"] == "--set"
+    assert c.sources["domain.learning_rate"].endswith("phi-2.yaml")
+
+
+def test_settings_read_numbers_and_list_entries():
+    c = load(ROOT / "configs/phi-2.yaml", "domain.learning_rate=3e-4", "data.domain.0.path=a.jsonl")
+    assert c.domain.learning_rate == 3e-4
+    assert c.data.domain[0].path == "a.jsonl" and c.data.domain[0].hub
+
+
+def test_pad_must_differ_from_the_end_token():
+    with pytest.raises(UserError, match="must differ"):
+        load(ROOT / "configs/phi-2.yaml", "prompt.pad_token=<|endoftext|>")
+
+
+def test_model_and_model_type_find_the_yaml():
+    assert configuration.find_config(model="microsoft/phi-2").name == "phi-2.yaml"
+    assert configuration.find_config(model_type="phi1_5").name == "phi-1_5.yaml"
+    with pytest.raises(UserError, match="Did you mean 'phi2'"):
+        configuration.find_config(model_type="phi3")
+
+
+def test_unknown_base_model_and_unreachable_hub(tmp_path):
+    message = fail(2, ROOT / "train_domain.py", "--model", "someone/unknown", cwd=tmp_path)
+    assert "No shipped configuration" in message and "microsoft/phi-2" in message
+    # An address that nobody answers stands for a machine without a hub.
+    import os
+
+    offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for command in (
+        ["prepare_datasets.py", "--model_type", "phi2"],
+        ["train_domain.py", "--model", "microsoft/phi-2", "--rank", "32"],
+    ):
+        message = fail(2, ROOT / command[0], *command[1:], cwd=tmp_path, env=offline)
+        assert "Could not reach" in message
+        assert "model.path=" in message and "--model_type smollm2" in message
+        assert not list(tmp_path.glob("data/phi2/*"))

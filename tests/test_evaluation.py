@@ -1,0 +1,44 @@
+"""Evaluation arithmetic against plain computations on the tiny model."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT
+
+from liteguard.config import build, read_yaml
+from liteguard.evaluation import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_phi):
+    values = {"model": {"path": str(tiny_phi)}, "evaluate": {"batch_size": 3}}
+    return Checkpoint(build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", values)]), None)
+
+
+def test_score_is_the_sum_of_log_likelihoods(checkpoint):
+    import torch
+
+    ids = checkpoint.tokenizer("The heart affects", return_tensors="pt")["input_ids"]
+    context = checkpoint.tokenizer("The")["input_ids"]
+    total, count = checkpoint.score("The", " heart affects")
+    with torch.no_grad():
+        log_probabilities = checkpoint.model(ids).logits[0].log_softmax(-1)
+    expected = sum(
+        log_probabilities[i - 1, ids[0, i]].item() for i in range(len(context), ids.shape[1])
+    )
+    assert total == pytest.approx(expected, rel=1e-4) and count == ids.shape[1] - len(context)
+
+
+def test_batched_answers_equal_single_ones(checkpoint):
+    questions = [
+        "What is the heart pain disease a?",
+        "What is the x?",
+        "What is the skin rash disease b?",
+        "Why?",
+    ]
+    prompts = [checkpoint.prompt.render_question(q) for q in questions]
+    batched = list(checkpoint.generate(prompts, 40))
+    checkpoint.batch_size = 1
+    assert list(checkpoint.generate(prompts, 40)) == batched
+    assert any(answer.stopped for answer in batched)
+    assert all("<|" not in answer.text for answer in batched)

@@ -1,0 +1,300 @@
+"""The six real scripts on a 2-layer Phi model: files, hand-offs, LoRA targets, resume, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fail, succeed
+
+PHI_LAYERS = {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
+
+
+def record(path: Path) -> dict:
+    return json.loads((path / "stage.json").read_text())
+
+
+def logs(pipeline: Path) -> dict[str, str]:
+    return json.loads((pipeline / "logs.json").read_text())
+
+
+def test_every_step_leaves_what_it_promises(pipeline):
+    assert {p.name for p in (pipeline / "data" / "tiny").iterdir()} == {
+        "domain",
+        "instruction",
+        "preference",
+        "manifest.json",
+        "inputs.json",
+    } - {"inputs.json"}
+    for name in ("domain_checkpoint", "instruction_checkpoint", "final_checkpoint"):
+        found = {p.name for p in (pipeline / name).iterdir()}
+        assert {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "tokenizer.json",
+            "stage.json",
+            "curves.png",
+            "log_history.json",
+        } <= found
+        assert not [f for f in found if f.endswith((".bin", ".pt", ".pth", ".pkl"))], "pickles"
+        assert (pipeline / name / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (pipeline / "liteguard_tiny.task").stat().st_size > 100_000
+    hidden = [p.name for p in pipeline.iterdir() if p.name.startswith(".")]
+    assert not hidden, f"left behind: {hidden}"
+
+
+def test_lora_hits_every_attention_and_ffn_layer(pipeline):
+    from safetensors import safe_open
+
+    with safe_open(pipeline / "domain_checkpoint" / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        changed = [n for n in names if "lora_B" in n and file.get_tensor(n).abs().max() > 0]
+    for layer in range(2):
+        hit = {n.split(".")[-3] for n in names if f".layers.{layer}." in n}
+        assert hit == PHI_LAYERS
+    assert len(changed) == 2 * len(PHI_LAYERS), "some layers were never trained"
+
+
+def test_the_same_adapter_is_carried_through(pipeline):
+    import torch
+    from safetensors.torch import load_file
+
+    stages = ["domain_checkpoint", "instruction_checkpoint", "final_checkpoint"]
+    tensors = [load_file(pipeline / s / "adapter_model.safetensors") for s in stages]
+    for before, after in zip(tensors, tensors[1:], strict=False):
+        assert before.keys() == after.keys()
+        moved = [k for k in before if not torch.equal(before[k], after[k])]
+        assert len(moved) == len(before), "a stage did not train every matrix"
+        # Carried on, not started again: far closer than two random adapters would be.
+        a = torch.cat([t.flatten() for k, t in before.items() if "lora_A" in k])
+        b = torch.cat([t.flatten() for k, t in after.items() if "lora_A" in k])
+        assert torch.cosine_similarity(a, b, dim=0) > 0.9
+    final = record(pipeline / "final_checkpoint")
+    assert final["parent"] == "instruction_checkpoint"
+    parent = record(pipeline / "instruction_checkpoint")["files"]["adapter_model.safetensors"]
+    assert final["parent_adapter_sha256"] == parent
+
+
+def test_dpo_starts_at_ln2_with_zero_margins(pipeline):
+    first = next(
+        e
+        for e in json.loads((pipeline / "final_checkpoint/log_history.json").read_text())
+        if "loss" in e
+    )
+    # 4-bit products are computed by other kernels with and without gradients: 5e-3 covers that.
+    assert first["loss"] == pytest.approx(math.log(2), abs=5e-3)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-2)
+    assert "frozen copy of instruction_checkpoint" in logs(pipeline)["safety"]
+
+
+def test_stage_json_says_what_was_done(pipeline):
+    for name, stage in (("domain_checkpoint", "domain"), ("final_checkpoint", "safety")):
+        found = record(pipeline / name)
+        assert found["stage"] == stage
+        assert found["base_identity"].startswith("sha256:")
+        assert found["config"]["domain"]["lora_rank"] == 8
+        assert found["metrics"]["steps"] == 6
+        assert found["wall_s"] > 0 and found["peak_rss_gb"] > 0
+        assert {"torch", "trl", "peft"} <= found["versions"].keys()
+
+
+def test_progress_shows_loss_and_speed_and_wandb_got_the_keys(pipeline):
+    assert "train_loss" in logs(pipeline)["domain"]
+    assert "tokens_per_second" in logs(pipeline)["domain"]
+    runs = list(pipeline.glob("wandb/offline-run-*/*.wandb"))
+    assert len(runs) == 1
+    content = runs[0].read_bytes()
+    for key in (b"train_loss", b"learning_rate", b"gpu_memory", b"tokens_per_second"):
+        assert key in content, key
+
+
+def test_bundle_and_checkpoint_agree(pipeline):
+    final = json.loads((pipeline / "evaluation/final.json").read_text())
+    bundle = json.loads((pipeline / "evaluation/bundle.json").read_text())
+    assert bundle["n"] == final["n"]
+    assert bundle["perplexity"] == pytest.approx(final["perplexity"], rel=0.03)
+    same = sum(
+        a["answer"] == b["answer"] for a, b in zip(final["answers"], bundle["answers"], strict=True)
+    )
+    assert same >= len(final["answers"]) // 2, "int8 and 16-bit answers differ in most cases"
+    assert sum(a["stopped"] for a in bundle["answers"]) >= len(bundle["answers"]) // 2
+
+
+def test_running_again_reuses_everything(pipeline, tiny_config):
+    before = (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns
+    assert "reused" in succeed(ROOT / "prepare_datasets.py", "--config", tiny_config, cwd=pipeline)
+    assert "reused" in succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=pipeline)
+    assert "reused" in succeed(
+        ROOT / "compress_model.py", "--input", "final_checkpoint", cwd=pipeline
+    )
+    assert (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns == before
+
+
+def test_killed_training_resumes(pipeline, tiny_config, tmp_path):
+    shutil.copytree(pipeline / "data", tmp_path / "data")
+    command = [
+        str(ROOT / "train_domain.py"),
+        "--config",
+        str(tiny_config),
+        "--set",
+        "domain.max_steps=60",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    marker = tmp_path / ".domain_checkpoint.partial/trainer/checkpoint-6/trainer_state.json"
+    deadline = time.time() + 300
+    while not marker.exists():
+        assert process.poll() is None and time.time() < deadline, "no checkpoint to kill after"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "domain_checkpoint").exists()
+    # The next stage says what to do instead of using half a checkpoint.
+    message = fail(
+        2, ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", cwd=tmp_path
+    )
+    assert "not finished" in message
+    # Other inputs cannot be mixed into interrupted work.
+    message = fail(2, *command, "--set", "domain.learning_rate=5e-4", cwd=tmp_path)
+    assert "domain.learning_rate" in message and "--overwrite" in message
+    output = succeed(*command, cwd=tmp_path)
+    assert "resuming from checkpoint-" in output
+    assert record(tmp_path / "domain_checkpoint")["metrics"]["steps"] == 60
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "given", "needs"),
+    [
+        ("train_instruction.py", "--checkpoint", "instruction_checkpoint", "domain"),
+        ("train_safety.py", "--checkpoint", "domain_checkpoint", "instruction"),
+        ("compress_model.py", "--input", "instruction_checkpoint", "safety"),
+    ],
+)
+def test_wrong_order_of_stages(pipeline, script, flag, given, needs):
+    message = fail(2, ROOT / script, flag, given, "--output", "never.task", cwd=pipeline)
+    assert f"'{needs}' checkpoint is needed" in message and "python train_" in message
+    assert not (pipeline / "never.task").exists()
+
+
+def test_missing_and_damaged_checkpoints(pipeline, tmp_path):
+    message = fail(2, ROOT / "train_safety.py", "--checkpoint", "nowhere", cwd=tmp_path)
+    assert "no checkpoint directory nowhere" in message and "train_instruction.py" in message
+    half = tmp_path / "half"
+    shutil.copytree(pipeline / "instruction_checkpoint", half)
+    (half / "stage.json").unlink()
+    assert "no stage.json" in fail(2, ROOT / "train_safety.py", "--checkpoint", half, cwd=tmp_path)
+    shutil.rmtree(half)
+    shutil.copytree(pipeline / "instruction_checkpoint", half)
+    weights = half / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "sha256 differs" in fail(2, ROOT / "train_safety.py", "--checkpoint", half, cwd=tmp_path)
+    weights.unlink()
+    assert "is missing" in fail(2, ROOT / "train_safety.py", "--checkpoint", half, cwd=tmp_path)
+
+
+def test_another_prompt_or_base_is_refused(pipeline, tmp_path, tiny_phi):
+    message = fail(
+        2,
+        ROOT / "train_instruction.py",
+        "--checkpoint",
+        "domain_checkpoint",
+        "--output",
+        tmp_path / "x",
+        "--set",
+        "prompt.user_prefix=Question: ",
+        cwd=pipeline,
+    )
+    assert "another prompt" in message and "user_prefix" in message
+    other = tmp_path / "other_base"
+    shutil.copytree(tiny_phi, other)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.bias"] = weights["lm_head.bias"] + 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    message = fail(
+        2,
+        ROOT / "train_instruction.py",
+        "--checkpoint",
+        "domain_checkpoint",
+        "--output",
+        tmp_path / "x",
+        "--set",
+        f"model.path={other}",
+        cwd=pipeline,
+    )
+    assert "another base model" in message
+
+
+def test_changed_or_empty_data_is_refused(pipeline, tiny_config, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pipeline / "data/tiny", data)
+    (data / "domain/train.jsonl").write_text("")
+    message = fail(
+        2, ROOT / "train_domain.py", "--config", tiny_config, "--data", data, cwd=tmp_path
+    )
+    assert "changed after it was prepared" in message and "prepare_datasets.py" in message
+    message = fail(
+        2,
+        ROOT / "train_domain.py",
+        "--config",
+        tiny_config,
+        "--data",
+        tmp_path / "none",
+        cwd=tmp_path,
+    )
+    assert "No prepared data" in message
+
+
+def test_full_disk_leaves_nothing_under_the_final_name(pipeline, tiny_config, tmp_path):
+    """Every write past 40 KB fails, as on a full disk (the errno differs, the path does not)."""
+    shutil.copytree(pipeline / "data", tmp_path / "data")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    message = fail(
+        1, ROOT / "train_domain.py", "--config", tiny_config, cwd=tmp_path, preexec_fn=limit
+    )
+    assert "cannot write" in message and "run the same command again" in message
+    assert not (tmp_path / "domain_checkpoint").exists()
+    message = fail(
+        1,
+        ROOT / "prepare_datasets.py",
+        "--config",
+        tiny_config,
+        "--output",
+        tmp_path / "d2",
+        cwd=tmp_path,
+        preexec_fn=limit,
+    )
+    assert "cannot write" in message and not (tmp_path / "d2").exists()
+    message = fail(
+        1,
+        ROOT / "compress_model.py",
+        "--input",
+        pipeline / "final_checkpoint",
+        "--output",
+        tmp_path / "x.task",
+        cwd=pipeline,
+        preexec_fn=limit,
+    )
+    assert not (tmp_path / "x.task").exists()
+    # With room again the same command finishes.
+    succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=tmp_path)
+    assert (tmp_path / "domain_checkpoint/stage.json").exists()
+    assert os.listdir(tmp_path / "domain_checkpoint")

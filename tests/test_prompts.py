@@ -1,0 +1,98 @@
+"""The prompt object: one text in training, in the chat template and in the loss mask."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT
+
+from liteguard import models, training
+from liteguard.config import build, read_yaml
+
+YAMLS = ["phi-2.yaml", "smollm2-135m.yaml"]
+
+
+def config(name, **over):
+    return build([(name, read_yaml(ROOT / "configs" / name)), ("test", over)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_phi):
+    return models.load_tokenizer(str(tiny_phi), config("phi-2.yaml").prompt, 640)
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_chat_template_renders_what_training_sees(name):
+    from jinja2 import Environment
+
+    prompt = config(name).prompt
+    template = Environment().from_string(prompt.chat_template())
+    turns = [("What is asthma?", "A disease of the airways."), ("Is it serious?", None)]
+    messages = [
+        {"role": "user", "content": "What is asthma?"},
+        {"role": "assistant", "content": "A disease of the airways."},
+        {"role": "user", "content": "Is it serious?"},
+    ]
+    assert template.render(
+        messages=messages, add_generation_prompt=True
+    ) == prompt.render_conversation(turns)
+    one = template.render(messages=messages[:1], add_generation_prompt=True)
+    assert one == prompt.render_question("What is asthma?")
+
+
+def test_mask_token_by_token(tokenizer):
+    c = config("phi-2.yaml")
+    row = training.tokenize_pair(tokenizer, c, "What is the heart?", "It is an organ.", 64)
+    supervised = [
+        i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100
+    ]
+    hidden = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+    assert tokenizer.decode(supervised) == "It is an organ.<|endoftext|>"
+    assert tokenizer.decode(hidden) == "Instruct: What is the heart?\nOutput:\n"
+    assert all(label in (-100, i) for i, label in zip(row["input_ids"], row["labels"], strict=True))
+
+
+def test_truncation_cuts_the_question_never_the_end_token(tokenizer):
+    c = config("phi-2.yaml")
+    row = training.tokenize_pair(tokenizer, c, "word " * 200, "It is an organ.", 30)
+    assert len(row["input_ids"]) == 30
+    assert row["labels"][-1] == tokenizer.eos_token_id == row["input_ids"][-1]
+    assert training.tokenize_pair(tokenizer, c, "short", "word " * 200, 30) is None
+
+
+def test_pad_takes_a_spare_row_and_is_not_eos(tokenizer):
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) <= 640
+    assert tokenizer("a")["input_ids"] == models.encode(tokenizer, "a"), "a BOS was added"
+
+
+def test_no_spare_row_is_an_error(tiny_phi):
+    from transformers import AutoTokenizer
+
+    from liteguard.errors import UserError
+
+    rows = len(AutoTokenizer.from_pretrained(tiny_phi))
+    with pytest.raises(UserError, match="no spare row"):
+        models.load_tokenizer(str(tiny_phi), config("phi-2.yaml").prompt, rows)
+
+
+def test_packed_documents_are_ended_and_fully_supervised(tokenizer):
+    c = config("phi-2.yaml", domain={"max_length": 16})
+    rows = [{"text": f"The heart affects the lung and brings pain {n}."} for n in range(20)]
+    blocks = training.tokenize_documents(tokenizer, rows, c)
+    stream = [i for b in blocks for i in b["input_ids"]]
+    assert all(len(b["input_ids"]) == 16 and b["labels"] == b["input_ids"] for b in blocks)
+    assert stream.count(tokenizer.eos_token_id) >= 15
+
+
+def test_padding_in_a_batch_is_masked_and_the_end_is_not(tokenizer):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    c = config("phi-2.yaml")
+    rows = [
+        training.tokenize_pair(tokenizer, c, "a", answer, 64) for answer in ("b", "b b b b b b")
+    ]
+    batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(rows)
+    for ids, labels, source in zip(batch["input_ids"], batch["labels"], rows, strict=True):
+        length = len(source["input_ids"])
+        assert labels[length:].eq(-100).all() and ids[length:].eq(tokenizer.pad_token_id).all()
+        assert labels[length - 1] == tokenizer.eos_token_id

@@ -1,0 +1,83 @@
+"""Stage 1, domain adaptation: QLoRA on plain medical text.
+
+    python train_domain.py --model_type smollm2
+    python train_domain.py --model microsoft/phi-2 --rank 32
+    python train_domain.py --model_type phi2 --set domain.batch_size=1 --dry_run
+
+Reads data/<model_type>/domain, trains a LoRA adapter on every attention and FFN layer of the base
+model held in NF4, and writes domain_checkpoint/ (adapter, tokenizer, curves.png, stage.json).
+The same command resumes interrupted work and reuses a finished result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from liteguard import checkpoints, cli, datasets, training
+
+
+def parse_args():
+    parser = cli.parser(__doc__)
+    cli.add_model_flags(parser)
+    parser.add_argument("--rank", type=int, metavar="R", help="LoRA rank (domain.lora_rank)")
+    parser.add_argument("--data", metavar="DIR", help="default: data/<model_type>")
+    parser.add_argument("--output", metavar="DIR", default="domain_checkpoint")
+    return parser.parse_args()
+
+
+def main() -> None:
+    # 1. Configuration
+    args = parse_args()
+    config = cli.resolve_config(args, {"domain.lora_rank": args.rank})
+    cli.print_config(config, "model", "domain")
+
+    # 2. Inputs
+    stage = training.plan(
+        "domain",
+        config,
+        output=Path(args.output),
+        data_dir=Path(args.data or f"data/{config.model_type}"),
+    )
+    tokenizer = training.load_tokenizer(stage)
+    rows = datasets.load_split(stage.data_dir, "domain", "train")
+    held_out = datasets.load_split(stage.data_dir, "domain", "validation")
+    train_set = training.tokenize_documents(tokenizer, rows, config)
+    eval_set = training.tokenize_documents(tokenizer, held_out, config)
+    eval_set = eval_set[: config.domain.max_eval_rows]
+    training.describe(stage, len(train_set), tokenizer.decode(train_set[0]["input_ids"]))
+    training.check_disk(stage.output, 1.0)
+    if args.dry_run:
+        training.load_model(stage)
+        print("dry run: nothing written")
+        return
+    stage.work = checkpoints.open_work(stage.output, stage.inputs, args.overwrite)
+    if stage.work is None:
+        print(f"{stage.output} is finished and was made from the same inputs: reused")
+        return
+
+    # 3. Work
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        model=training.load_model(stage),
+        args=SFTConfig(
+            **training.trainer_arguments(stage),
+            # Sequences arrive tokenized and packed, with their labels.
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(train_set[: training.needed_rows(config.domain)]),
+        eval_dataset=Dataset.from_list(eval_set),
+        processing_class=tokenizer,
+        callbacks=training.callbacks(stage),
+    )
+    metrics = training.train(stage, trainer)
+
+    # 4. Results
+    counts = {"train": len(train_set), "validation": len(eval_set)}
+    training.finish(stage, trainer, tokenizer, metrics, counts)
+    print(f"wrote {stage.output}\nnext: python train_instruction.py --checkpoint {stage.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
