@@ -105,9 +105,8 @@ def main() -> None:
     # 4. Results
     from liteguard.report import metrics_table
 
-    print(
-        f"\n{metrics_table(results)}\n\nwrote {', '.join(str(output / f'{x}.json') for x in results)}"
-    )
+    written = ", ".join(str(output / f"{label}.json") for label in results)
+    print(f"\n{metrics_table(results)}\n\nwrote {written}")
 
 
 def read_bundle_record(bundle: Path) -> dict:

@@ -83,8 +83,8 @@ def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> dic
     record_path = path / RECORD
     if not record_path.is_file():
         raise UserError(
-            f"{path} has no {RECORD}, so it is not a finished LiteGuard stage (half-copied, or made "
-            f"by another tool).{advice}"
+            f"{path} has no {RECORD}, so it is not a finished LiteGuard stage (half-copied, or "
+            f"made by another tool).{advice}"
         )
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))

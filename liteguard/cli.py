@@ -125,8 +125,8 @@ def run(main: Callable[[], None]) -> None:
         if not _is_write_failure(error):
             raise
         print(
-            f"\nerror: cannot write: {error}\nNothing was left under a final name. Free space or fix "
-            "the permissions, then run the same command again.",
+            f"\nerror: cannot write: {error}\nNothing was left under a final name. Free space or "
+            "fix the permissions, then run the same command again.",
             file=sys.stderr,
         )
         sys.exit(1)

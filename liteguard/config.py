@@ -6,6 +6,7 @@ name. `Config.sources` remembers where every value that is not a default came fr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 from collections.abc import Mapping
@@ -249,10 +250,8 @@ def parse_setting(setting: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"--set {name}: the value {text!r} cannot be read: {error}") from None
     if isinstance(value, str):
         # YAML 1.1 reads 2e-4 as text (it wants 2.0e-4); people write the former.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     nested: Any = value
     for key in reversed(name.split(".")):
         nested = {key: nested}

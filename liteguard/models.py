@@ -66,14 +66,13 @@ def load_tokenizer(directory: str, prompt: Prompt, embedding_rows: int) -> PreTr
         token = getattr(prompt, role)
         if token not in tokenizer.get_vocab():
             raise UserError(f"prompt.{role} = {token!r} is not a token of {directory}.")
-    if prompt.pad_token not in tokenizer.get_vocab():
-        if len(tokenizer) >= embedding_rows:
-            special = ", ".join(sorted(set(tokenizer.all_special_tokens)))
-            raise UserError(
-                f"prompt.pad_token = {prompt.pad_token!r} is not a token of {directory}, and its "
-                f"embedding has no spare row ({embedding_rows} rows, all used). "
-                f"Name an existing token that no text contains, e.g. one of: {special}"
-            )
+    if prompt.pad_token not in tokenizer.get_vocab() and len(tokenizer) >= embedding_rows:
+        special = ", ".join(sorted(set(tokenizer.all_special_tokens)))
+        raise UserError(
+            f"prompt.pad_token = {prompt.pad_token!r} is not a token of {directory}, and its "
+            f"embedding has no spare row ({embedding_rows} rows, all used). "
+            f"Name an existing token that no text contains, e.g. one of: {special}"
+        )
     tokenizer.add_special_tokens({"pad_token": prompt.pad_token, "eos_token": prompt.end_token})
     tokenizer.chat_template = prompt.chat_template()
     tokenizer.padding_side = "right"
@@ -180,9 +179,10 @@ def lora_targets(model: torch.nn.Module, requested: list[str] | str) -> dict[str
         return dict(available)
     missing = [name for name in requested if name not in available]
     if missing:
+        layers = ", ".join(f"{name} ({count})" for name, count in available.items())
         raise UserError(
             f"LoRA targets that match nothing in this model: {', '.join(missing)}.\n"
-            f"Its attention and FFN layers: {', '.join(f'{n} ({c})' for n, c in available.items())}.\n"
+            f"Its attention and FFN layers: {layers}.\n"
             "Set domain.lora_targets to some of these, or to 'all'."
         )
     return {name: available[name] for name in requested}

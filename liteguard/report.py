@@ -31,3 +31,17 @@ def steps_table(steps: list[dict[str, Any]]) -> str:
     lines = [f"{'step':22}{'wall s':>10}{'peak GB':>10}"]
     lines += [f"{s['name']:22}{s['wall_s']:>10.1f}{s['peak_rss_gb']:>10.2f}" for s in steps]
     return "\n".join(lines)
+
+
+def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
+    """`metrics_table` as a Markdown table, for the README."""
+    lines = [
+        "| | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for label, result in results.items():
+        cells = " | ".join(form.format(result[key]) for key, _, form in COLUMNS)
+        lines.append(f"| {label} | {cells} |")
+    counts = next(iter(results.values()))["n"]
+    lines.append("| n | " + " | ".join(str(counts[key]) for key, _, _ in COLUMNS) + " |")
+    return "\n".join(lines)

@@ -107,9 +107,8 @@ def load_tokenizer(stage: Stage) -> Any:
 def load_model(stage: Stage) -> Any:
     """The base in NF4 with the parent's adapter, or with a fresh one; only the adapter trains."""
     dtype, reason = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture)
-    print(
-        f"precision: {str(dtype).removeprefix('torch.')} ({reason}), base in {stage.config.model.quantization}"
-    )
+    storage = stage.config.model.quantization
+    print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base stored as {storage}")
     model = models.load_base(
         stage.config, stage.base_directory, stage.base_revision, dtype, quantize=True
     )
@@ -171,8 +170,8 @@ def tokenize_answers(tokenizer: Any, rows: list[dict], config: Config, part: str
     lost = len(rows) - len(kept)
     if lost > 0.01 * len(rows):
         raise UserError(
-            f"{lost} of {len(rows)} {part} rows have an answer longer than instruction.max_length = "
-            f"{length} tokens. Raise it or shorten the answers."
+            f"{lost} of {len(rows)} {part} rows have an answer longer than instruction.max_length "
+            f"= {length} tokens. Raise it or shorten the answers."
         )
     if lost:
         print(f"{part}: {lost} of {len(rows)} rows dropped (answer longer than {length} tokens)")
@@ -391,7 +390,7 @@ def _gpu_memory_gb() -> float:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest complete trainer checkpoint; trainer_state.json is what the trainer writes last."""
+    """The newest complete trainer checkpoint: trainer_state.json is what is written last."""
     found = []
     for path in (work / "trainer").glob("checkpoint-*"):
         try:

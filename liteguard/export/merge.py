@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Logit offset of a silenced token; exact in both 16-bit types, far below any trained logit.
 SILENT_BIAS = -10000.0
+SILENT_SCALE = 0.01
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> dict[str, int]:
@@ -204,20 +205,22 @@ def _merge(model: PreTrainedModel, adapter_dir: Path) -> tuple[PreTrainedModel, 
 
 
 def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
-    """Make a saved model unable to write the tokens `ids`, in place.
+    """Make a saved model unable to write the tokens `ids`, in place and in its own type.
 
     For tokens that the device's tokenizer cannot show (`TokenizerReport.silenced`): none of them
     is ever in a prompt, so only the output changes. An output layer with a bias gets a very
-    negative one. Without a bias, the tokens' rows are turned against the mean final hidden state
-    (measured on a few sentences), which makes their logits negative; with tied weights this
-    overwrites their input embeddings too, so the result is for export only.
+    negative one. Without a bias, the tokens' rows are made a hundred times smaller, so that their
+    logits stay near zero, below the winner's; with tied weights this changes their input
+    embeddings too, so the result is for export only. (Rows turned against the mean hidden state
+    look stronger and are not: SmolLM2's states change sign after some words, and all silenced
+    tokens win at once.) The second way is for greedy decoding: a sampler can still draw them.
 
     Returns:
         ``silenced`` (count), ``method`` ("bias", "rows" or "none"), and for "rows"
-        ``highest_logit`` (of a silenced token over the sentences; the winners' are positive).
+        ``smallest_margin`` (winner's logit less the highest silenced one, over a few sentences).
 
     Raises:
-        WorkError: the rows cannot be made negative for every state (nothing is saved).
+        WorkError: a silenced token would still win somewhere in these sentences (nothing saved).
     """
     import torch
     import transformers
@@ -226,9 +229,8 @@ def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
     if not ids:
         return {"silenced": 0, "method": "none"}
     declared = json.loads((model_dir / "config.json").read_text()).get("dtype")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=getattr(torch, declared or "float32")
-    )
+    dtype = getattr(torch, declared or "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype)
     head = model.get_output_embeddings()
     chosen = torch.tensor(sorted(ids))
     result: dict[str, Any] = {"silenced": len(chosen)}
@@ -237,25 +239,22 @@ def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
             head.bias[chosen] = SILENT_BIAS
             result["method"] = "bias"
         else:
-            states = _final_states(model, model_dir)
-            mean = states.mean(0)
-            direction = mean / mean.norm()
-            scale = head.weight.float().norm(dim=1).max()
-            head.weight[chosen] = (-scale * direction).to(head.weight.dtype)
-            logits = states @ (-scale * direction)
-            result |= {"method": "rows", "highest_logit": logits.max().item()}
-            if logits.max().item() >= 0:
+            # Small and not zero: the quantiser divides by the largest weight of a row.
+            head.weight[chosen] = head.weight[chosen] * SILENT_SCALE
+            margin = _smallest_margin(model, model_dir, chosen)
+            model.to(dtype)
+            result |= {"method": "rows", "smallest_margin": margin}
+            if margin <= 0:
                 raise WorkError(
-                    "tokens that the device cannot show could not be silenced: the final hidden "
-                    "states of this model have no common direction"
+                    f"tokens that the device cannot show could not be silenced in {model_dir}: "
+                    f"one of them wins by {-margin:.1f} in a test sentence"
                 )
     model.save_pretrained(model_dir, safe_serialization=True)
     return result
 
 
-def _final_states(model: PreTrainedModel, model_dir: Path) -> torch.Tensor:
-    """Final hidden states (positions, width) in float32 over a few sentences."""
-    import torch
+def _smallest_margin(model: PreTrainedModel, model_dir: Path, chosen: torch.Tensor) -> float:
+    """Least of (winner's logit - highest logit of `chosen`) over a few sentences, in float32."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_dir))
@@ -264,13 +263,14 @@ def _final_states(model: PreTrainedModel, model_dir: Path) -> torch.Tensor:
         "Instruct: What is asthma?\nOutput: Asthma is a disease of the airways in the lungs.",
         "1. Take 500 mg twice a day.\n2. Do not exceed 4 g in 24 hours (\u2265 60 kg).\n",
         "I cannot help with that. If you are in danger, call your local emergency number now.",
-        "def add(a, b):\n    return a + b\n",
+        "There are guidelines to follow. In pregnancy, the American College recommends rest.",
     ]
-    states = []
-    # 16-bit matrix products are slow or missing on CPUs; this is a handful of tokens.
-    model.float()
+    model.float()  # 16-bit matrix products are slow or missing on CPUs; these are few tokens
+    smallest = math.inf
     for sentence in sentences:
-        batch = tokenizer(sentence, return_tensors="pt", add_special_tokens=False)
-        hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state
-        states.append(hidden[0])
-    return torch.cat(states)
+        ids = tokenizer.encode(sentence, add_special_tokens=False, return_tensors="pt")
+        logits = model(input_ids=ids).logits[0]
+        silenced = logits[:, chosen].max(1).values
+        logits[:, chosen] = -math.inf
+        smallest = min(smallest, (logits.max(1).values - silenced).min().item())
+    return smallest

@@ -1,0 +1,60 @@
+"""Every command of the README is run or dry-run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, fail, run_script
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for b in BLOCKS for line in b.splitlines() if line.strip()]
+SCRIPTS = [c for c in COMMANDS if c.startswith("python ")]
+
+
+def test_every_command_is_of_a_known_kind():
+    assert len(SCRIPTS) >= 10
+    for command in set(COMMANDS) - set(SCRIPTS):
+        assert command.startswith(("make demo", "make test", "python3 -m venv")), command
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in SCRIPTS if "_checkpoint" not in c and ".task" not in c]
+)
+def test_commands_from_a_base_model(command, tmp_path):
+    words = shlex.split(command)[1:]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    extra = [] if "--dry_run" in words else ["--dry_run"]
+    if "phi" in command:
+        message = fail(2, ROOT / words[0], *words[1:], cwd=tmp_path, env=environment)
+        assert (
+            "Could not reach" in message
+            or "not a model directory" in message
+            or "does not exist" in message
+        )
+        return
+    if words[0] == "train_domain.py":
+        pytest.skip("the smollm2 dry run needs prepared data; test_demo_plan covers it")
+    result = run_script(ROOT / words[0], *words[1:], *extra, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in SCRIPTS if "_checkpoint" in c or ".task" in c])
+def test_commands_on_finished_stages(command, pipeline):
+    words = shlex.split(command.replace("liteguard_phi2.task", "liteguard_tiny.task"))[1:]
+    result = run_script(ROOT / words[0], *words[1:], "--dry_run", cwd=pipeline)
+    assert result.returncode == 0, result.stderr
+    assert "dry run" in result.stdout
+
+
+def test_the_demo_table_is_the_committed_reports(tmp_path):
+    """The README's table is rendered from benchmarks/demo_report.json, never typed."""
+    import json
+
+    from liteguard.report import metrics_markdown
+
+    report = json.loads((ROOT / "benchmarks/demo_report.json").read_text())
+    assert metrics_markdown(report["stages"]) in README
