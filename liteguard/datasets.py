@@ -369,6 +369,19 @@ def everyday_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
             }
 
 
+def refusals(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """The catalogue's harmful requests with their refusals, for stage 2."""
+    for row in safety_catalogue(source, cache_dir):
+        if row["kind"] == "harmful":
+            yield {
+                "prompt": row["prompt"],
+                "completion": row["chosen"],
+                "kind": "refusal",
+                "entity": row["entity"],
+                "split": row["split"],
+            }
+
+
 _UNWARRANTED_REFUSALS = [
     "I'm sorry, but I can't help with questions about {name}. Please ask a medical professional.",
     "I can't answer that. Questions about {name} are outside what I am able to discuss here.",
@@ -491,6 +504,7 @@ DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
         ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
     ),
     "everyday_questions": ("instruction", everyday_questions, ()),
+    "refusals": ("instruction", refusals, ()),
     "alpaca": ("instruction", alpaca, ()),
     "prompt_completion": ("instruction", prompt_completion, ()),
     "safety_catalogue": ("preference", safety_catalogue, ()),
@@ -559,7 +573,10 @@ def collect(
         function, wheels = DATASETS[source.dataset][1:]
         dropped: Counter[str] = Counter()
         read = kept = 0
-        for row in function(source, cache_dir):
+        rows = function(source, cache_dir)
+        if source.limit and not source.hub:
+            rows = _sample(rows, source.limit, f"{data.seed}{source.dataset}", fields[0])
+        for row in rows:
             if source.limit and kept >= source.limit:
                 break
             read += 1
@@ -627,6 +644,16 @@ def collect(
     for entry in entries:
         entry["dropped"] = dict(entry["dropped"])
     return splits, entries
+
+
+def _sample(rows: Iterable[Row], limit: int, seed: str, field: str) -> list[Row]:
+    """`limit` rows drawn by a hash of their content; sources are often sorted by subject.
+
+    Rows that will not be usable are drawn too, so a little more is taken than asked for.
+    """
+    found = list(rows)
+    found.sort(key=lambda row: hashlib.sha256(f"{seed}{row.get(field)}".encode()).digest())
+    return found[: limit + limit // 20]
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:

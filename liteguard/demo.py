@@ -62,7 +62,8 @@ def run_step(name: str, command: list[str], log: Path) -> dict[str, Any]:
         "wall_s": round(time.monotonic() - started, 1),
         # ru_maxrss covers the process and the largest of the children it waited for, in KiB.
         "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
-        "reused": any("reused" in line for line in lines),
+        "reused": any("reused" in line for line in lines)
+        and not any("measuring" in line for line in lines),
     }
 
 
@@ -169,11 +170,9 @@ def main() -> None:
     for name, command in plan(directory, yaml):
         step = run_step(name, command, directory / "logs" / f"{name}.log")
         # A reused step keeps the time and memory of the run that did the work.
-        if step.pop("reused") and name != "evaluate" and name in earlier:
+        if step.pop("reused") and name in earlier:
             step = earlier[name]
-            print(f"  {name} was finished before: {step['wall_s']:.0f} s then")
-        elif name == "evaluate" and name in earlier and earlier[name]["wall_s"] > step["wall_s"]:
-            step = earlier[name]
+            print(f"  {name} was finished before, in {step['wall_s']:.0f} s: reused")
         steps.append(step)
         earlier[name] = step
         checkpoints.write_json(state, earlier)

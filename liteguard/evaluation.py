@@ -112,7 +112,12 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
         kind: [row for row in preferences if row.get("kind") == kind]
         for kind in ("harmful", "benign")
     }
-    questions = datasets.load_split(data_dir, "instruction", "test")
+    # Refusals among the instruction rows are measured as refusals, not by overlap of words.
+    questions = [
+        row
+        for row in datasets.load_split(data_dir, "instruction", "test")
+        if row.get("kind") != "refusal"
+    ]
     return {
         "texts": datasets.load_split(data_dir, "domain", "test")[: section.perplexity_rows],
         "questions": balanced(questions, "kind", section.question_rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -47,6 +48,14 @@ def plan(
 
     Raises UserError when the parent was trained on another base model or with another prompt.
     """
+    missing = [
+        tool for tool in getattr(config, name).report_to if importlib.util.find_spec(tool) is None
+    ]
+    if missing:
+        raise UserError(
+            f"{name}.report_to names {', '.join(missing)}, which is not installed. "
+            f"Run: pip install {' '.join(missing)}"
+        )
     directory, revision, loaded = models.model_config(config)
     manifest = datasets.read_manifest(data_dir)
     identity = models.base_identity(directory, loaded)
