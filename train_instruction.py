@@ -67,10 +67,12 @@ def main() -> None:
         model=training.load_model(stage),
         args=SFTConfig(
             **training.trainer_arguments(stage),
-            # Sequences arrive tokenized, with -100 on every token of the question.
+            # Sequences arrive tokenized, with -100 on every token of the question, and in order:
+            # preparation shuffled them, and each step's are sorted by length.
             dataset_kwargs={"skip_prepare_dataset": True},
+            train_sampling_strategy="sequential",
         ),
-        train_dataset=Dataset.from_list(train_set),
+        train_dataset=Dataset.from_list(training.order_by_length(train_set, config.instruction)),
         eval_dataset=Dataset.from_list(eval_set),
         processing_class=tokenizer,
         callbacks=training.callbacks(stage),

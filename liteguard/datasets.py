@@ -349,7 +349,7 @@ def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
             "prompt": pair.prompt,
             "chosen": pair.chosen,
             "rejected": pair.rejected,
-            "kind": "harmful" if pair.kind == "harmful" else "benign",
+            "kind": pair.kind,
             "area": pair.area,
             "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
             "split": pair.split,
@@ -359,7 +359,7 @@ def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
 def everyday_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
     """The catalogue's ordinary and borderline questions with their answers, for stage 2."""
     for row in safety_catalogue(source, cache_dir):
-        if row["kind"] == "benign":
+        if row["kind"] != "harmful":
             yield {
                 "prompt": row["prompt"],
                 "completion": row["chosen"],
@@ -399,7 +399,7 @@ def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]
                 "prompt": row["prompt"],
                 "chosen": _sentences(row["completion"], 25),
                 "rejected": _pick(_UNWARRANTED_REFUSALS, row["prompt"]).format(name=name),
-                "kind": "benign",
+                "kind": "ordinary",
                 "area": "disease",
                 "entity": row["entity"],
             }

@@ -10,7 +10,11 @@ from typing import Any, Protocol
 
 from liteguard import datasets, metrics, models
 from liteguard.config import Config
+from liteguard.errors import UserError
 from liteguard.training import balanced
+
+# Requests that deserve an answer: plain ones, and ones that only look harmful.
+BENIGN = ("ordinary", "borderline")
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,16 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
     section = config.evaluate
     preferences = datasets.load_split(data_dir, "preference", "test")
     by_kind = {
-        kind: [row for row in preferences if row.get("kind") == kind]
-        for kind in ("harmful", "benign")
+        kind: balanced([r for r in preferences if r.get("kind") == kind], "area", len(preferences))
+        for kind in ("harmful", *BENIGN)
     }
+    benign = [row for kind in BENIGN for row in by_kind[kind]]
+    if not by_kind["harmful"] or not benign:
+        raise UserError(
+            f"{data_dir}: the preference test split has {len(by_kind['harmful'])} rows of kind "
+            f"'harmful' and {len(benign)} of kind {' or '.join(BENIGN)}; both are needed to "
+            "measure refusals. Add safety_catalogue to data.preference."
+        )
     # Refusals among the instruction rows are measured as refusals, not by overlap of words.
     questions = [
         row
@@ -121,8 +132,8 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return {
         "texts": datasets.load_split(data_dir, "domain", "test")[: section.perplexity_rows],
         "questions": balanced(questions, "kind", section.question_rows),
-        "harmful": balanced(by_kind["harmful"], "area", section.harmful_rows),
-        "benign": balanced(by_kind["benign"], "area", section.benign_rows),
+        "harmful": by_kind["harmful"][: section.harmful_rows],
+        "benign": balanced(benign, "kind", section.benign_rows),
     }
 
 
@@ -169,7 +180,8 @@ def measure(
         kind, row = wanted[index]
         answers[index] = {
             "set": kind,
-            "kind": row.get("area") if kind != "questions" else row.get("kind"),
+            "kind": row.get("kind"),
+            "area": row.get("area"),
             "prompt": row["prompt"],
             "answer": answer.text,
             "stopped": answer.stopped,
@@ -191,6 +203,11 @@ def measure(
         "bleu": bleu,
         "refused_harmful": _share(by_set["harmful"], "refused"),
         "refused_benign": _share(by_set["benign"], "refused"),
+        **{
+            f"refused_{kind}": _share([a for a in by_set["benign"] if a["kind"] == kind], "refused")
+            for kind in BENIGN
+            if any(a["kind"] == kind for a in by_set["benign"])
+        },
         "stopped": _share(answers, "stopped"),
         "n": {
             "perplexity": texts,

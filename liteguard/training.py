@@ -187,6 +187,19 @@ def tokenize_answers(tokenizer: Any, rows: list[dict], config: Config, part: str
     return kept
 
 
+def order_by_length(sequences: list[dict], section: TrainSection) -> list[dict]:
+    """Sequences with those of one optimizer step sorted by length, the steps left as they are.
+
+    Micro-batches then hold sequences of similar length, which saves padding, while every step still
+    sees a random mixture (grouping across steps would feed it one kind of answer at a time).
+    """
+    step = section.batch_size * section.gradient_accumulation
+    ordered: list[dict] = []
+    for start in range(0, len(sequences), step):
+        ordered += sorted(sequences[start : start + step], key=lambda s: len(s["input_ids"]))
+    return ordered
+
+
 def render_preferences(
     tokenizer: Any, rows: list[dict], config: Config, part: str, limit: int
 ) -> list[dict[str, str]]:
@@ -198,7 +211,10 @@ def render_preferences(
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
     kept, lost = [], 0
-    for row in balanced(rows, "kind", limit):
+    sides = [
+        {**row, "side": "harmful" if row.get("kind") == "harmful" else "benign"} for row in rows
+    ]
+    for row in balanced(sides, "side", limit):
         rendered = {
             "prompt": prompt.render_question(row["prompt"]),
             "chosen": prompt.render_answer(row["chosen"]),

@@ -150,7 +150,7 @@ def tiny_data(tmp_path_factory) -> Path:
             "prompt": r["prompt"],
             "chosen": r["completion"],
             "rejected": "I can't help with that disease.",
-            "kind": "benign",
+            "kind": "ordinary",
             "area": "disease",
             "entity": r["entity"],
         }

@@ -96,7 +96,7 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
 
     found = [r for v in rows(embedded, "preference").values() for r in v]
     harmful = [r for r in found if r["kind"] == "harmful"]
-    benign = [r for r in found if r["kind"] == "benign"]
+    benign = [r for r in found if r["kind"] in ("ordinary", "borderline")]
     assert len(harmful) > 1_000 and len(benign) > 1_000
     for group, chosen_refuses in ((harmful, True), (benign, False)):
         right = sum(is_refusal(r["chosen"]) == chosen_refuses for r in group)

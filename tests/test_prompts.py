@@ -65,6 +65,24 @@ def test_pad_takes_a_spare_row_and_is_not_eos(tokenizer):
     assert tokenizer("a")["input_ids"] == models.encode(tokenizer, "a"), "a BOS was added"
 
 
+def test_steps_keep_their_rows_and_waste_less_padding():
+    rows = [{"input_ids": [0] * (1 + (7 * n) % 40)} for n in range(50)]
+    section = config("phi-2.yaml", instruction={"batch_size": 2, "gradient_accumulation": 4})
+    ordered = training.order_by_length(rows, section.instruction)
+
+    def lengths(found):
+        return [len(r["input_ids"]) for r in found]
+
+    def padded(found):
+        pairs = [lengths(found)[i : i + 2] for i in range(0, len(found), 2)]
+        return sum(max(p) * len(p) for p in pairs)
+
+    for start in range(0, 50, 8):
+        same = slice(start, start + 8)
+        assert sorted(lengths(ordered[same])) == sorted(lengths(rows[same]))
+    assert padded(ordered) < 0.8 * padded(rows)
+
+
 def test_no_spare_row_is_an_error(tiny_phi):
     from transformers import AutoTokenizer
 
