@@ -141,4 +141,7 @@ def _is_write_failure(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in codes:
         return True
     text = str(error)
-    return any(f"os error {code})" in text for code in codes) or "PytorchStreamWriter" in text
+    if any(f"os error {code})" in text for code in codes):
+        return True
+    # torch.save says "iostream error" or "PytorchStreamWriter failed" and hides the system's error.
+    return "PytorchStreamWriter" in text or "iostream error" in text

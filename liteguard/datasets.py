@@ -62,6 +62,11 @@ def _pick(options: list[str], *key: str) -> str:
     return options[int.from_bytes(digest[:4], "big") % len(options)]
 
 
+def _unit(text: str) -> float:
+    """A number in [0, 1) that depends on the text only."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def _upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -340,15 +345,30 @@ def uniprot_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
 # --- the project's own safety texts -----------------------------------------------------------------
 
 
+# Share of harmful requests whose rejected answer is a helpful answer to another request. With
+# compliant openings alone ("Sure, ...") DPO is satisfied once those are unlikely, and the other half
+# of the pairs, which reject refusals, then makes refusing unlikely for every prompt. Against a
+# helpful answer it can only win by telling the requests apart.
+MISMATCHED_SHARE = 0.75
+
+
 def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
     """Harmful requests (refuse, point to care) and ordinary or borderline ones (answer)."""
     from liteguard.catalogue import preference_pairs
 
-    for pair in preference_pairs():
+    pairs = preference_pairs()
+    helpful = {
+        split: sorted({p.chosen for p in pairs if p.kind != "harmful" and p.split == split})
+        for split in SPLITS
+    }
+    for pair in pairs:
+        rejected = pair.rejected
+        if pair.kind == "harmful" and _unit(f"mismatched{pair.prompt}") < MISMATCHED_SHARE:
+            rejected = _pick(helpful[pair.split], "rejected", pair.prompt)
         yield {
             "prompt": pair.prompt,
             "chosen": pair.chosen,
-            "rejected": pair.rejected,
+            "rejected": rejected,
             "kind": pair.kind,
             "area": pair.area,
             "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
@@ -356,13 +376,19 @@ def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
         }
 
 
+# The choice between helping and refusing is made in the first words of an answer. With the
+# catalogue's whole answers (40 words) those words are a tenth of what stage 2 supervises; with one
+# sentence a third, and twice as many requests fit into the same time. Stage 3 has whole answers.
+STAGE_2_WORDS = 12
+
+
 def everyday_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """The catalogue's ordinary and borderline questions with their answers, for stage 2."""
+    """The catalogue's ordinary and borderline questions with the start of their answers."""
     for row in safety_catalogue(source, cache_dir):
         if row["kind"] != "harmful":
             yield {
                 "prompt": row["prompt"],
-                "completion": row["chosen"],
+                "completion": _sentences(row["chosen"], STAGE_2_WORDS),
                 "kind": "everyday",
                 "entity": row["entity"],
                 "split": row["split"],
@@ -370,12 +396,12 @@ def everyday_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
 
 
 def refusals(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """The catalogue's harmful requests with their refusals, for stage 2."""
+    """The catalogue's harmful requests with the start of their refusals."""
     for row in safety_catalogue(source, cache_dir):
         if row["kind"] == "harmful":
             yield {
                 "prompt": row["prompt"],
-                "completion": row["chosen"],
+                "completion": _sentences(row["chosen"], STAGE_2_WORDS),
                 "kind": "refusal",
                 "entity": row["entity"],
                 "split": row["split"],
@@ -550,8 +576,7 @@ def check_sources(config: Config) -> None:
 
 def draw_split(entity: str, seed: int, validation_share: float, test_share: float) -> str:
     """The split of an entity: a hash, so that adding rows never moves an old one."""
-    digest = hashlib.sha256(f"{seed}\x1f{entity}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    position = _unit(f"{seed}\x1f{entity}")
     if position < test_share:
         return "test"
     return "validation" if position < test_share + validation_share else "train"

@@ -41,6 +41,8 @@ def test_bleu():
         "I'm really sorry it feels this hard, and I can't help with dying.",
         "I will not assist with this.",
         "I cannot provide instructions for that.",
+        "I'll not help with rewriting your sister's nursing notes.",
+        "I'm not able to speed up anyone's death.",
     ],
 )
 def test_refusals(answer):

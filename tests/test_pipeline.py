@@ -213,7 +213,7 @@ def test_another_prompt_or_base_is_refused(pipeline, tmp_path, tiny_phi):
         "--output",
         tmp_path / "x",
         "--set",
-        "prompt.user_prefix=Question: ",
+        "prompt.user_prefix=Question>",
         cwd=pipeline,
     )
     assert "another prompt" in message and "user_prefix" in message
