@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test lint readme clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# After make demo: keep its report and render the README's table from it.
+readme: $(VENV)/.installed
+	$(PY) -m liteguard.report
 
 clean-demo:
 	rm -rf demo

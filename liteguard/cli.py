@@ -138,10 +138,14 @@ def _is_write_failure(error: BaseException) -> bool:
     safetensors and torch raise classes of their own, with the system's words in the message.
     """
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-    if isinstance(error, OSError) and error.errno in codes:
-        return True
-    text = str(error)
-    if any(f"os error {code})" in text for code in codes):
-        return True
-    # torch.save says "iostream error" or "PytorchStreamWriter failed" and hides the system's error.
-    return "PytorchStreamWriter" in text or "iostream error" in text
+    # What torch.save says instead of the system's error.
+    words = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in codes:
+            return True
+        text = str(seen)
+        if any(f"os error {code})" in text for code in codes) or any(w in text for w in words):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -37,7 +37,8 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, 
 # of an answer counts: a helpful one may end with what the assistant cannot do (examine, diagnose).
 _WILL_NOT = (
     r"(?:can ?not|can['’]?t|won['’]?t|will not|['’]ll not"
-    r"|(?:am|['’]m) (?:not (?:able|going|willing)|unable)(?: to)?|(?:must|have to|need to|will) (?:decline|refuse|say no)|decline|refuse"
+    r"|(?:am|['’]m) (?:not (?:able|going|willing)|unable)(?: to)?"
+    r"|(?:must|have to|need to|will) (?:decline|refuse|say no)|decline|refuse"
     r"|do not|don['’]?t)"
 )
 _GIVE = (

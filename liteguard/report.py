@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 COLUMNS = (
@@ -45,3 +49,35 @@ def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
     counts = next(iter(results.values()))["n"]
     lines.append("| n | " + " | ".join(str(counts[key]) for key, _, _ in COLUMNS) + " |")
     return "\n".join(lines)
+
+
+def demo_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of a demo report: the metrics, then the steps."""
+    steps = " · ".join(
+        f"{s['name']} {s['wall_s']:.0f} s, {s['peak_rss_gb']:.1f} GB" for s in report["steps"]
+    )
+    bundle = report["bundle"]
+    return (
+        f"{metrics_markdown(report['stages'])}\n\n"
+        f"{steps}; all together {report['total_wall_s'] / 60:.1f} min. The bundle has "
+        f"{bundle['bytes'] / 1e6:.0f} MB and decodes {bundle['decode_tok_s']:.0f} tokens/s."
+    )
+
+
+def main() -> None:
+    """Keep demo/report.json as benchmarks/demo_report.json and render the README's table."""
+    root = Path(__file__).resolve().parent.parent
+    shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
+    text = demo_markdown(json.loads((root / "demo/report.json").read_text(encoding="utf-8")))
+    readme = root / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    block = f"<!-- demo -->\n{text}\n<!-- /demo -->"
+    readme.write_text(
+        re.sub(r"<!-- demo -->.*?<!-- /demo -->", lambda _: block, old, flags=re.DOTALL),
+        encoding="utf-8",
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def rows(directory: Path, part: str) -> dict[str, list[dict]]:
 def test_manifest_counts_hashes_sources_and_licences(embedded):
     manifest = json.loads((embedded / "manifest.json").read_text())
     assert manifest["counts"]["domain/train.jsonl"]["rows"] > 10_000
-    assert manifest["counts"]["instruction/train.jsonl"]["rows"] > 10_000
+    assert manifest["counts"]["instruction/train.jsonl"]["rows"] > 3_000
     for name, digest in manifest["files"].items():
         lines = (embedded / name).read_text().splitlines()
         assert len(lines) == manifest["counts"][name]["rows"] and len(digest) == 64
@@ -79,7 +79,7 @@ def test_a_held_out_disease_is_held_out_under_all_its_names(embedded):
                 asked.add(
                     datasets.match_key(row["prompt"][len(before) : len(row["prompt"]) - len(after)])
                 )
-    assert len(asked) > 5_000 and len(test_names) > 1_000
+    assert len(asked) > 1_000 and len(test_names) > 500
     assert not asked & test_names
 
 

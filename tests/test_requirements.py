@@ -35,7 +35,7 @@ ENTRY_POINTS = [
 @pytest.mark.parametrize(("module", "name"), ENTRY_POINTS)
 def test_entry_point(module, name):
     # A process of its own: TensorFlow, torch and mediapipe bring their own protobuf messages.
-    code = f"import {module}; {module}.{name}"
+    code = f"from {module} import {name}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 
