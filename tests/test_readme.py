@@ -8,7 +8,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, fail, run_script
+from conftest import CACHE, ROOT, fail, run_script
 
 from liteguard.report import demo_markdown
 
@@ -27,7 +27,7 @@ def test_every_command_is_of_a_known_kind():
 @pytest.mark.parametrize(
     "command", [c for c in SCRIPTS if "_checkpoint" not in c and ".task" not in c]
 )
-def test_commands_from_a_base_model(command, tmp_path):
+def test_commands_from_a_base_model(command, tmp_path, embedded):
     words = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))[1:]
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     extra = [] if "--dry_run" in words else ["--dry_run"]
@@ -39,8 +39,9 @@ def test_commands_from_a_base_model(command, tmp_path):
             or "does not exist" in message
         )
         return
+    extra += ["--set", f"data.cache_dir={CACHE}"]
     if words[0] == "train_domain.py":
-        pytest.skip("the smollm2 dry run needs prepared data; test_demo_plan covers it")
+        extra += ["--data", embedded]
     result = run_script(ROOT / words[0], *words[1:], *extra, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
 
