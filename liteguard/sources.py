@@ -132,7 +132,7 @@ def read_member(wheel_path: Path, member: str) -> bytes:
         raise WorkError(f"{wheel_path.name}: cannot read {member}: {error}") from None
 
 
-def read_rows(source: SourceSection, formats: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+def read_rows(source: SourceSection) -> Iterator[dict[str, Any]]:
     """Rows of a hub dataset or of a local file or directory, as dicts.
 
     Local: .jsonl, .json, .csv, .parquet, .txt (one text per blank-line-separated paragraph).
