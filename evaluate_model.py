@@ -62,7 +62,8 @@ def main() -> None:
     data_dir = Path(args.data or (parent["data_dir"] if parent else f"data/{config.model_type}"))
     rows = evaluation.held_out(config, data_dir)
     manifest = datasets.read_manifest(data_dir)
-    print("held-out rows: " + ", ".join(f"{len(found)} {name}" for name, found in rows.items()))
+    counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
+    print(f"{config.evaluate.split} rows: {counts}")
     targets = ([("base", None)] if args.base else []) + [
         (record["stage"] if record["stage"] != "safety" else "final", path)
         for path, record in records.items()
@@ -77,10 +78,11 @@ def main() -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     results = {}
+    split = f"{config.evaluate.split}.jsonl"
     for label, path in targets:
         inputs = {
             "model": records[path]["files"] if path else config.model.model_dump(),
-            "test": {n: h for n, h in manifest["files"].items() if n.endswith("test.jsonl")},
+            "rows": {n: h for n, h in manifest["files"].items() if n.endswith(split)},
             "evaluate": config.evaluate.model_dump(),
             "prompt": config.prompt.model_dump(),
         }

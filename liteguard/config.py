@@ -53,6 +53,20 @@ class SourceSection(Section):
         default_factory=dict, description="Our column name -> the source's column name."
     )
     limit: int | None = Field(None, ge=1, description="Keep at most this many rows.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Share of this source in a part's rows, relative to the others, from the first "
+        "row until a source runs out. Set it for all sources of a part or for none.",
+    )
+    opening_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Train on this many first tokens of an answer only (instruction rows).",
+    )
+    opening_share: float = Field(
+        1.0, gt=0, le=1, description="Share of the rows that opening_tokens applies to."
+    )
     licence: str = ""
 
 
@@ -90,6 +104,9 @@ class TrainSection(Section):
     )
     max_eval_rows: int = Field(256, ge=1, description="Validation rows used while training.")
     logging_steps: int = Field(10, ge=1)
+    quantization: Literal["nf4", "none"] | None = Field(
+        None, description="Storage of the frozen base in this stage; default: model.quantization."
+    )
     report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list)
     seed: int = 0
 
@@ -138,6 +155,9 @@ class EvaluateSection(Section):
     max_new_tokens: int = Field(128, ge=4)
     batch_size: int = Field(16, ge=1)
     max_text_tokens: int = Field(256, ge=16, description="Tokens of a domain text that are scored.")
+    split: Literal["test", "validation"] = Field(
+        "test", description="validation: for choosing settings, so that test stays untouched."
+    )
     context_words: int = Field(
         1, ge=1, description="Words given before scoring starts: the first has no context."
     )

@@ -268,7 +268,8 @@ QUESTIONS = {
         "How is {name} passed on from parents to children?",
     ],
 }
-MAX_ANSWER_WORDS = 60
+# Whole sentences up to about so many words: a small model keeps short answers right more often.
+MAX_ANSWER_WORDS = 30
 
 
 def _question(kind: str, name: str) -> str:
@@ -352,7 +353,7 @@ def uniprot_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
 MISMATCHED_SHARE = 0.75
 
 
-def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[Row]:
     """Harmful requests (refuse, point to care) and ordinary or borderline ones (answer)."""
     from liteguard.catalogue import preference_pairs
 
@@ -376,36 +377,27 @@ def safety_catalogue(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
         }
 
 
-# The choice between helping and refusing is made in the first words of an answer. With the
-# catalogue's whole answers (40 words) those words are a tenth of what stage 2 supervises; with one
-# sentence a third, and twice as many requests fit into the same time. Stage 3 has whole answers.
-STAGE_2_WORDS = 12
+def _catalogue_answers(kind: str, kinds: tuple[str, ...], cache_dir: Path) -> Iterator[Row]:
+    """The catalogue's chosen answers to requests of some kinds, as instruction rows of `kind`."""
+    for row in safety_catalogue(None, cache_dir):
+        if row["kind"] in kinds:
+            yield {
+                "prompt": row["prompt"],
+                "completion": row["chosen"],
+                "kind": kind,
+                "entity": row["entity"],
+                "split": row["split"],
+            }
 
 
 def everyday_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """The catalogue's ordinary and borderline questions with the start of their answers."""
-    for row in safety_catalogue(source, cache_dir):
-        if row["kind"] != "harmful":
-            yield {
-                "prompt": row["prompt"],
-                "completion": _sentences(row["chosen"], STAGE_2_WORDS),
-                "kind": "everyday",
-                "entity": row["entity"],
-                "split": row["split"],
-            }
+    """The catalogue's ordinary and borderline questions, answered."""
+    return _catalogue_answers("everyday", ("ordinary", "borderline"), cache_dir)
 
 
 def refusals(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """The catalogue's harmful requests with the start of their refusals."""
-    for row in safety_catalogue(source, cache_dir):
-        if row["kind"] == "harmful":
-            yield {
-                "prompt": row["prompt"],
-                "completion": _sentences(row["chosen"], STAGE_2_WORDS),
-                "kind": "refusal",
-                "entity": row["entity"],
-                "split": row["split"],
-            }
+    """The catalogue's harmful requests, refused with a safe way on."""
+    return _catalogue_answers("refusal", ("harmful",), cache_dir)
 
 
 _UNWARRANTED_REFUSALS = [
@@ -559,6 +551,9 @@ def check_sources(config: Config) -> None:
         sources = getattr(config.data, part)
         if not sources:
             problems.append(f"data.{part}: no source listed")
+        if len({source.weight is None for source in sources}) > 1:
+            without = ", ".join(s.dataset for s in sources if s.weight is None)
+            problems.append(f"data.{part}: weight is set, but not for {without}")
         for source in sources:
             if source.dataset not in DATASETS:
                 problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
@@ -566,6 +561,8 @@ def check_sources(config: Config) -> None:
                 problems.append(
                     f"data.{part}: {source.dataset!r} makes {DATASETS[source.dataset][0]} rows"
                 )
+            if source.opening_tokens and part != "instruction":
+                problems.append(f"data.{part}: opening_tokens is for instruction rows")
             if source.path and not Path(source.path).exists():
                 problems.append(f"data.{part}: the path {source.path} does not exist")
     if problems:
@@ -623,7 +620,8 @@ def collect(
                 split = row.pop("split", None) or draw_split(
                     entity, data.seed, data.validation_share, data.test_share
                 )
-                gathered.append((number, split, {**row, "entity": entity}))
+                row = _opening(source, {**row, "entity": entity}, fields[0])
+                gathered.append((number, split, row))
                 kept += 1
         entries.append(
             {
@@ -654,12 +652,12 @@ def collect(
                 continue
             seen.add(key)
             entity_split[row["entity"]] = split
-            dataset = getattr(data, part)[number].dataset
-            splits[split].append({**row, "dataset": dataset})
+            splits[split].append({**row, "dataset": getattr(data, part)[number].dataset})
         # One shuffle by content: neighbours in a source do not end up in the same batch.
         splits[split].sort(
             key=lambda r: hashlib.sha256(f"{data.seed}{r[fields[0]]}".encode()).digest()
         )
+        splits[split] = _mix(splits[split], getattr(data, part))
     if not splits["train"] or not splits["test"] or not splits["validation"]:
         found = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
         raise UserError(
@@ -669,6 +667,30 @@ def collect(
     for entry in entries:
         entry["dropped"] = dict(entry["dropped"])
     return splits, entries
+
+
+def _mix(rows: list[Row], sources: list[SourceSection]) -> list[Row]:
+    """`rows` interleaved so that every beginning holds the sources in their weights.
+
+    Training reads from the front, so a short run sees the wanted mixture and a long one everything.
+    Rows of a source keep their order; without weights the order stays as it is.
+    """
+    weights = {source.dataset: source.weight for source in sources}
+    if None in weights.values():
+        return rows
+    ranks: Counter[str] = Counter()
+    due = []
+    for row in rows:
+        due.append((ranks[row["dataset"]] + 0.5) / weights[row["dataset"]])
+        ranks[row["dataset"]] += 1
+    return [rows[i] for i in sorted(range(len(rows)), key=due.__getitem__)]
+
+
+def _opening(source: SourceSection, row: Row, field: str) -> Row:
+    """The row with `opening_tokens`, where the source asks for it and the row's hash is in."""
+    if source.opening_tokens and _unit(f"opening{row[field]}") < source.opening_share:
+        return {**row, "opening_tokens": source.opening_tokens}
+    return row
 
 
 def _sample(rows: Iterable[Row], limit: int, seed: str, field: str) -> list[Row]:

@@ -111,7 +111,7 @@ def open_bundle(path: Path) -> Iterator[DeviceBundle]:
 def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows every model is measured on: test splits only, the same ones for every model."""
     section = config.evaluate
-    preferences = datasets.load_split(data_dir, "preference", "test")
+    preferences = datasets.load_split(data_dir, "preference", section.split)
     by_kind = {
         kind: balanced([r for r in preferences if r.get("kind") == kind], "area", len(preferences))
         for kind in ("harmful", *BENIGN)
@@ -119,18 +119,19 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
     benign = [row for kind in BENIGN for row in by_kind[kind]]
     if not by_kind["harmful"] or not benign:
         raise UserError(
-            f"{data_dir}: the preference test split has {len(by_kind['harmful'])} rows of kind "
-            f"'harmful' and {len(benign)} of kind {' or '.join(BENIGN)}; both are needed to "
-            "measure refusals. Add safety_catalogue to data.preference."
+            f"{data_dir}: the preference {section.split} split has "
+            f"{len(by_kind['harmful'])} rows of kind 'harmful' and {len(benign)} of kind "
+            f"{' or '.join(BENIGN)}; both are needed to measure "
+            "refusals. Add safety_catalogue to data.preference."
         )
     # Refusals among the instruction rows are measured as refusals, not by overlap of words.
     questions = [
         row
-        for row in datasets.load_split(data_dir, "instruction", "test")
+        for row in datasets.load_split(data_dir, "instruction", section.split)
         if row.get("kind") != "refusal"
     ]
     return {
-        "texts": datasets.load_split(data_dir, "domain", "test")[: section.perplexity_rows],
+        "texts": datasets.load_split(data_dir, "domain", section.split)[: section.perplexity_rows],
         "questions": balanced(questions, "kind", section.question_rows),
         "harmful": by_kind["harmful"][: section.harmful_rows],
         "benign": balanced(benign, "kind", section.benign_rows),

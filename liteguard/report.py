@@ -27,7 +27,18 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"{label:14}{cells}")
     counts = next(iter(results.values()))["n"]
     lines.append(f"{'n':14}" + "".join(f"{counts[key]:>18}" for key, _, _ in COLUMNS))
-    return "\n".join(lines)
+    lines.append(refusal_split(results))
+    return "\n".join(lines).rstrip()
+
+
+def refusal_split(results: dict[str, dict[str, Any]]) -> str:
+    """One line: 'ordinary refused' taken apart into its two halves, for every model."""
+    parts = [
+        f"{label} {result['refused_ordinary']:.0%} / {result['refused_borderline']:.0%}"
+        for label, result in results.items()
+        if "refused_ordinary" in result and "refused_borderline" in result
+    ]
+    return f"ordinary refused, plain / looking harmful: {', '.join(parts)}" if parts else ""
 
 
 def steps_table(steps: list[dict[str, Any]]) -> str:
@@ -48,7 +59,8 @@ def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {label} | {cells} |")
     counts = next(iter(results.values()))["n"]
     lines.append("| n | " + " | ".join(str(counts[key]) for key, _, _ in COLUMNS) + " |")
-    return "\n".join(lines)
+    split = refusal_split(results)
+    return "\n".join([*lines, "", f"{split}."] if split else lines)
 
 
 def demo_markdown(report: dict[str, Any]) -> str:

@@ -40,6 +40,11 @@ class Stage:
     def section(self) -> TrainSection:
         return getattr(self.config, self.name)
 
+    @property
+    def storage(self) -> str:
+        """How the frozen base is stored in this stage: 'nf4' or 'none' (16 or 32 bit)."""
+        return self.section.quantization or self.config.model.quantization
+
 
 def plan(
     name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
@@ -79,12 +84,13 @@ def plan(
             )
     part = PART[name]
     section = config.model_dump()[name]
+    storage = section.pop("quantization") or config.model.quantization
     section.pop("report_to")
     inputs = {
         "stage": name,
         "base": identity,
         "parent": parent_hash,
-        "quantization": config.model.quantization,
+        "quantization": storage,
         "compute_dtype": config.model.compute_dtype,
         **{
             f"data/{s}": manifest["files"].get(f"{part}/{s}.jsonl") for s in ("train", "validation")
@@ -116,10 +122,10 @@ def load_tokenizer(stage: Stage) -> Any:
 def load_model(stage: Stage) -> Any:
     """The base in NF4 with the parent's adapter, or with a fresh one; only the adapter trains."""
     dtype, reason = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture)
-    storage = stage.config.model.quantization
+    storage = stage.storage
     print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base stored as {storage}")
     model = models.load_base(
-        stage.config, stage.base_directory, stage.base_revision, dtype, quantize=True
+        stage.config, stage.base_directory, stage.base_revision, dtype, quantize=storage == "nf4"
     )
     matched = models.lora_targets(model, stage.config.domain.lora_targets)
     model = (
@@ -154,16 +160,22 @@ def tokenize_documents(tokenizer: Any, rows: list[dict], config: Config) -> list
 
 
 def tokenize_pair(
-    tokenizer: Any, config: Config, question: str, answer: str, max_length: int
+    tokenizer: Any,
+    config: Config,
+    question: str,
+    answer: str,
+    max_length: int,
+    opening_tokens: int | None = None,
 ) -> dict[str, list[int]] | None:
     """Ids and labels of one question and answer; None when the answer alone is too long.
 
     Labels are -100 on the prompt; the answer and its end token are supervised. A pair that is too
-    long loses the beginning of its question, never the end of its answer.
+    long loses the beginning of its question, never the end of its answer. With `opening_tokens`
+    the sequence stops after so many tokens of the answer, and nothing claims that it ends there.
     """
     prompt = config.prompt
     before = models.encode(tokenizer, prompt.render_question(question))
-    after = models.encode(tokenizer, prompt.render_answer(answer))
+    after = models.encode(tokenizer, prompt.render_answer(answer))[:opening_tokens]
     room = max_length - len(after)
     if room < 1:
         return None
@@ -174,7 +186,12 @@ def tokenize_pair(
 def tokenize_answers(tokenizer: Any, rows: list[dict], config: Config, part: str) -> list[dict]:
     """Prompt/completion rows with completion-only labels; more than 1 % unusable is an error."""
     length = min(config.instruction.max_length, config.model.context_length)
-    pairs = (tokenize_pair(tokenizer, config, r["prompt"], r["completion"], length) for r in rows)
+    pairs = (
+        tokenize_pair(
+            tokenizer, config, r["prompt"], r["completion"], length, r.get("opening_tokens")
+        )
+        for r in rows
+    )
     kept = [pair for pair in pairs if pair is not None]
     lost = len(rows) - len(kept)
     if lost > 0.01 * len(rows):
@@ -203,7 +220,10 @@ def order_by_length(sequences: list[dict], section: TrainSection) -> list[dict]:
 def render_preferences(
     tokenizer: Any, rows: list[dict], config: Config, part: str, limit: int
 ) -> list[dict[str, str]]:
-    """Preference rows as rendered text (prompt, chosen, rejected), harmful and benign alternating.
+    """Preference rows as rendered text (prompt, chosen, rejected), their kinds taking turns.
+
+    Harmful, ordinary and borderline requests a third each: with harmful ones every second time,
+    stage 3 leaves the share of harmless requests that are refused where it was.
 
     Pairs longer than `safety.max_length` are left out, because the trainer would cut the end of
     their answers; more than 1 % of them is an error.
@@ -211,10 +231,7 @@ def render_preferences(
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
     kept, lost = [], 0
-    sides = [
-        {**row, "side": "harmful" if row.get("kind") == "harmful" else "benign"} for row in rows
-    ]
-    for row in balanced(sides, "side", limit):
+    for row in balanced(rows, "kind", limit):
         rendered = {
             "prompt": prompt.render_question(row["prompt"]),
             "chosen": prompt.render_answer(row["chosen"]),
@@ -269,6 +286,73 @@ def check_reference(model: Any, stage: Stage) -> None:
             raise WorkError(f"DPO's reference is not frozen: {reference} would be trained.")
     digest = stage.inputs["parent"][:16]
     print(f"DPO reference: frozen copy of {stage.parent} (adapter sha256 {digest}...)")
+
+
+# Attributes by which a model's head does more than one linear layer; TRL knows how, ours does not.
+_SPECIAL_HEADS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "output_router_logits",
+)
+
+
+def score_targets_only(trainer: Any) -> bool:
+    """On a CPU, compute logits at supervised positions only; returns whether that was set up.
+
+    TRL 1.16 does so on devices with Triton. Elsewhere it runs every position, prompts and padding
+    included, through the vocabulary in its own tiles, which took more than half of a stage-2 step
+    on two cores. Same loss and gradients: tests/test_training.py compares them.
+    """
+    import torch
+    from transformers import PreTrainedModel
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    text_config = model.config.get_text_config()
+    special = any(getattr(text_config, name, None) for name in _SPECIAL_HEADS)
+    if not isinstance(model, PreTrainedModel) or special or model.device.type != "cpu":
+        return False
+    original = model.forward
+
+    def forward(
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Any = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, labels=labels, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        mask = labels[:, 1:] != -100
+        logits = model.get_output_embeddings()(hidden[mask]).float()
+        log_softmax = logits.log_softmax(-1)
+        targets = labels[:, 1:][mask]
+        log_probs = log_softmax.gather(-1, targets[:, None])[:, 0]
+        with torch.no_grad():
+            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+            is_top1 = log_softmax.argmax(-1) == targets
+            mean_logits = logits.mean(-1)
+
+        def spread(values: Any) -> Any:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / count,
+            log_probs=spread(log_probs),
+            entropy=spread(entropy),
+            is_top1=spread(is_top1),
+            mean_logits=spread(mean_logits),
+            label_mask=mask,
+        )
+
+    model.forward = forward
+    return True
 
 
 def needed_rows(section: TrainSection) -> int:
@@ -433,6 +517,7 @@ def train(stage: Stage, trainer: Any) -> dict[str, Any]:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    score_targets_only(trainer)
     resume = last_checkpoint(stage.work)
     if resume:
         print(f"resuming from {resume.name}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import CACHE, ROOT, fail, succeed
 
 from liteguard import datasets
+from liteguard.config import build, read_yaml
+from liteguard.errors import UserError
 
 
 def rows(directory: Path, part: str) -> dict[str, list[dict]]:
@@ -18,7 +21,7 @@ def rows(directory: Path, part: str) -> dict[str, list[dict]]:
 def test_manifest_counts_hashes_sources_and_licences(embedded):
     manifest = json.loads((embedded / "manifest.json").read_text())
     assert manifest["counts"]["domain/train.jsonl"]["rows"] > 10_000
-    assert manifest["counts"]["instruction/train.jsonl"]["rows"] > 3_000
+    assert manifest["counts"]["instruction/train.jsonl"]["rows"] > 15_000
     for name, digest in manifest["files"].items():
         lines = (embedded / name).read_text().splitlines()
         assert len(lines) == manifest["counts"][name]["rows"] and len(digest) == 64
@@ -61,7 +64,7 @@ def test_a_held_out_disease_is_held_out_under_all_its_names(embedded):
                 asked.add(
                     datasets.match_key(row["prompt"][len(before) : len(row["prompt"]) - len(after)])
                 )
-    assert len(asked) > 1_000 and len(test_names) > 500
+    assert len(asked) > 5_000 and len(test_names) > 500
     assert not asked & test_names
 
 
@@ -84,6 +87,38 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
         right = sum(is_refusal(r["chosen"]) == chosen_refuses for r in group)
         wrong = sum(is_refusal(r["rejected"]) == chosen_refuses for r in group)
         assert right / len(group) > 0.98 and wrong / len(group) < 0.02
+
+
+def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):
+    """What a short run trains on is in the YAML's proportions, and no row is lost for it."""
+    sources = read_yaml(ROOT / "configs/smollm2-135m.yaml")["data"]["instruction"]
+    total = sum(source["weight"] for source in sources)
+    found = rows(embedded, "instruction")
+    for split, count in (("train", 300), ("train", 1500), ("validation", 100)):
+        beginning = Counter(r["dataset"] for r in found[split][:count])
+        for source in sources:
+            wanted = count * source["weight"] / total
+            assert abs(beginning[source["dataset"]] - wanted) <= 2, (split, count, source)
+    for source in sources:
+        own = [r for r in found["train"] if r["dataset"] == source["dataset"]]
+        cut = sum(r.get("opening_tokens") == source.get("opening_tokens", -1) for r in own)
+        assert cut / len(own) == pytest.approx(source.get("opening_share", 0), abs=0.03)
+    kept = sum(
+        s["rows_kept"]
+        for s in json.loads((embedded / "manifest.json").read_text())["sources"]
+        if s["part"] == "instruction"
+    )
+    assert kept == sum(map(len, found.values()))
+
+
+def test_weights_are_for_all_sources_or_none_and_openings_for_instruction():
+    values = read_yaml(ROOT / "configs/smollm2-135m.yaml")
+    del values["data"]["instruction"][1]["weight"]
+    values["data"]["domain"][0]["opening_tokens"] = 4
+    with pytest.raises(UserError) as error:
+        datasets.check_sources(build([("test", values)]))
+    assert "data.instruction: weight is set, but not for uniprot_questions" in str(error.value)
+    assert "data.domain: opening_tokens is for instruction rows" in str(error.value)
 
 
 def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):

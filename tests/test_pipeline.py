@@ -296,3 +296,13 @@ def test_full_disk_leaves_nothing_under_the_final_name(pipeline, tiny_config, tm
     # With room again the same command finishes.
     succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=tmp_path)
     assert (tmp_path / "domain_checkpoint/stage.json").exists()
+
+
+def test_a_stage_may_train_against_the_16_bit_base(pipeline):
+    command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--dry_run")
+    other = ("--output", "other", "--set", "instruction.quantization=none")
+    assert "base stored as nf4" in succeed(*command, "--output", "other", cwd=pipeline)
+    assert "base stored as none" in succeed(*command, *other, cwd=pipeline)
+    # It is one of the inputs: the finished checkpoint was made with NF4 and is not reused.
+    message = fail(2, *command[:-1], "--set", "instruction.quantization=none", cwd=pipeline)
+    assert "quantization" in message and "nf4" in message

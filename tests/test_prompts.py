@@ -59,6 +59,25 @@ def test_truncation_cuts_the_question_never_the_end_token(tokenizer):
     assert training.tokenize_pair(tokenizer, c, "short", "word " * 200, 30) is None
 
 
+def test_an_opening_is_cut_and_has_no_end_token(tokenizer):
+    c = config("phi-2.yaml")
+    whole, opening = (
+        training.tokenize_answers(
+            tokenizer,
+            [{"prompt": "What is the heart?", "completion": "It is an organ.", **extra}],
+            c,
+            "train",
+        )[0]
+        for extra in ({}, {"opening_tokens": 3})
+    )
+    count = len(opening["input_ids"])
+    supervised = [label for label in opening["labels"] if label != -100]
+    assert len(supervised) == 3 and tokenizer.eos_token_id not in supervised
+    assert opening["input_ids"] == whole["input_ids"][:count]
+    assert opening["labels"] == whole["labels"][:count]
+    assert count == len(whole["input_ids"]) - sum(x != -100 for x in whole["labels"]) + 3
+
+
 def test_pad_takes_a_spare_row_and_is_not_eos(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer) <= 640

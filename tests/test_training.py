@@ -1,0 +1,82 @@
+"""What the trainers compute, against the plain way."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from liteguard import models, training
+from liteguard.config import build, read_yaml
+
+# What the SFT and the DPO trainer read of TRL's head, besides the loss.
+FIELDS = ("log_probs", "entropy", "is_top1", "mean_logits")
+
+
+@pytest.fixture
+def trainer(tiny_phi):
+    """As much of a TRL trainer as `score_targets_only` looks at, with TRL's own head in place."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    values = {"model": {"path": str(tiny_phi)}, "domain": {"lora_rank": 4}}
+    config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", values)])
+    base = models.load_base(config, str(tiny_phi), None, torch.float32, quantize=False)
+    torch.manual_seed(0)
+    model = models.add_adapter(base, config)
+    add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
+    return SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
+
+
+def batch():
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 500, (3, 12), generator=generator)
+    labels = ids.clone()
+    for row, prompt in enumerate((4, 7, 2)):
+        labels[row, :prompt] = -100
+    mask = torch.ones_like(ids)
+    mask[2, 9:], labels[2, 9:] = 0, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(trainer, inputs):
+    outputs = trainer.model(**inputs, fused_lm_head=True)
+    outputs.loss.backward()
+    gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad(set_to_none=True)
+    return outputs, gradients
+
+
+def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer):
+    import torch
+
+    inputs = batch()
+    theirs, their_gradients = run(trainer, inputs)
+    projected = []
+    head = trainer.model.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: projected.append(args[0].shape[:-1]))
+    assert training.score_targets_only(trainer)
+    ours, our_gradients = run(trainer, inputs)
+    assert projected == [(int((inputs["labels"][:, 1:] != -100).sum()),)]
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.label_mask, theirs.label_mask)
+    assert our_gradients.keys() == their_gradients.keys() and our_gradients
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_generation_and_plain_forward_keep_their_logits(trainer):
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+    before = trainer.model(**inputs).logits
+    training.score_targets_only(trainer)
+    assert before.equal(trainer.model(**inputs).logits)
+
+
+def test_a_head_with_more_than_a_linear_layer_is_left_to_trl(trainer):
+    trainer.model.get_base_model().config.logit_scale = 0.5
+    assert not training.score_targets_only(trainer)
