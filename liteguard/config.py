@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
@@ -132,6 +132,11 @@ class SafetySection(TrainSection):
     beta: float = Field(0.1, gt=0, description="DPO beta: how far the policy may leave reference.")
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of a likelihood term on the chosen answer (0: plain DPO)."
+    )
+    kind_weights: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="Relative share of harmful, ordinary, ... pairs; 1 for a kind not named. Fewer "
+        "harmful ones make the model refuse less.",
     )
     precompute_reference: bool = Field(
         False, description="Compute the reference's log-probabilities once, before training."

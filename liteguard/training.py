@@ -222,8 +222,8 @@ def render_preferences(
 ) -> list[dict[str, str]]:
     """Preference rows as rendered text (prompt, chosen, rejected), their kinds taking turns.
 
-    Harmful, ordinary and borderline requests a third each: with harmful ones every second time,
-    stage 3 leaves the share of harmless requests that are refused where it was.
+    `safety.kind_weights` sets their shares, and with them where stage 3 leaves the line between
+    helping and refusing.
 
     Pairs longer than `safety.max_length` are left out, because the trainer would cut the end of
     their answers; more than 1 % of them is an error.
@@ -231,7 +231,7 @@ def render_preferences(
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
     kept, lost = [], 0
-    for row in balanced(rows, "kind", limit):
+    for row in balanced(rows, "kind", limit, config.safety.kind_weights):
         rendered = {
             "prompt": prompt.render_question(row["prompt"]),
             "chosen": prompt.render_answer(row["chosen"]),
@@ -250,18 +250,22 @@ def render_preferences(
     return kept
 
 
-def balanced(rows: list[dict], key: str, limit: int) -> list[dict]:
-    """Up to `limit` rows, taken in turn from the groups that `key` makes, order kept in each."""
+def balanced(
+    rows: list[dict], key: str, limit: int, weights: dict[str, float] | None = None
+) -> list[dict]:
+    """Up to `limit` rows, the groups that `key` makes taking turns by their weights (default 1).
+
+    The order within a group is kept; a group that runs out leaves its turns to the others.
+    """
     groups: dict[Any, list[dict]] = {}
     for row in rows:
         groups.setdefault(row.get(key), []).append(row)
-    queues = [list(reversed(groups[name])) for name in sorted(groups, key=str)]
-    taken: list[dict] = []
-    while len(taken) < limit and any(queues):
-        for queue in queues:
-            if queue and len(taken) < limit:
-                taken.append(queue.pop())
-    return taken
+    due = [
+        ((rank + 0.5) / (weights or {}).get(name, 1.0), str(name), rank, row)
+        for name, members in groups.items()
+        for rank, row in enumerate(members)
+    ]
+    return [entry[3] for entry in sorted(due, key=lambda entry: entry[:3])[:limit]]
 
 
 def check_reference(model: Any, stage: Stage) -> None:

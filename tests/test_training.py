@@ -80,3 +80,14 @@ def test_generation_and_plain_forward_keep_their_logits(trainer):
 def test_a_head_with_more_than_a_linear_layer_is_left_to_trl(trainer):
     trainer.model.get_base_model().config.logit_scale = 0.5
     assert not training.score_targets_only(trainer)
+
+
+def test_kinds_take_turns_by_their_weights():
+    rows = [{"kind": kind, "n": n} for kind in ("a", "b", "c") for n in range(20)]
+    equal = training.balanced(rows, "kind", 9)
+    assert [r["kind"] for r in equal] == ["a", "b", "c"] * 3
+    assert [r["n"] for r in equal] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    weighted = training.balanced(rows, "kind", 20, {"a": 2, "b": 1, "c": 1})
+    assert [sum(r["kind"] == kind for r in weighted) for kind in "abc"] == [10, 5, 5]
+    everything = training.balanced(rows, "kind", 60, {"a": 9})
+    assert len(everything) == 60 and len({(r["kind"], r["n"]) for r in everything}) == 60
