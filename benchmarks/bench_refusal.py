@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=360, help="rows; half of them harmful")
     args = parser.parse_args()
     print(
-        f"{'':32}{'AUC':>7}{'at 10 %':>9}{'threshold':>11}"
+        f"{'':40}{'AUC':>7}{'at 10 %':>9}{'threshold':>11}"
         f"{'harmful':>9}{'ordinary':>9}{'borderline':>11}   (greedy)"
     )
     for directory in map(Path, args.checkpoint):
@@ -77,7 +77,7 @@ def main() -> None:
         threshold = harmless.quantile(0.9)
         greedy = [(found[kind] > 0).float().mean() for kind in KINDS]
         print(
-            f"{directory!s:32}{auc:7.3f}{(harmful > threshold).float().mean():9.0%}"
+            f"{directory!s:40}{auc:7.3f}{(harmful > threshold).float().mean():9.0%}"
             f"{threshold:11.2f}{greedy[0]:9.0%}{greedy[1]:9.0%}{greedy[2]:11.0%}"
         )
 

@@ -156,7 +156,9 @@ class EvaluateSection(Section):
     perplexity_rows: int = Field(128, ge=1)
     question_rows: int = Field(128, ge=1)
     harmful_rows: int = Field(128, ge=1)
-    benign_rows: int = Field(128, ge=1)
+    benign_rows: int = Field(
+        128, ge=1, description="Ordinary requests, and as many that only look harmful."
+    )
     max_new_tokens: int = Field(128, ge=4)
     batch_size: int = Field(16, ge=1)
     max_text_tokens: int = Field(256, ge=16, description="Tokens of a domain text that are scored.")

@@ -27,7 +27,7 @@ QUESTIONS = (
 )
 STAGES = ("base", "domain", "instruction", "final", "bundle")
 NUMBERS = ("perplexity", "rouge1", "rouge2", "bleu", "refused_harmful", "refused_benign")
-NUMBERS += ("refused_ordinary", "refused_borderline", "stopped", "n")
+NUMBERS += ("refused_borderline", "stopped", "n")
 
 
 def run_step(name: str, command: list[str], log: Path) -> dict[str, Any]:

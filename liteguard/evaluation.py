@@ -13,8 +13,8 @@ from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.training import balanced
 
-# Requests that deserve an answer: plain ones, and ones that only look harmful.
-BENIGN = ("ordinary", "borderline")
+# Kinds of requests: to be refused, plain ones, and ones that only look harmful.
+REQUESTS = ("harmful", "ordinary", "borderline")
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,13 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
     preferences = datasets.load_split(data_dir, "preference", section.split)
     by_kind = {
         kind: balanced([r for r in preferences if r.get("kind") == kind], "area", len(preferences))
-        for kind in ("harmful", *BENIGN)
+        for kind in REQUESTS
     }
-    benign = [row for kind in BENIGN for row in by_kind[kind]]
-    if not by_kind["harmful"] or not benign:
+    if not by_kind["harmful"] or not by_kind["ordinary"]:
         raise UserError(
-            f"{data_dir}: the preference {section.split} split has "
-            f"{len(by_kind['harmful'])} rows of kind 'harmful' and {len(benign)} of kind "
-            f"{' or '.join(BENIGN)}; both are needed to measure "
-            "refusals. Add safety_catalogue to data.preference."
+            f"{data_dir}: the preference {section.split} split has {len(by_kind['harmful'])} rows "
+            f"of kind 'harmful' and {len(by_kind['ordinary'])} of kind 'ordinary'; both are needed "
+            "to measure refusals. Add safety_catalogue to data.preference."
         )
     # Refusals among the instruction rows are measured as refusals, not by overlap of words.
     questions = [
@@ -134,7 +132,8 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
         "texts": datasets.load_split(data_dir, "domain", section.split)[: section.perplexity_rows],
         "questions": balanced(questions, "kind", section.question_rows),
         "harmful": by_kind["harmful"][: section.harmful_rows],
-        "benign": balanced(benign, "kind", section.benign_rows),
+        "ordinary": by_kind["ordinary"][: section.benign_rows],
+        "borderline": by_kind["borderline"][: section.benign_rows],
     }
 
 
@@ -171,7 +170,7 @@ def measure(
             total, tokens, texts = total + log_likelihood, tokens + count, texts + 1
         progress("texts scored", index + 1, len(rows["texts"]))
 
-    wanted = [(kind, row) for kind in ("questions", "harmful", "benign") for row in rows[kind]]
+    wanted = [(kind, row) for kind in ("questions", *REQUESTS) for row in rows[kind]]
     # Neighbours of similar length waste least padding; the order of the results does not change.
     order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][1]["prompt"]))
     prompts = [config.prompt.render_question(wanted[i][1]["prompt"]) for i in order]
@@ -192,6 +191,7 @@ def measure(
         progress("answers", done, len(wanted))
 
     by_set = {kind: [a for a in answers if a["set"] == kind] for kind in rows if kind != "texts"}
+    borderline = by_set["borderline"]
     predictions = [a["answer"] for a in by_set["questions"]]
     references = [a["reference"] for a in by_set["questions"]]
     rouge = metrics.rouge(predictions, references)
@@ -203,12 +203,8 @@ def measure(
         "rougeL": rouge["rougeL"],
         "bleu": bleu,
         "refused_harmful": _share(by_set["harmful"], "refused"),
-        "refused_benign": _share(by_set["benign"], "refused"),
-        **{
-            f"refused_{kind}": _share([a for a in by_set["benign"] if a["kind"] == kind], "refused")
-            for kind in BENIGN
-            if any(a["kind"] == kind for a in by_set["benign"])
-        },
+        "refused_benign": _share(by_set["ordinary"], "refused"),
+        **({"refused_borderline": _share(borderline, "refused")} if borderline else {}),
         "stopped": _share(answers, "stopped"),
         "n": {
             "perplexity": texts,
@@ -217,7 +213,8 @@ def measure(
             "rouge2": len(predictions),
             "bleu": len(predictions),
             "refused_harmful": len(by_set["harmful"]),
-            "refused_benign": len(by_set["benign"]),
+            "refused_benign": len(by_set["ordinary"]),
+            "refused_borderline": len(borderline),
             "stopped": len(answers),
         },
         "bleu_signature": signature,

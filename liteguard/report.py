@@ -15,30 +15,25 @@ COLUMNS = (
     ("bleu", "BLEU", "{:.2f}"),
     ("refused_harmful", "harmful refused", "{:.0%}"),
     ("refused_benign", "ordinary refused", "{:.0%}"),
+    ("refused_borderline", "borderline refused", "{:.0%}"),
 )
 
 
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
-    """Rows: models; columns: the six headline numbers; a last line with the counts."""
-    header = f"{'':14}" + "".join(f"{title:>18}" for _, title, _ in COLUMNS)
+    """Rows: models; columns: the headline numbers; a last line with the counts."""
+    header = f"{'':14}" + "".join(f"{title:>19}" for _, title, _ in COLUMNS)
     lines = [header, "-" * len(header)]
     for label, result in results.items():
-        cells = "".join(f"{form.format(result[key]):>18}" for key, _, form in COLUMNS)
+        cells = "".join(f"{_cell(result, key, form):>19}" for key, _, form in COLUMNS)
         lines.append(f"{label:14}{cells}")
     counts = next(iter(results.values()))["n"]
-    lines.append(f"{'n':14}" + "".join(f"{counts[key]:>18}" for key, _, _ in COLUMNS))
-    lines.append(refusal_split(results))
-    return "\n".join(lines).rstrip()
+    lines.append(f"{'n':14}" + "".join(f"{counts.get(key, 0):>19}" for key, _, _ in COLUMNS))
+    return "\n".join(lines)
 
 
-def refusal_split(results: dict[str, dict[str, Any]]) -> str:
-    """One line: 'ordinary refused' taken apart into its two halves, for every model."""
-    parts = [
-        f"{label} {result['refused_ordinary']:.0%} / {result['refused_borderline']:.0%}"
-        for label, result in results.items()
-        if "refused_ordinary" in result and "refused_borderline" in result
-    ]
-    return f"ordinary refused, plain / looking harmful: {', '.join(parts)}" if parts else ""
+def _cell(result: dict[str, Any], key: str, form: str) -> str:
+    """A number as text; a dash where the data had no such rows."""
+    return form.format(result[key]) if key in result else "-"
 
 
 def steps_table(steps: list[dict[str, Any]]) -> str:
@@ -55,12 +50,11 @@ def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
     for label, result in results.items():
-        cells = " | ".join(form.format(result[key]) for key, _, form in COLUMNS)
+        cells = " | ".join(_cell(result, key, form) for key, _, form in COLUMNS)
         lines.append(f"| {label} | {cells} |")
     counts = next(iter(results.values()))["n"]
-    lines.append("| n | " + " | ".join(str(counts[key]) for key, _, _ in COLUMNS) + " |")
-    split = refusal_split(results)
-    return "\n".join([*lines, "", f"{split}."] if split else lines)
+    lines.append("| n | " + " | ".join(str(counts.get(key, 0)) for key, _, _ in COLUMNS) + " |")
+    return "\n".join(lines)
 
 
 def demo_markdown(report: dict[str, Any]) -> str:

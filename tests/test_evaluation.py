@@ -64,3 +64,25 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline):
             refused.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()) in starts)
     assert cells[0] == "final_checkpoint" and 0 <= float(cells[1]) <= 1
     assert cells[4] == f"{sum(refused) / len(refused):.0%}"
+
+
+def test_bundle_scores_what_the_checkpoint_scores(pipeline):
+    """Teacher-forced through the TFLite model, prefill and decode; no trace of earlier texts."""
+    from liteguard import checkpoints, config
+    from liteguard.runtime import Bundle
+
+    record = checkpoints.read_stage(pipeline / "final_checkpoint")
+    own = config.validate(record["config"], "test")
+    reference = Checkpoint(own, pipeline / "final_checkpoint")
+    pairs = [
+        ("The", " heart affects the lung and brings pain."),
+        ("The heart affects the lung and brings pain. " * 9 + "The", " skin affects it."),
+    ]
+    with Bundle(pipeline / "liteguard_tiny.task") as bundle:
+        scores = [bundle.score(*pair) for pair in pairs]
+        assert [bundle.score(*pair) for pair in reversed(pairs)] == scores[::-1]
+        assert len(bundle.tokenize(pairs[1][0])) > 64, "longer than one prefill"
+    for pair, (total, count) in zip(pairs, scores, strict=True):
+        expected, tokens = reference.score(*pair)
+        assert count == tokens
+        assert total == pytest.approx(expected, rel=0.02), pair
