@@ -21,13 +21,14 @@ COLUMNS = (
 
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     """Rows: models; columns: the headline numbers; a last line with the counts."""
-    header = f"{'':14}" + "".join(f"{title:>19}" for _, title, _ in COLUMNS)
+    widths = {key: max(len(title), 8) + 2 for key, title, _ in COLUMNS}
+    header = f"{'':12}" + "".join(f"{title:>{widths[key]}}" for key, title, _ in COLUMNS)
     lines = [header, "-" * len(header)]
     for label, result in results.items():
-        cells = "".join(f"{_cell(result, key, form):>19}" for key, _, form in COLUMNS)
-        lines.append(f"{label:14}{cells}")
+        cells = "".join(f"{_cell(result, key, form):>{widths[key]}}" for key, _, form in COLUMNS)
+        lines.append(f"{label:12}{cells}")
     counts = next(iter(results.values()))["n"]
-    lines.append(f"{'n':14}" + "".join(f"{counts.get(key, 0):>19}" for key, _, _ in COLUMNS))
+    lines.append(f"{'n':12}" + "".join(f"{counts.get(k, 0):>{widths[k]}}" for k, _, _ in COLUMNS))
     return "\n".join(lines)
 
 
