@@ -271,6 +271,8 @@ class _Scorer:
             if "kv" in name
         }
         self.cache_length = int(details["mask"]["shape"][-1])
+        with _quiet_stderr():
+            self._clear_cache()  # the first write sets up an environment, and says so
         # Length in tokens -> (signature, its inputs, its outputs, details of its inputs).
         self._signatures = {1: self._buffers("decode")}
         for name in self._model.get_signature_list():
@@ -278,6 +280,12 @@ class _Scorer:
                 self._signatures[int(name.removeprefix("prefill_"))] = self._buffers(name)
         outputs = self._model.get_output_tensor_details("decode")
         self._vocabulary = int(outputs["logits"]["shape"][-1])
+
+    def _clear_cache(self) -> None:
+        import numpy as np
+
+        for buffer, tensor in self._cache.values():
+            buffer.write(np.zeros(tensor["shape"], tensor["dtype"]))
 
     def _buffers(self, name: str) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
         cache = {key: buffer for key, (buffer, _) in self._cache.items()}
@@ -319,8 +327,7 @@ class _Scorer:
             raise UserError("scoring needs a context and a target of at least one token each")
         if total > self.cache_length:
             raise WorkError(f"{total} tokens do not fit the KV cache of {self.cache_length} tokens")
-        for buffer, tensor in self._cache.values():
-            buffer.write(np.zeros(tensor["shape"], tensor["dtype"]))
+        self._clear_cache()
         done, known = 0, len(context) - 1  # the last context token yields the first logits
         while done < known:
             fitting = [n for n in sorted(self._signatures) if done + n <= self.cache_length]
