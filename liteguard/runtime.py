@@ -80,10 +80,11 @@ class Bundle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._scorer = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        with _quiet_stderr():
+            self._scorer = None
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
 
     @property
     def start_id(self) -> int | None:
