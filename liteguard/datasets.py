@@ -652,7 +652,9 @@ def collect(
                 continue
             seen.add(key)
             entity_split[row["entity"]] = split
-            splits[split].append({**row, "dataset": getattr(data, part)[number].dataset})
+            splits[split].append(
+                {**row, "dataset": getattr(data, part)[number].dataset, "source": number}
+            )
         # One shuffle by content: neighbours in a source do not end up in the same batch.
         splits[split].sort(
             key=lambda r: hashlib.sha256(f"{data.seed}{r[fields[0]]}".encode()).digest()
@@ -675,14 +677,14 @@ def _mix(rows: list[Row], sources: list[SourceSection]) -> list[Row]:
     Training reads from the front, so a short run sees the wanted mixture and a long one everything.
     Rows of a source keep their order; without weights the order stays as it is.
     """
-    weights = {source.dataset: source.weight for source in sources}
-    if None in weights.values():
-        return rows
-    ranks: Counter[str] = Counter()
+    ranks: Counter[int] = Counter()
     due = []
     for row in rows:
-        due.append((ranks[row["dataset"]] + 0.5) / weights[row["dataset"]])
-        ranks[row["dataset"]] += 1
+        # By position in the list: two sources may use the same dataset function.
+        number = row.pop("source")
+        weight = sources[number].weight
+        due.append((ranks[number] + 0.5) / weight if weight else 0.0)
+        ranks[number] += 1
     return [rows[i] for i in sorted(range(len(rows)), key=due.__getitem__)]
 
 

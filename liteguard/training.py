@@ -307,17 +307,16 @@ def score_targets_only(trainer: Any) -> bool:
     """On a CPU, compute logits at supervised positions only; returns whether that was set up.
 
     TRL 1.16 does so on devices with Triton. Elsewhere it runs every position, prompts and padding
-    included, through the vocabulary in its own tiles, which took more than half of a stage-2 step
-    on two cores. Same loss and gradients: tests/test_training.py compares them.
+    included, through the vocabulary in its own tiles, which took about half of a stage-2 step on
+    two cores. Same loss and gradients: tests/test_training.py compares them.
     """
     import torch
-    from transformers import PreTrainedModel
     from trl.trainer.utils import FusedCausalLMOutput
 
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
     text_config = model.config.get_text_config()
     special = any(getattr(text_config, name, None) for name in _SPECIAL_HEADS)
-    if not isinstance(model, PreTrainedModel) or special or model.device.type != "cpu":
+    if special or model.device.type != "cpu":
         return False
     original = model.forward
 

@@ -111,6 +111,15 @@ def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):
     assert kept == sum(map(len, found.values()))
 
 
+def test_two_sources_with_one_dataset_function_keep_their_own_weights():
+    from liteguard.config import SourceSection
+
+    sources = [SourceSection(dataset="alpaca", weight=w) for w in (3, 1)]
+    mixed = datasets._mix([{"n": n, "source": n % 2} for n in range(40)], sources)
+    assert sum(row["n"] % 2 == 0 for row in mixed[:20]) == 15
+    assert all("source" not in row for row in mixed)
+
+
 def test_weights_are_for_all_sources_or_none_and_openings_for_instruction():
     values = read_yaml(ROOT / "configs/smollm2-135m.yaml")
     del values["data"]["instruction"][1]["weight"]
