@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, sources
+from liteguard import checkpoints, cli, datasets, preparation, sources
 
 
 def parse_args():
@@ -32,7 +32,7 @@ def main() -> None:
     cli.print_config(config, "data")
 
     # 2. Inputs
-    datasets.check_sources(config)
+    preparation.check_sources(config)
     wheels = sorted(
         {
             w
@@ -71,12 +71,12 @@ def main() -> None:
         return
     counts, entries = {}, []
     for part in datasets.FIELDS:
-        splits, part_entries = datasets.collect(part, config)
+        splits, part_entries = preparation.collect(part, config)
         entries += part_entries
         (work / part).mkdir(exist_ok=True)
         for split, rows in splits.items():
             name = f"{part}/{split}.jsonl"
-            datasets.write_jsonl(work / name, rows)
+            preparation.write_jsonl(work / name, rows)
             counts[name] = {"rows": len(rows), "entities": len({row["entity"] for row in rows})}
 
     # 4. Results

@@ -81,7 +81,6 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=training.callbacks(stage),
     )
-    training.check_reference(trainer.model, stage)
     metrics = training.train(stage, trainer)
 
     # 4. Results

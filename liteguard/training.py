@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -268,26 +269,57 @@ def balanced(
     return [entry[3] for entry in sorted(due, key=lambda entry: entry[:3])[:limit]]
 
 
+def restore_precision(model: Any, stage: Stage) -> None:
+    """The trained adapter back in float32, with the parent's exact values.
+
+    TRL 1.16 rounds the adapter of a quantised base to bfloat16, which has 8 significant bits: a
+    weight of 0.02 has neighbours 1.2e-4 away, and an AdamW step of 1e-5 rounds back to where it
+    was. Most of a stage 2 at Phi's learning rate would be lost without any sign (measured in
+    docs/experiments.md), and DPO's policy would start beside its reference, which is copied before
+    the rounding. Activations still run in the compute dtype, by autocast.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if stage.parent is None:
+        return
+    with torch.no_grad():
+        for name, (tensor, policy) in _saved_adapter(model, stage, "default").items():
+            if policy is None:
+                raise WorkError(f"{stage.parent}: {name} has no place in the model.")
+            policy.copy_(tensor)
+
+
+def _saved_adapter(model: Any, stage: Stage, adapter: str) -> dict[str, tuple[Any, Any]]:
+    """Name in the parent's file -> (saved tensor, the named adapter's parameter or None)."""
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    saved = load_file(str(stage.parent / "adapter_model.safetensors"))
+    return {
+        name: (tensor, parameters.get(re.sub(r"(\.lora_[AB])\.", rf"\1.{adapter}.", name)))
+        for name, tensor in saved.items()
+    }
+
+
 def check_reference(model: Any, stage: Stage) -> None:
-    """Raise WorkError unless DPO's reference equals the instruction policy, tensor by tensor.
+    """Raise WorkError unless DPO's policy and reference both equal the parent, tensor by tensor.
 
     With an equal reference the first loss is ln 2 and the first margins are 0; with the raw base
     model as reference nothing would look wrong.
     """
     import torch
-    from safetensors.torch import load_file
 
-    saved = load_file(str(stage.parent / "adapter_model.safetensors"))
-    parameters = dict(model.named_parameters())
-    for name, tensor in saved.items():
-        reference = name.replace(".lora_A.weight", ".lora_A.ref.weight").replace(
-            ".lora_B.weight", ".lora_B.ref.weight"
-        )
-        found = parameters.get(reference)
-        if found is None or not torch.equal(found.cpu().float(), tensor.to(found.dtype).float()):
-            raise WorkError(f"DPO's reference is not the policy in {stage.parent}: {name} differs.")
-        if found.requires_grad:
-            raise WorkError(f"DPO's reference is not frozen: {reference} would be trained.")
+    for adapter, role in (("ref", "reference"), ("default", "policy")):
+        for name, (tensor, found) in _saved_adapter(model, stage, adapter).items():
+            if found is None or not torch.equal(found.cpu().float(), tensor.float()):
+                raise WorkError(
+                    f"DPO's {role} is not the policy in {stage.parent}: {name} differs."
+                )
+            if adapter == "ref" and found.requires_grad:
+                raise WorkError(f"DPO's reference is not frozen: {name} would be trained.")
     digest = stage.inputs["parent"][:16]
     print(f"DPO reference: frozen copy of {stage.parent} (adapter sha256 {digest}...)")
 
@@ -415,6 +447,7 @@ def callbacks(stage: Stage) -> list[Any]:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     section = stage.section
+    arguments = trainer_arguments(stage)
 
     class Progress(TrainerCallback):
         """A bar on a terminal, a line per log entry elsewhere; loss and tokens/s in both."""
@@ -436,6 +469,9 @@ def callbacks(stage: Stage) -> list[Any]:
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
+            if arguments["load_best_model_at_end"] and state.global_step == state.max_steps:
+                # The best checkpoint is chosen among those that were evaluated and saved.
+                control.should_evaluate = control.should_save = True
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             logs = logs or {}
@@ -479,7 +515,6 @@ def callbacks(stage: Stage) -> list[Any]:
                 self.wandb.finish()
 
     result: list[Any] = [Progress()]
-    arguments = trainer_arguments(stage)
     if section.early_stopping_patience and arguments["load_best_model_at_end"]:
         result.append(EarlyStoppingCallback(section.early_stopping_patience))
     return result
@@ -520,6 +555,10 @@ def train(stage: Stage, trainer: Any) -> dict[str, Any]:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    restore_precision(model, stage)
+    if stage.name == "safety":
+        check_reference(model, stage)
     score_targets_only(trainer)
     resume = last_checkpoint(stage.work)
     if resume:

@@ -208,7 +208,7 @@ def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
         },
         "domain": {**train, "lora_rank": 8, "lora_alpha": 8, "learning_rate": 1e-4},
         "instruction": {**train, "learning_rate": 1e-3},
-        "safety": {**train, "learning_rate": 1e-4},
+        "safety": {**train, "learning_rate": 1e-5},
         "compress": {
             "prefill_lengths": [64],
             "kv_cache_length": 128,

@@ -19,7 +19,7 @@ def load(path, *settings):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_every_shipped_yaml_loads(path):
-    from liteguard.datasets import check_sources
+    from liteguard.preparation import check_sources
 
     loaded = load(path)
     check_sources(loaded)

@@ -83,6 +83,20 @@ def test_the_same_adapter_is_carried_through(pipeline):
     assert final["parent_adapter_sha256"] == parent
 
 
+def test_small_steps_are_not_rounded_away(pipeline):
+    """TRL rounds adapters on 4-bit bases to bfloat16, where a step of 1e-5 is lost."""
+    from safetensors.torch import load_file
+
+    stages = ["domain_checkpoint", "instruction_checkpoint", "final_checkpoint"]
+    tensors = [load_file(pipeline / s / "adapter_model.safetensors") for s in stages]
+    for found in tensors:
+        assert all(not t.bfloat16().float().equal(t) for t in found.values())
+    for before, after in zip(tensors, tensors[1:], strict=False):
+        for name in before:
+            moved = (before[name] != after[name]).float().mean()
+            assert moved > 0.95, f"{name}: {1 - moved:.0%} of the weights never moved"
+
+
 def test_dpo_starts_at_ln2_with_zero_margins(pipeline):
     first = next(
         e
