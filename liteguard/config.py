@@ -67,6 +67,9 @@ class SourceSection(Section):
     opening_share: float = Field(
         1.0, gt=0, le=1, description="Share of the rows that opening_tokens applies to."
     )
+    keep_near_duplicates: bool = Field(
+        False, description="For rows that were varied on purpose (the safety catalogue)."
+    )
     licence: str = ""
 
 
@@ -76,7 +79,22 @@ class DataSection(Section):
     test_share: float = Field(0.07, gt=0, lt=0.5)
     min_characters: int = Field(20, ge=1, description="Shorter answers or texts are dropped.")
     max_characters: int = Field(20_000, ge=100, description="Longer ones are dropped.")
-    cache_dir: str = Field(".cache", description="Downloads and the unpacked embedded base model.")
+    language: str | None = Field(
+        "en", description="Drop texts and answers in other languages (ISO 639-1); null keeps all."
+    )
+    near_duplicate_threshold: float | None = Field(
+        0.85,
+        gt=0,
+        le=1,
+        description="Drop rows whose words (in threes) are so similar (Jaccard); null keeps them.",
+    )
+    decontaminate: list[str] = Field(
+        default_factory=list,
+        description="Evaluation sets to keep out: names of public benchmarks, or local files.",
+    )
+    cache_dir: str = Field(
+        ".cache", description="Downloads, cleaned sources, the unpacked base model."
+    )
     domain: list[SourceSection] = Field(default_factory=list)
     instruction: list[SourceSection] = Field(default_factory=list)
     preference: list[SourceSection] = Field(default_factory=list)

