@@ -10,9 +10,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard.datasets import DATASETS, FIELDS, SPLITS, Row, match_key, normalise, unit
+from liteguard.datasets import (
+    DATASETS,
+    FIELDS,
+    SPLITS,
+    Row,
+    match_key,
+    normalise,
+    recognise,
+    unit,
+)
 from liteguard.errors import UserError
-from liteguard.sources import WHEELS
+from liteguard.sources import WHEELS, Broken, Tally
 
 if TYPE_CHECKING:
     from liteguard.config import Config, SourceSection
@@ -29,6 +38,8 @@ def check_sources(config: Config) -> None:
             without = ", ".join(s.dataset for s in sources if s.weight is None)
             problems.append(f"data.{part}: weight is set, but not for {without}")
         for source in sources:
+            if source.dataset == "auto":
+                source.dataset = recognise(source, part)
             if source.dataset not in DATASETS:
                 problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
             elif DATASETS[source.dataset][0] != part:
@@ -41,7 +52,9 @@ def check_sources(config: Config) -> None:
                 problems.append(f"data.{part}: the path {source.path} does not exist")
     if problems:
         names = {part: [n for n, (p, *_) in DATASETS.items() if p == part] for part in FIELDS}
-        allowed = "\n".join(f"  data.{part}: {', '.join(found)}" for part, found in names.items())
+        allowed = "\n".join(
+            f"  data.{part}: auto, {', '.join(found)}" for part, found in names.items()
+        )
         raise UserError("\n".join(problems) + f"\nDatasets by section:\n{allowed}")
 
 
@@ -69,13 +82,16 @@ def collect(
         function, wheels = DATASETS[source.dataset][1:]
         dropped: Counter[str] = Counter()
         read = kept = 0
-        rows = function(source, cache_dir)
+        rows = tally = Tally(function(source, cache_dir), source)
         if source.limit and not source.hub:
             rows = _sample(rows, source.limit, f"{data.seed}{source.dataset}", fields[0])
         for row in rows:
             if source.limit and kept >= source.limit:
                 break
             read += 1
+            if isinstance(row, Broken):
+                dropped[row.reason] += 1
+                continue
             if any(not isinstance(row.get(f), str) for f in fields):
                 dropped["missing or not text"] += 1
                 continue
@@ -97,6 +113,7 @@ def collect(
                 row = _opening(source, {**row, "entity": entity}, fields[0])
                 gathered.append((number, split, row))
                 kept += 1
+        tally.check()
         entries.append(
             {
                 "part": part,
@@ -175,14 +192,18 @@ def _opening(source: SourceSection, row: Row, field: str) -> Row:
     return row
 
 
-def _sample(rows: Iterable[Row], limit: int, seed: str, field: str) -> list[Row]:
+def _sample(rows: Iterable[Row | Broken], limit: int, seed: str, field: str) -> list[Row | Broken]:
     """`limit` rows drawn by a hash of their content; sources are often sorted by subject.
 
-    Rows that will not be usable are drawn too, so a little more is taken than asked for.
+    Rows that will not be usable are drawn too, so a little more is taken than asked for. Broken
+    ones come first, all of them: they are to be counted.
     """
-    found = list(rows)
+    found: list[Row] = []
+    broken: list[Row | Broken] = []
+    for row in rows:
+        (broken if isinstance(row, Broken) else found).append(row)
     found.sort(key=lambda row: hashlib.sha256(f"{seed}{row.get(field)}".encode()).digest())
-    return found[: limit + limit // 20]
+    return broken + found[: limit + limit // 20]
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
