@@ -686,8 +686,7 @@ def recognise(source: SourceSection, part: str) -> str:
         f"  {n} (data.{layout.part}): {', '.join(layout.columns)}" for n, layout in FORMATS.items()
     )
     elsewhere = [f"{fit}, which belongs in data.{FORMATS[fit].part}" for fit in fitting]
-    wanted = next(layout for layout in FORMATS.values() if layout.part == part)
-    lines = ", ".join(f"{column}: THE_COLUMN" for column in wanted.columns)
+    lines = ", ".join(f"{column}: THE_COLUMN" for column in FIELDS[part])
     raise UserError(
         f"{place}: the columns {', '.join(map(repr, found)) or '(none)'} are those of "
         f"{' or '.join(elsewhere) or 'no known format'}; this source is in data.{part}.\n"

@@ -232,6 +232,9 @@ def test_bad_csv_rows_count_with_every_line_they_take(tmp_path):
         ("8", "not a CSV row"),
         ("9", "not a CSV row"),
     ]
+    path = write(tmp_path / "first.csv", "id,text\n1\n2,x\n")
+    first, second = read(path)  # cells are missing, but not the column
+    assert first.reason == "missing or not text" and second["text"] == "x"
     path = write(tmp_path / "y.csv", "text,text\na,b\n")
     with pytest.raises(UserError, match="two columns have the same name"):
         read(path)
@@ -470,6 +473,7 @@ def test_rows_that_do_not_fit_their_format_are_broken(tmp_path, dataset, row, re
         ("domain", {"text": "x", "source": "y"}, "plain_text (text)"),
         ("instruction", {"instruction": "a", "input": "b", "output": "c"}, None),
         ("instruction", {"messages": [USER, REPLY], "prompt": "x"}, "messages (messages)"),
+        ("instruction", {**ASKED, "messages": [USER, REPLY]}, "messages (messages)"),
         ("instruction", {"conversations": shared(USER, REPLY)}, "sharegpt (conversations)"),
         ("instruction", {**ASKED, "text": "both"}, "prompt_completion (prompt, completion)"),
         ("domain", {**ASKED, "text": "both"}, "plain_text (text)"),
@@ -511,7 +515,7 @@ def test_auto_takes_named_columns_and_refuses_what_does_not_fit(tmp_path):
     )
     for name in datasets.FORMATS:
         assert name in message
-    assert "    columns: {" in message and "THE_COLUMN}" in message
+    assert "    columns: {prompt: THE_COLUMN, completion: THE_COLUMN}" in message
     with pytest.raises(UserError, match=r"prompt_completion, which belongs in data\.instruction"):
         datasets.recognise(named, "domain")
     with pytest.raises(UserError, match="no readable row"):
@@ -579,7 +583,6 @@ def test_the_phi_data_are_prepared_from_files_in_the_layout_of_the_hub(tmp_path)
             source.pop("config_name", None)
             source["path"] = str(FIXTURES / fixture)
             if fixture == "textbooks":
-                source["text_unit"] = "line"
                 lines = [
                     line
                     for file in sorted((FIXTURES / fixture).glob("*.txt"))
@@ -685,7 +688,6 @@ def test_what_is_no_zip_or_is_damaged_is_an_error(tmp_path):
     damaged = {
         "not a zip": b"not a zip",
         "truncated": whole[: len(whole) // 2],
-        "flipped": whole[:42] + bytes([whole[42] ^ 255]) + whole[43:],
         "encrypted": whole.replace(
             b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
         ),
@@ -693,6 +695,11 @@ def test_what_is_no_zip_or_is_damaged_is_an_error(tmp_path):
     for name, content in damaged.items():
         assert content != whole, name
         path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.whl: cannot read data\.json"):
+            sources.read_member(path, "data.json")
+    # One byte of the packed content after the other: bad codes, a bad sum, an end too early.
+    for at in range(39, whole.index(b"PK\x01\x02")):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(UserError, match=r"x\.whl: cannot read data\.json"):
             sources.read_member(path, "data.json")
     with pytest.raises(UserError, match="cannot read"):
