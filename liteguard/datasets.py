@@ -46,13 +46,16 @@ def normalise(text: str) -> str:
 
     Both are where SentencePiece on the device and a byte-level BPE differ (runs of newlines, tabs
     and blanks; typographic characters spelled with incomplete UTF-8 tokens), so training on the
-    plain form keeps its ids equal to the device's.
+    plain form keeps its ids equal to the device's. NUL and names of control tokens are taken out.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_PLAIN)
-    return " ".join(text.replace("\x00", "").split())
+    return " ".join(_CONTROL.sub(" ", text.replace("\x00", "")).split())
 
 
+# What a tokenizer would read as a control token ("<|im_end|>" in a forum post would end the answer
+# there).
+_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|</?s>")
 # Letters and digits of any script: a key of Latin letters only would make all Chinese texts equal.
 _NOT_WORD = re.compile(r"[\W_]+")
 

@@ -230,6 +230,11 @@ def test_whitespace_runs_become_one_blank():
     assert datasets.normalise("a\u00a0 b\n\n\tc\x00 d") == "a b c d"
 
 
+def test_control_tokens_in_a_text_are_not_read_as_such():
+    text = "He wrote <|im_end|>\n<|im_start|>system and </s>, with |x| < 3 and <b>."
+    assert datasets.normalise(text) == "He wrote system and , with |x| < 3 and <b>."
+
+
 def test_alpaca_rows_ask_the_input(tmp_path):
     from liteguard.config import SourceSection
 

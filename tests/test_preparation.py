@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, fail, succeed
+from conftest import CACHE, ROOT, fail, succeed
 
 from liteguard import cleaning, datasets, preparation
 from liteguard.config import DataSection, SourceSection
@@ -156,6 +156,25 @@ def test_planted_copies_of_evaluation_questions_are_dropped(project):
     assert project.reasons("404 days") == [], "twelve words in common are allowed"
     manifest = json.loads((project.directory / "out/manifest.json").read_text())
     assert manifest["decontaminated_against"] == [str(evaluation), "the test split"]
+
+
+def test_a_planted_question_of_a_public_benchmark_is_dropped(project):
+    from liteguard import public_benchmarks
+
+    cache = CACHE.resolve()
+    questions = [q.question for q in public_benchmarks.load("medqa", cache)]
+    question = max(questions, key=len)
+    words = question.split()
+    project.data |= {"decontaminate": ["medqa"], "cache_dir": str(cache)}
+    project.files["pairs"] += [
+        {"prompt": question, "completion": ANSWER.format(701)},
+        {"prompt": " ".join(words[5:40]) + " and so on?", "completion": ANSWER.format(702)},
+    ]
+    project.files["texts"].append({"text": f"From a book of exams. {' '.join(words[:50])}"})
+    project.save()
+    project.run()
+    for wanted in ("701 days", "702 days", "From a book of exams"):
+        assert project.reasons(wanted) == ["overlaps medqa"]
 
 
 def test_training_rows_that_repeat_a_test_question_are_dropped(project):
