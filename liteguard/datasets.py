@@ -417,15 +417,37 @@ _UNWARRANTED_REFUSALS = [
 ]
 
 
+# Appended to an unwarranted refusal while that brings its length closer to the chosen answer's:
+# otherwise the longer answer would be the right one in most of these pairs.
+_REFUSAL_TAILS = [
+    "This is a subject for a doctor.",
+    "I have to leave it at that and cannot say what it is, how it shows or what follows from it.",
+    "Please do not ask me about it again; there is nothing that I am able to add.",
+]
+
+
+def _refusal_like(answer: str, name: str, prompt: str) -> str:
+    """An unwarranted refusal of about as many words as `answer`."""
+    text = _pick(_UNWARRANTED_REFUSALS, prompt).format(name=name)
+    wanted = len(answer.split())
+    start = int(unit(f"tail{prompt}") * len(_REFUSAL_TAILS))
+    for number in range(len(_REFUSAL_TAILS)):
+        longer = f"{text} {_REFUSAL_TAILS[(start + number) % len(_REFUSAL_TAILS)]}"
+        if abs(len(longer.split()) - wanted) < abs(len(text.split()) - wanted):
+            text = longer
+    return text
+
+
 def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
     """Ordinary questions about diseases: the answer is chosen, an unwarranted refusal rejected."""
     for row in uniprot_questions(source, cache_dir):
         if row["kind"] in ("definition", "features"):
             name = row["completion"].split(" is ")[0].split(":")[0]
+            chosen = _sentences(row["completion"], 25)
             yield {
                 "prompt": row["prompt"],
-                "chosen": _sentences(row["completion"], 25),
-                "rejected": _pick(_UNWARRANTED_REFUSALS, row["prompt"]).format(name=name),
+                "chosen": chosen,
+                "rejected": _refusal_like(chosen, name, row["prompt"]),
                 "kind": "ordinary",
                 "area": "disease",
                 "entity": row["entity"],

@@ -89,6 +89,18 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
         assert right / len(group) > 0.98 and wrong / len(group) < 0.02
 
 
+def test_the_length_of_an_answer_does_not_say_whether_it_is_chosen(embedded):
+    found = [r for v in rows(embedded, "preference").values() for r in v]
+    for kind in ("harmful", "ordinary", "borderline"):
+        pairs = [r for r in found if r["kind"] == kind]
+        chosen, rejected = (
+            sum(len(r[key].split()) for r in pairs) / len(pairs) for key in ("chosen", "rejected")
+        )
+        assert chosen == pytest.approx(rejected, rel=0.1), kind
+        longer = sum(len(r["chosen"].split()) > len(r["rejected"].split()) for r in pairs)
+        assert 0.25 < longer / len(pairs) < 0.6, kind
+
+
 def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):
     """What a short run trains on is in the YAML's proportions, and no row is lost for it."""
     sources = read_yaml(ROOT / "configs/smollm2-135m.yaml")["data"]["instruction"]
