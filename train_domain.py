@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, training
+from liteguard import checkpoints, cli, training
 
 
 def parse_args():
@@ -39,12 +39,14 @@ def main() -> None:
         data_dir=Path(args.data or f"data/{config.model_type}"),
     )
     tokenizer = training.load_tokenizer(stage)
-    rows = datasets.load_split(stage.data_dir, "domain", "train")
-    held_out = datasets.load_split(stage.data_dir, "domain", "validation")
-    train_set = training.tokenize_documents(tokenizer, rows, config)
-    eval_set = training.tokenize_documents(tokenizer, held_out, config)
+    train_set, eval_set = (
+        training.document_blocks(
+            training.token_stream(tokenizer, stage.data_dir, split, config), config
+        )
+        for split in ("train", "validation")
+    )
     eval_set = eval_set[: config.domain.max_eval_rows]
-    training.describe(stage, len(train_set), tokenizer.decode(train_set[0]["input_ids"]))
+    training.describe(stage, len(train_set), tokenizer.decode(train_set[0]))
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
@@ -56,7 +58,6 @@ def main() -> None:
         return
 
     # 3. Work
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
@@ -66,8 +67,8 @@ def main() -> None:
             # Sequences arrive tokenized and packed, with their labels.
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=Dataset.from_list(train_set[: training.needed_rows(config.domain)]),
-        eval_dataset=Dataset.from_list(eval_set),
+        train_dataset=training.packed_dataset(train_set[: training.needed_rows(config.domain)]),
+        eval_dataset=training.packed_dataset(eval_set),
         processing_class=tokenizer,
         callbacks=training.callbacks(stage),
     )

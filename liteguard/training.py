@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from liteguard import checkpoints, datasets, models
 from liteguard.config import Config, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -142,22 +147,63 @@ def load_model(stage: Stage) -> Any:
     return model
 
 
-def tokenize_documents(tokenizer: Any, rows: list[dict], config: Config) -> list[dict]:
-    """Plain texts, each ended by the document-end token, packed into blocks of `max_length` ids.
+def token_stream(tokenizer: Any, data_dir: Path, split: str, config: Config) -> np.ndarray:
+    """All domain texts of a split as one stream of ids, uint32, each ended by the document end.
 
-    The incomplete last block is dropped. Labels equal the ids: every token is a target.
+    Kept in the cache as an .npy file, named by the texts' sha256, the tokenizer and the end token,
+    and mapped into memory from there: a large corpus is tokenized once, however often training
+    starts.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    end = config.prompt.document_end_token
+    key = checkpoints.sha256_json(
+        {
+            "texts": datasets.read_manifest(data_dir)["files"].get(f"domain/{split}.jsonl"),
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "end": end,
+        }
+    )
+    path = Path(config.data.cache_dir) / "tokens" / f"{key[:32]}.npy"
+    rows = None if path.exists() else datasets.load_split(data_dir, "domain", split)
+    if rows is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batches = []
+        with tqdm(total=len(rows), desc="tokenizing", unit=" texts", disable=None) as bar:
+            for start in range(0, len(rows), 1_000):
+                texts = [row["text"] + end for row in rows[start : start + 1_000]]
+                ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+                batches.append(np.fromiter(itertools.chain.from_iterable(ids), np.uint32))
+                bar.update(len(texts))
+        staging = path.with_name(f".{path.stem}.partial.npy")
+        np.save(staging, np.concatenate(batches))
+        os.replace(staging, path)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def document_blocks(stream: np.ndarray, config: Config) -> np.ndarray:
+    """A stream of ids cut into blocks, shape (blocks, domain.max_length).
+
+    The incomplete last block is dropped. Raises UserError when there is no whole block.
     """
     length = min(config.domain.max_length, config.model.context_length)
-    stream: list[int] = []
-    for row in rows:
-        stream += models.encode(tokenizer, row["text"] + config.prompt.document_end_token)
-    blocks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-    if not blocks:
+    count = len(stream) // length
+    if not count:
         raise UserError(
             f"The domain texts have {len(stream)} tokens, fewer than one block of "
             f"domain.max_length = {length}. Use more text or a smaller domain.max_length."
         )
-    return [{"input_ids": block, "labels": list(block)} for block in blocks]
+    return stream[: count * length].reshape(count, length)
+
+
+def packed_dataset(blocks: np.ndarray) -> Any:
+    """Blocks as a datasets.Dataset; labels equal the ids: every token is a target."""
+    import numpy as np
+    from datasets import Dataset
+
+    ids = np.asarray(blocks, np.int64)
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
 def tokenize_pair(

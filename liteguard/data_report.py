@@ -1,0 +1,152 @@
+"""What is in the prepared data: rows in, dropped by reason, out; tokens, lengths, what is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from liteguard import checkpoints, models
+from liteguard.datasets import FIELDS
+
+if TYPE_CHECKING:
+    from liteguard.config import Config
+
+BATCH = 1_000
+
+
+def table(manifest: dict[str, Any]) -> str:
+    """Rows of every source in and out with the reasons, then the rows of every file."""
+    lines = [f"{'':12} {'source':22}{'read':>10}{'dropped':>10}{'kept':>10}"]
+    for entry in manifest["sources"]:
+        dropped = sum(entry["dropped"].values())
+        lines.append(
+            f"{entry['part']:12} {entry['dataset']:22}{entry['rows_read']:10,}{dropped:10,}"
+            f"{entry['rows_kept']:10,}"
+        )
+        reasons = sorted(entry["dropped"].items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"{'':35}{count:10,} {reason}" for reason, count in reasons]
+    lines += ["", f"{'file':32}{'rows':>10}{'entities':>10}{'words':>13}"]
+    for name, entry in manifest["counts"].items():
+        lines.append(f"{name:32}{entry['rows']:10,}{entry['entities']:10,}{entry['words']:13,}")
+    against = ", ".join(manifest["decontaminated_against"])
+    lines += ["", f"kept apart (13 words in common, or the same question): {against}"]
+    return "\n".join(lines)
+
+
+def write(config: Config, data_dir: Path) -> str:
+    """Count tokens of the training rows; write report.json and lengths.png beside the data."""
+    tokenizer = models.load_base_tokenizer(config)
+    limits = {
+        part: min(getattr(config, stage).max_length, config.model.context_length)
+        for part, stage in (
+            ("domain", "domain"),
+            ("instruction", "instruction"),
+            ("preference", "safety"),
+        )
+    }
+    lengths = {part: token_lengths(config, tokenizer, data_dir, part) for part in FIELDS}
+    report: dict[str, Any] = {}
+    lines = ["", f"{'training rows':14}{'tokens':>14}{'median':>9}{'95 %':>9}{'longest':>9}  cut"]
+    for part, counts in lengths.items():
+        # Domain texts are packed into blocks, so none of them is cut.
+        cut = 0.0 if part == "domain" else float((counts > limits[part]).mean())
+        percentiles = np.percentile(counts, [50, 95, 100])
+        report[part] = {
+            "rows": len(counts),
+            "tokens": int(counts.sum()),
+            "median": percentiles[0],
+            "percentile_95": percentiles[1],
+            "longest": percentiles[2],
+            "max_length": limits[part],
+            "share_cut": cut,
+        }
+        text = "packed" if part == "domain" else f"{cut:.2%} longer than {limits[part]}"
+        lines.append(
+            f"{part:14}{counts.sum():14,}{percentiles[0]:9,.0f}{percentiles[1]:9,.0f}"
+            f"{percentiles[2]:9,.0f}  {text}"
+        )
+    chosen, rejected = answer_words(data_dir)
+    report["preference"] |= {
+        "chosen_words": float(chosen.mean()),
+        "rejected_words": float(rejected.mean()),
+        "chosen_is_longer": float((chosen > rejected).mean()),
+    }
+    lines.append(
+        f"preference: {chosen.mean():.1f} words chosen, {rejected.mean():.1f} rejected on average; "
+        f"the chosen answer is the longer one in {(chosen > rejected).mean():.0%} (50 % = length "
+        "teaches nothing)"
+    )
+    draw(lengths, limits, data_dir / "lengths.png")
+    checkpoints.write_json(data_dir / "report.json", report)
+    lines.append(f"wrote {data_dir / 'report.json'} and {data_dir / 'lengths.png'}")
+    return "\n".join(lines)
+
+
+def token_lengths(config: Config, tokenizer: Any, data_dir: Path, part: str) -> np.ndarray:
+    """Tokens of every training row as the stage will see it, shape (rows,).
+
+    A preference row counts with the longer of its two answers.
+    """
+    prompt = config.prompt
+    counts: list[int] = []
+    texts: list[tuple[str, ...]] = []
+
+    def flush() -> None:
+        flat = [text for row in texts for text in row]
+        ids = tokenizer(flat, add_special_tokens=False)["input_ids"]
+        sizes = iter(map(len, ids))
+        for row in texts:
+            own = [next(sizes) for _ in row]
+            counts.append(own[0] + max(own[1:], default=0))
+        texts.clear()
+
+    with (data_dir / part / "train.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if part == "domain":
+                texts.append((row["text"] + prompt.document_end_token,))
+            else:
+                answers = [row[field] for field in FIELDS[part][1:]]
+                question = prompt.render_question(row["prompt"])
+                texts.append((question, *map(prompt.render_answer, answers)))
+            if len(texts) == BATCH:
+                flush()
+    flush()
+    return np.array(counts, np.int64)
+
+
+def answer_words(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Words of the chosen and of the rejected answers of the training pairs, shape (rows,) each."""
+    with (data_dir / "preference" / "train.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    chosen, rejected = (
+        np.array([len(row[key].split()) for row in rows]) for key in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def draw(lengths: dict[str, np.ndarray], limits: dict[str, int], path: Path) -> None:
+    """Histograms of tokens per row with the length at which a stage cuts, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(lengths), figsize=(4.2 * len(lengths), 3.2))
+    for axis, (part, counts) in zip(axes, lengths.items(), strict=True):
+        top = float(np.percentile(counts, 99.5)) * 1.05
+        axis.hist(np.minimum(counts, top), bins=50, color="#35618f")
+        if part != "domain" and limits[part] <= top:
+            axis.axvline(limits[part], color="#b03a2e", label=f"max_length {limits[part]}")
+            axis.legend()
+        axis.set(title=f"{part} ({len(counts):,} rows)", xlabel="tokens", ylabel="rows")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    staging = path.with_name(f".{path.name}.partial")
+    figure.savefig(staging, dpi=110, format="png")
+    pyplot.close(figure)
+    os.replace(staging, path)

@@ -1,0 +1,397 @@
+"""Cleaning, duplicates, decontamination, the cache of sources, interruption: on our own files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import CACHE, ROOT, fail, succeed
+
+from liteguard import cleaning, datasets, preparation
+from liteguard.config import DataSection, SourceSection
+
+ANSWER = "Rest, drink enough water, and see a doctor if it does not get better within {} days."
+
+
+POOL = """the patient has a fever and pain in the chest after a long walk with cough blood pressure
+heart lung liver kidney skin rash child night morning week doctor nurse clinic test result sugar
+salt water food sleep weight height sudden slow left right upper lower mild severe"""
+
+
+def sentence(generator: random.Random, words: int) -> str:
+    pool = POOL.split()
+    return " ".join(generator.choice(pool) for _ in range(words)).capitalize() + "."
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A YAML over three jsonl files of our own, and a function that runs prepare_datasets.py."""
+    generator = random.Random(0)
+    files = {
+        "texts": [{"text": sentence(generator, 40)} for _ in range(400)],
+        "pairs": [
+            {"prompt": sentence(generator, 20), "completion": ANSWER.format(n)} for n in range(400)
+        ],
+        "preferences": [
+            {
+                "prompt": sentence(generator, 12),
+                "chosen": ANSWER.format(n),
+                "rejected": sentence(generator, 15),
+                "kind": "ordinary",
+            }
+            for n in range(200)
+        ],
+    }
+    project = Project(tmp_path, files)
+    project.save()
+    return project
+
+
+class Project:
+    def __init__(self, directory: Path, files: dict[str, list[dict]]) -> None:
+        self.directory, self.files = directory, files
+        self.data: dict = {
+            "cache_dir": str(directory / "cache"),
+            "domain": [{"dataset": "plain_text", "path": str(directory / "texts.jsonl")}],
+            "instruction": [
+                {"dataset": "prompt_completion", "path": str(directory / "pairs.jsonl")}
+            ],
+            "preference": [{"dataset": "preference", "path": str(directory / "preferences.jsonl")}],
+            "test_share": 0.15,
+            "validation_share": 0.1,
+        }
+
+    def save(self) -> None:
+        for name, rows in self.files.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (self.directory / f"{name}.jsonl").write_text(text)
+        values = {"extends": str(ROOT / "configs/phi-2.yaml"), "data": self.data}
+        (self.directory / "test.yaml").write_text(yaml.safe_dump(values))
+
+    def command(self, output: str, *flags: str) -> list[str]:
+        script = str(ROOT / "prepare_datasets.py")
+        return [script, "--config", str(self.directory / "test.yaml"), "--output", output, *flags]
+
+    def run(self, output: str = "out", *flags: str) -> str:
+        return succeed(*self.command(output, *flags), cwd=self.directory)
+
+    def rows(self, part: str, split: str, output: str = "out") -> list[dict]:
+        return datasets.load_split(self.directory / output, part, split)
+
+    def dropped(self, output: str = "out") -> list[dict]:
+        lines = (self.directory / output / "dropped.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def reasons(self, wanted: str, output: str = "out") -> list[str]:
+        """Why the rows whose text contains `wanted` were dropped."""
+        return [d["reason"] for d in self.dropped(output) if wanted in json.dumps(d["row"])]
+
+
+def test_every_row_is_written_or_dropped_with_a_reason(project):
+    project.files["pairs"] += [
+        {"prompt": "", "completion": ANSWER.format(1)},
+        {"prompt": "?!", "completion": ANSWER.format(1)},
+        {"prompt": "What now?", "completion": "Rest."},
+        {"prompt": "And then?", "completion": "x" * 30_000},
+        {
+            "prompt": "Et maintenant ?",
+            "completion": "Il faut se reposer, boire assez d'eau et consulter un m\u00e9decin si "
+            "la douleur ne passe pas apr\u00e8s quelques jours.",
+        },
+        project.files["pairs"][0],
+    ]
+    project.save()
+    screen = project.run()
+    found = json.loads((project.directory / "out/manifest.json").read_text())
+    entry = next(s for s in found["sources"] if s["part"] == "instruction")
+    assert entry["dropped"] == {
+        "empty": 2,
+        "too short": 1,
+        "too long": 1,
+        "not en": 1,
+        "duplicate": 1,
+    }
+    assert entry["rows_read"] == 406 and entry["rows_kept"] == 400
+    for part in datasets.FIELDS:
+        kept = sum(len(project.rows(part, split)) for split in datasets.SPLITS)
+        own = [d for d in project.dropped() if d["part"] == part]
+        read = next(s["rows_read"] for s in found["sources"] if s["part"] == part)
+        assert kept + len(own) == read
+    assert "1 not en" in screen and "prompt_completion" in screen
+    notice = (project.directory / "out/NOTICE.md").read_text()
+    digest = cleaning.hashlib.sha256((project.directory / "pairs.jsonl").read_bytes()).hexdigest()
+    assert f"pairs.jsonl: sha256 {digest}" in notice and "licence: not stated" in notice
+
+
+def test_planted_copies_of_evaluation_questions_are_dropped(project):
+    generator = random.Random(9)
+    long, short, local = sentence(generator, 30), "Which drug thins blood?", sentence(generator, 25)
+    evaluation = project.directory / "exam.jsonl"
+    evaluation.write_text("".join(json.dumps({"question": q}) + "\n" for q in (long, short, local)))
+    words = long.rstrip(".").split()
+    near = " ".join(["Please", "tell", "me:", *words[4:24], "or", "not?"])
+    project.files["pairs"] += [
+        {"prompt": long, "completion": ANSWER.format(401)},
+        {"prompt": near, "completion": ANSWER.format(402)},
+        {"prompt": "which drug THINS blood", "completion": ANSWER.format(403)},
+        {"prompt": "Twelve: " + " ".join(words[:12]), "completion": ANSWER.format(404)},
+    ]
+    project.files["texts"] += [{"text": f"An exam asked this. {local} Nobody knew the answer."}]
+    project.data["decontaminate"] = [str(evaluation)]
+    project.save()
+    project.run()
+    overlap = f"overlaps {evaluation}"
+    for day in (401, 402, 403):
+        assert project.reasons(f"{day} days") == [overlap]
+    assert project.reasons(local[:40]) == [overlap]
+    assert project.reasons("404 days") == [], "twelve words in common are allowed"
+    manifest = json.loads((project.directory / "out/manifest.json").read_text())
+    assert manifest["decontaminated_against"] == [str(evaluation), "the test split"]
+
+
+def test_a_planted_question_of_a_public_benchmark_is_dropped(project):
+    from liteguard import public_benchmarks
+
+    cache = CACHE.resolve()
+    questions = [q.question for q in public_benchmarks.load("medqa", cache)]
+    question = max(questions, key=len)
+    words = question.split()
+    project.data |= {"decontaminate": ["medqa"], "cache_dir": str(cache)}
+    project.files["pairs"] += [
+        {"prompt": question, "completion": ANSWER.format(701)},
+        {"prompt": " ".join(words[5:40]) + " and so on?", "completion": ANSWER.format(702)},
+    ]
+    project.files["texts"].append({"text": f"From a book of exams. {' '.join(words[:50])}"})
+    project.save()
+    project.run()
+    for wanted in ("701 days", "702 days", "From a book of exams"):
+        assert project.reasons(wanted) == ["overlaps medqa"]
+
+
+def test_training_rows_that_repeat_a_test_question_are_dropped(project):
+    project.run("before")
+    question = project.rows("instruction", "test", "before")[0]["prompt"]
+    text = project.rows("domain", "test", "before")[0]["text"]
+    words = question.rstrip(".").split()
+    # Found by another wording of the answer's end, so they are rows of their own.
+    for number in range(60):
+        changed = f"Tell me {number}: {' '.join(words[:16])} and what else"
+        project.files["pairs"].append(
+            {"prompt": changed, "completion": ANSWER.format(1_000 + number)}
+        )
+    project.files["texts"] += [{"text": f"Number {n}. {text[:-60]}"} for n in range(40)]
+    project.save()
+    project.run("after")
+    leaked = [r for r in project.rows("instruction", "train", "after") if words[0] in r["prompt"]]
+    assert not [r for r in leaked if " ".join(words[:13]) in r["prompt"]]
+    assert project.reasons("and what else", "after").count("overlaps the test split") > 30
+    train = project.rows("domain", "train", "after")
+    assert not [r for r in train if r["text"].startswith("Number")]
+
+
+def test_near_copies_are_dropped_and_the_most_held_out_is_kept(project):
+    project.run("before")
+    held_out = project.rows("domain", "test", "before")[0]["text"]
+    trained = project.rows("domain", "train", "before")[0]["text"]
+    copies = [f"{text[:-1]} {word}." for text in (held_out, trained) for word in ("today", "soon")]
+    project.files["texts"] = [{"text": c} for c in copies] + project.files["texts"]
+    project.save()
+    project.run("after")
+    texts = {s: [r["text"] for r in project.rows("domain", s, "after")] for s in datasets.SPLITS}
+    everything = sum(texts.values(), [])
+    for stem in (held_out[:-1], trained[:-1]):
+        assert len([t for t in everything if t.startswith(stem)]) == 1
+    assert [t for t in texts["test"] if t.startswith(held_out[:-1])]
+    assert [d["reason"] for d in project.dropped("after")].count("near duplicate") == 4
+    project.data["domain"][0]["keep_near_duplicates"] = True
+    project.save()
+    project.run("kept")
+    assert "near duplicate" not in [d["reason"] for d in project.dropped("kept")]
+
+
+def test_estimated_similarity_agrees_with_the_exact_one():
+    generator = random.Random(1)
+    texts, pairs = [], []
+    for _ in range(300):
+        words = sentence(generator, 60).split()
+        other = list(words)
+        for _ in range(generator.randrange(12)):
+            other[generator.randrange(len(other))] = f"x{generator.randrange(10_000)}"
+        pairs.append((len(texts), len(texts) + 1))
+        texts += [" ".join(words), " ".join(other)]
+    numbers = [cleaning.word_numbers(datasets.match_key(t).split()) for t in texts]
+    shingles = [cleaning.windows(n, cleaning.SHINGLE_WORDS) for n in numbers]
+    digests = cleaning._digests(np.concatenate(shingles), np.array([len(s) for s in shingles]))
+    found = cleaning.near_duplicates(digests, 0.8) >= 0
+    for first, second in pairs:
+        a, b = (set(shingles[i].tolist()) for i in (first, second))
+        exact = len(a & b) / len(a | b)
+        assert not found[first]
+        if abs(exact - 0.8) > 0.12:
+            assert found[second] == (exact > 0.8), exact
+    assert 30 < found.sum() < 270
+
+
+def test_window_hashes_are_of_words_in_order():
+    numbers = cleaning.word_numbers(["a", "b", "c", "d", "b", "c", "d", "a"])
+    found = cleaning.windows(numbers, 3)
+    assert found[1] == found[4] and len(set(found.tolist())) == 5
+    assert len(cleaning.windows(numbers, 9)) == 0
+    again = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from liteguard.cleaning import windows, word_numbers\n"
+            "print(windows(word_numbers(list('abc')), 3)[0])",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert int(again.stdout) == found[0]
+
+
+ENGLISH = [
+    "Perihilar intrahepatic cholangiocarcinoma is a cancer of the bile ducts in the liver itself.",
+    "15q13.3 microdeletion syndrome is a disorder of the growth of the brain and of the body.",
+    "Fieber",
+]
+FOREIGN = [
+    "Die zystische Fibrose ist eine Erbkrankheit der Lunge, die schon bei Kindern auftreten kann.",
+    "La fibrosis qu\u00edstica es un trastorno que afecta a los pulmones y a todo el cuerpo.",
+    "\u56ca\u6027\u7ea4\u7ef4\u5316\u662f\u4e00\u79cd\u9057\u4f20\u6027\u75be\u75c5" * 9,
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_english"), [*((t, True) for t in ENGLISH), *((t, False) for t in FOREIGN)]
+)
+def test_other_languages_are_told_from_long_medical_words(text, is_english):
+    assert cleaning.is_language(text, "en") == is_english
+
+
+def test_texts_in_other_scripts_have_keys_of_their_own():
+    assert datasets.match_key("\u53d1\u70e7") != datasets.match_key("\u54b3\u55fd") != ""
+    assert datasets.match_key("Sj\u00f6gren's  Syndrome!") == "sj\u00f6gren s syndrome"
+
+
+def test_the_number_of_workers_does_not_change_the_rows(monkeypatch):
+    rows = [{"text": sentence(random.Random(n), 30)} for n in range(50)]
+    rules = cleaning.Rules("domain", SourceSection(dataset="plain_text"), DataSection())
+    monkeypatch.setattr(preparation, "CHUNK_ROWS", 7)
+    with preparation.Cleaner() as cleaner:
+        many = list(cleaner.run(rules, rows))
+    whole = cleaning.clean(rules, rows)
+    assert len(many) == 8 and [line for c in many for line in c.lines] == whole.lines
+    for name in cleaning.ARRAYS:
+        joined = np.concatenate([c.arrays[name] for c in many])
+        assert np.array_equal(joined, whole.arrays[name]), name
+
+
+def test_only_the_changed_source_is_cleaned_again(project):
+    project.run("one")
+    assert project.run("two").count("from the cache") == 3
+    project.files["texts"].append({"text": "A new text about the heart and how it beats at night."})
+    project.save()
+    message = fail(2, *project.command("one"), cwd=project.directory)
+    assert "made from other inputs" in message and "data.domain.0" in message
+    screen = project.run("one", "--overwrite")
+    assert screen.count("from the cache") == 2 and "401 rows read" in screen
+    old = (project.directory / "two/instruction/train.jsonl").read_bytes()
+    assert (project.directory / "one/instruction/train.jsonl").read_bytes() == old
+    started = time.monotonic()
+    assert "reused" in project.run("one") and time.monotonic() - started < 60
+
+
+def test_a_changed_file_in_a_directory_is_noticed(project):
+    folder = project.directory / "folder"
+    folder.mkdir()
+    (project.directory / "texts.jsonl").rename(folder / "a.jsonl")
+    project.data["domain"][0]["path"] = str(folder)
+    del project.files["texts"]
+    project.save()
+    project.run()
+    (folder / "b.jsonl").write_text('{"text": "One more text about the liver, in another file."}\n')
+    assert "data.domain.0" in fail(2, *project.command("out"), cwd=project.directory)
+
+
+def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
+    """Killed at several moments, from the first source to the last file; then the run goes on."""
+    project.run("whole")
+    expected = {
+        p.relative_to(project.directory / "whole"): p.read_bytes()
+        for p in (project.directory / "whole").rglob("*")
+        if p.is_file()
+    }
+    marks = ["plain_text", "prompt_completion", "preference ", None]
+    for number, mark in enumerate(marks):
+        project.data["cache_dir"] = str(project.directory / f"cache{number}")
+        project.save()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *project.command("killed")],
+            cwd=project.directory,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        if mark is None:
+            work = project.directory / ".killed.partial"
+            while not list(work.glob("domain/*.jsonl")) and process.poll() is None:
+                time.sleep(0.001)
+        else:
+            for line in process.stdout:
+                if mark in line and "rows read" in line:
+                    break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (project.directory / "killed").exists(), "finished too soon to be killed"
+        project.run("killed")
+        for name, content in expected.items():
+            if name.name != "manifest.json":
+                assert (project.directory / "killed" / name).read_bytes() == content, (mark, name)
+        project.run("killed")
+        subprocess.run(["rm", "-rf", str(project.directory / "killed")], check=True)
+
+
+def test_a_damaged_cache_is_not_used(project):
+    project.run("one")
+    path = next((project.directory / "cache/sources").glob("domain-*/*/rows.jsonl"))
+    path.write_bytes(path.read_bytes()[:-100])
+    assert project.run("two").count("from the cache") == 2
+    first, second = (project.directory / n / "domain/train.jsonl" for n in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_unknown_evaluation_set_is_a_clear_error(project):
+    project.data["decontaminate"] = ["medqq"]
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "'medqq'" in message and "medqa" in message
+
+
+def test_report_counts_tokens_and_draws_lengths(tiny_config, tmp_path):
+    output = tmp_path / "data"
+    screen = succeed(
+        ROOT / "prepare_datasets.py",
+        *("--config", tiny_config, "--output", output, "--report"),
+        cwd=tmp_path,
+    )
+    report = json.loads((output / "report.json").read_text())
+    assert report["instruction"]["tokens"] > report["instruction"]["rows"] > 10
+    assert report["instruction"]["share_cut"] == 0 and "longer than 96" in screen
+    assert (output / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    # The report lies beside the data and is not part of them.
+    assert "reused" in succeed(
+        ROOT / "prepare_datasets.py", "--config", tiny_config, "--output", output, cwd=tmp_path
+    )
