@@ -90,7 +90,13 @@ def main() -> None:
             "tokenizer", tokenizer.build_sentencepiece, merged_dir, work / "tokenizer.model"
         )
         # Tokens that the device cannot show as text must never be written.
-        silenced = step("silence", merge.silence_tokens, merged_dir, vocabulary.silenced)
+        silenced = step(
+            "silence",
+            merge.silence_tokens,
+            merged_dir,
+            vocabulary.silenced,
+            vocabulary.single_bytes,
+        )
         facts = {"merge": merged, "tokenizer": vocabulary.to_dict(), "silence": silenced}
         checkpoints.write_json(merged_dir / "export.json", facts)
     facts = json.loads((merged_dir / "export.json").read_text(encoding="utf-8"))

@@ -120,12 +120,17 @@ def test_text_that_needs_incomplete_tokens_survives_as_bytes(text, device, origi
     assert processor.decode(processor.encode(text)) == plain
 
 
-def test_report_accounts_for_every_token(device) -> None:
+def test_report_accounts_for_every_token(device, original) -> None:
     processor, report, _ = device
     assert report.incomplete, "the fixture has a token of incomplete UTF-8"
     for index in report.incomplete:
         assert tokenizer.PLACEHOLDER_MARK in processor.id_to_piece(index)
     assert set(report.incomplete) <= set(report.silenced)
+    # Whatever is not silenced is whole text: an answer cannot show U+FFFD.
+    never = {*report.silenced, *report.single_bytes}
+    assert len(report.single_bytes) > 50
+    for index in set(range(report.tokens)) - never:
+        assert "\ufffd" not in original.decode([index], skip_special_tokens=False), index
     assert processor.get_piece_size() == report.pieces >= report.rows >= report.tokens
     json.dumps(report.to_dict())
 
@@ -291,12 +296,14 @@ def test_silencing_tied_weights_keeps_the_type_and_shrinks_only_those_rows(
     fast.save_pretrained(tmp_path)
     load = transformers.AutoModelForCausalLM.from_pretrained
     before = load(tmp_path).get_output_embeddings().weight.detach().clone()
-    result = merge.silence_tokens(tmp_path, [7, 9])
+    result = merge.silence_tokens(tmp_path, [7, 9], [11])
     after = load(tmp_path).get_output_embeddings().weight.detach()
     assert result["method"] == "rows" and result["smallest_margin"] > 0
     assert after.dtype == torch.float16
     assert 0 < after[[7, 9]].abs().max() < 0.05 * before[[7, 9]].abs().max()
-    others = [index for index in range(len(before)) if index not in (7, 9)]
+    ratio = after[11].float() / before[11].float()
+    assert torch.allclose(ratio, torch.full_like(ratio, 0.1), rtol=1e-2), "still to be read"
+    others = [index for index in range(len(before)) if index not in (7, 9, 11)]
     assert torch.equal(after[others], before[others])
 
 

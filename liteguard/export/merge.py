@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Logit offset of a silenced token; exact in both 16-bit types, far below any trained logit.
 SILENT_BIAS = -10000.0
 SILENT_SCALE = 0.01
+# For tokens that prompts may hold. The first layer normalises what it reads, so a tenth of an
+# embedding still says which token it was, and a tenth of a logit does not win.
+READ_ONLY_SCALE = 0.1
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> dict[str, int]:
@@ -204,13 +207,16 @@ def _merge(model: PreTrainedModel, adapter_dir: Path) -> tuple[PreTrainedModel, 
     return merged, changed, largest
 
 
-def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
+def silence_tokens(
+    model_dir: Path, ids: Sequence[int], read_only: Sequence[int] = ()
+) -> dict[str, Any]:
     """Make a saved model unable to write the tokens `ids`, in place and in its own type.
 
     For tokens that the device's tokenizer cannot show (`TokenizerReport.silenced`): none of them
-    is ever in a prompt, so only the output changes. An output layer with a bias gets a very
-    negative one. Without a bias, the tokens' rows are made a hundred times smaller, so that their
-    logits stay near zero, below the winner's; with tied weights this changes their input
+    is ever in a prompt, so only the output changes. `read_only` are those that a prompt may hold
+    (`TokenizerReport.single_bytes`). An output layer with a bias gets a very negative one. Without
+    a bias, the tokens' rows are made a hundred times smaller (read-only ones ten times), so that
+    their logits stay near zero, below the winner's; with tied weights this changes their input
     embeddings too, so the result is for export only. (Rows turned against the mean hidden state
     look stronger and are not: SmolLM2's states change sign after some words, and all silenced
     tokens win at once.) The second way is for greedy decoding: a sampler can still draw them.
@@ -226,13 +232,15 @@ def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
     import transformers
 
     model_dir = Path(model_dir)
-    if not ids:
+    if not ids and not read_only:
         return {"silenced": 0, "method": "none"}
     declared = json.loads((model_dir / "config.json").read_text()).get("dtype")
     dtype = getattr(torch, declared or "float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype)
     head = model.get_output_embeddings()
-    chosen = torch.tensor(sorted(ids))
+    hidden = torch.tensor(sorted(ids), dtype=torch.long)
+    read = torch.tensor(sorted(read_only), dtype=torch.long)
+    chosen = torch.cat([hidden, read])
     result: dict[str, Any] = {"silenced": len(chosen)}
     with torch.no_grad():
         if head.bias is not None:
@@ -240,7 +248,8 @@ def silence_tokens(model_dir: Path, ids: Sequence[int]) -> dict[str, Any]:
             result["method"] = "bias"
         else:
             # Small and not zero: the quantiser divides by the largest weight of a row.
-            head.weight[chosen] = head.weight[chosen] * SILENT_SCALE
+            head.weight[hidden] = head.weight[hidden] * SILENT_SCALE
+            head.weight[read] = head.weight[read] * READ_ONLY_SCALE
             margin = _smallest_margin(model, model_dir, chosen)
             model.to(dtype)
             result |= {"method": "rows", "smallest_margin": margin}

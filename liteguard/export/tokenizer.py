@@ -8,7 +8,8 @@ Three things that byte-level BPE has and SentencePiece has not, and what is done
 
 - Tokens that are incomplete UTF-8 (GPT-2 spells some curly quotes with two of them) cannot be
   pieces. They get a placeholder that no text can match and that the report lists, so that the
-  merge can make the model unable to write them (`merge.silence_tokens`).
+  merge can make the model unable to write them (`merge.silence_tokens`). Single bytes are pieces,
+  so any text can be read, but a stray one in an answer is shown as U+FFFD: they are silenced too.
 - Characters that such tokens spell are replaced before tokenization where a plain equivalent
   exists (`PLAIN`), by a character map inside the model. Training text must be cleaned with the
   same map (`plain_text`).
@@ -82,6 +83,7 @@ class TokenizerReport:
     rows: int  # rows of the embedding, at least `tokens`
     pieces: int  # pieces of the SentencePiece model, at least `rows`
     incomplete: list[int]  # incomplete UTF-8: placeholders
+    single_bytes: list[int]  # one non-ASCII byte: BYTE pieces, read but never written
     duplicates: list[int]  # same text as an added token: placeholders
     split: list[int]  # whitespace that never stands alone inside a text: UNUSED
     missing_bytes: list[int]  # byte values that the original tokenizer drops silently
@@ -89,7 +91,7 @@ class TokenizerReport:
 
     @property
     def silenced(self) -> list[int]:
-        """Ids that a model must never write: placeholders and embedding rows without a token."""
+        """Ids that a model must never write and that no prompt holds: placeholders, spare rows."""
         return sorted({*self.incomplete, *self.duplicates, *range(self.tokens, self.rows)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -315,6 +317,7 @@ def build_sentencepiece(
         rows=rows,
         pieces=len(model.pieces),
         incomplete=incomplete,
+        single_bytes=sorted(byte_of),
         duplicates=duplicates,
         split=split,
         missing_bytes=sorted(missing),
