@@ -49,7 +49,7 @@ _NONHUMAN = _any_of(
     r"""teleosts? (?:zebra|jelly|star|hag)?fish(?:es)? shark elasmobranch\w* cyprin\w+ carp salmon
     lamprey agnath\w* cyclostom\w+ amphibi\w+ anura\w* frogs? toads? tadpole salamander\w*
     xenopus urodel\w+ reptil\w+ snakes? lizards? crocod\w+ turtles? squamates? dinosaur\w*
-    birds? avian aves chicks? chickens? fowl feathers? wings? beak eggs? shell monotrem\w+
+    \w*birds? avian aves chicks? chickens? fowl feathers? wings? beak eggs? shell monotrem\w+
     marsupial\w* rodents? rats? mouse mice murine hamsters? rabbits? cats? feline felid\w*
     dogs? carnivor\w+ herbivor\w+ horses? equine equid\w* cattle bovi\w+ cows? ruminant\w*
     rumen rumina\w* reticulorumen omasum abomasum sheep ovine goats? pigs? porcine swine
@@ -66,7 +66,8 @@ _NONHUMAN = _any_of(
     homolog\w+ extinct tails? vomeronasal pronephr\w+ nictitating tapetum bursal fabricius
     hemipen\w+ craniates? trunk_taste lensed dewlap comb sensu stages?
     amphiox\w+ opisthosom\w+ urode\w+ tube_magnum pelage autotomy parabronch\w+
-    pharyngeal_(?:bones?|apophys\w+) supratemporal gizzard proventricul\w* syrinx plumage"""
+    pharyngeal_(?:bones?|apophys\w+) supratemporal gizzard proventricul\w* syrinx plumage
+    archistriat\w+ arcopall\w+ spirac\w+ syncerebrum"""
 )
 # Curators' words, and parts of limbs under names that only they use.
 _JARGON = _any_of(
@@ -108,7 +109,8 @@ _FINITE = _any_of(
 )
 # A verb before any relative clause: "The frontal crest of the frontal bone ends below ...".
 _MAIN_VERB = re.compile(
-    r"(?:(?!\b(?:that|which|where|whose|who|when|what)\b).)* (?:is|are|lies|ends|begins|runs)\b"
+    r"(?:(?!\b(?:that|which|where|whose|who|when|what)\b).)* "
+    r"(?:is|are|lies|ends|begins|runs|arise)\b"
 )
 _HEAD_END = re.compile(
     r"[,;:.]|(?:^| )"
@@ -162,7 +164,7 @@ def is_plural(label: str) -> bool:
     head = label.split(" of ")[0].split(" ")[-1]
     return bool(
         (head.endswith("s") and not _SINGULAR_S.search(head))
-        or re.search(r"(?:ae|nuclei|ganglia|villi|rami|tubuli|fibrae|musculi)$", head)
+        or re.search(r"(?:ae|nuclei|ganglia|bronchi|villi|rami|tubuli|fibrae|musculi)$", head)
     )
 
 
@@ -203,6 +205,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\b((?:fe)?male) (?:animal|organism)\b", r"\1", text)
     text = re.sub(r"\b[Aa]n? the\b", "the", text)
     text = re.sub(r"(\d)(and|or)\b", r"\1 \2", text)
+    text = re.sub(r"\.(?:nn)?(?=[A-Z][a-z])", ". ", text)  # "areas.nnThis"
     text = re.sub(r" +([.,;])", r"\1", " ".join(_parentheses(text).split()))
     text = _articles(re.sub(r"\b([a-z]+) \1\b", r"\1", text, flags=re.IGNORECASE))
     kept: list[str] = []
@@ -265,6 +268,10 @@ def structures(terms: Mapping[str, Mapping[str, Any]]) -> list[Structure]:
         # "An epithelium that is part of a saccule" says nothing about the epithelium of saccule.
         if shaped is None or shaped[0] in seen or _words(shaped[0]) <= _words(label):
             continue
+        # Some definitions were copied from the other side and not changed.
+        sides = {"left", "right"}
+        if (own := sides & _words(label)) and sides & _words(shaped[0]) == sides - own:
+            continue
         seen.add(shaped[0])
         text, is_sentence = shaped
         found.append(
@@ -294,6 +301,9 @@ def _shape(label: str, definition: str, counted: Counter[str]) -> tuple[str, boo
         whole = re.match(r"(.*? part of )an? (.*)\.$", definition)
         if whole and "." not in whole.group(2) and " and " not in whole.group(2):
             return f"{whole.group(1)}{definite(whole.group(2))}.", False
+    one = re.match(r"(?:Any|One) of the (.*)", definition)
+    if one and not _MAIN_VERB.match(_SENTENCE_END.split(definition)[0]):
+        return f"One of the {one[1]}", False
     opening = head(definition)
     # A sentence about something else, or two run together.
     if (
@@ -304,12 +314,8 @@ def _shape(label: str, definition: str, counted: Counter[str]) -> tuple[str, boo
         return None
     if first in ("A", "An", "The"):
         return (definition, False) if not is_plural(opening) else None
-    if first == "Any" and definition.startswith("Any of the "):
-        return f"One of the {definition.removeprefix('Any of the ')}", False
-    if first == "One" and definition.startswith("One of "):
-        return definition, False
     noun = opening.split(" ")[-1]
-    if counted[noun] >= 3 and not is_plural(opening) and not re.search(r"(?:ing|ed)$", noun):
+    if counted[noun] >= 3 and not re.search(r"(?:ing|ed)$", noun):
         return upper_first(indefinite(lower_first(definition))), False
     return None
 
@@ -324,7 +330,7 @@ def _words(text: str) -> set[str]:
 def _part_of(label: str, definition: str, above: set[str]) -> str | None:
     """The whole that the definition names and the ontology has above the structure."""
     first = _SENTENCE_END.split(definition)[0]
-    stated = re.match(r".* that is part of (?:the )?([^,;()]*)(?: \([^()]*\))?\.$", first)
+    stated = re.match(r".* that is part of (?:the |an? )?([^,;()]*)(?: \([^()]*\))?\.$", first)
     if stated:
         plain = not _CLAUSE.search(stated[1]) and not _words(stated[1]) <= _words(label)
         return definite(stated[1]) if plain else None

@@ -126,11 +126,50 @@ def test_labels_get_articles(label, expected):
     assert anatomy.definite(label) == expected
 
 
+@pytest.mark.parametrize(
+    ("definition", "expected"),
+    [
+        ("A bone that is near the ear.", "The alpha bone is a bone that is near the ear."),
+        ("The alpha bone lies behind the ear.", "The alpha bone lies behind the ear."),
+        ("Bone that lies behind the ear.", "The alpha bone is a bone that lies behind the ear."),
+        ("Any of the bones near it.", "The alpha bone is one of the bones near it."),
+        ("The front of the skull ends in a notch.", None),
+        ("The hammer is a bone of the ear.", None),
+        ("The bones that lie behind the ear.", None),
+        ("Is located behind the outer ear.", None),
+        ("Bones that lie behind the ear.", None),
+    ],
+)  # fmt: skip
+def test_definitions_become_sentences_about_their_structure(definition, expected):
+    others = {f"UBERON:000000{n}": f"A bone of finger {n} in the hand." for n in range(3)}
+    terms = {
+        key: {"label": f"finger {key[-1]} bone", "description": text}
+        for key, text in others.items()
+    } | {"UBERON:0000009": {"label": "alpha bone", "description": definition}}
+    found = {s.label: s.sentences for s in anatomy.structures(terms)}
+    assert len(found) == (3 if expected is None else 4)
+    assert found.get("alpha bone") == expected
+
+
+def test_definitions_of_the_other_side_are_left_out(structures):
+    by_label = {s.label: s for s in structures}
+    # The source has the two testicular veins exchanged.
+    assert not {"left testicular vein", "right testicular vein"} & by_label.keys()
+    assert {"left renal vein", "right renal artery"} <= by_label.keys()
+    for label, s in by_label.items():
+        for own, other in (("left", "right"), ("right", "left")):
+            if own in label.split() and other not in label.split():
+                words = anatomy._words(s.definition)
+                assert own in words or other not in words, s
+
+
 def test_wholes_and_kinds_are_what_the_ontology_says(structures):
     """Only relations that stand in the definition too; nothing that repeats the question."""
     by_label = {s.label: s for s in structures}
     assert by_label["adenohypophysis"].part_of == "the pituitary gland"
     assert by_label["ethmoid bone"].part_of == "the skull"
+    # "... part of the head consisting entirely of ...": more than a whole, so none is taken.
+    assert by_label["skull"].part_of is None
     assert by_label["mesothelium"].kind == "a simple squamous epithelium"
     for s in structures:
         assert s.part_of is None or anatomy._words(s.part_of) <= anatomy._words(s.definition), s
