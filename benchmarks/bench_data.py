@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -96,7 +97,10 @@ def measure(command: list[str], directory: Path) -> dict[str, float]:
     import psutil
 
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    process = subprocess.Popen(
+        command, cwd=directory, stdout=subprocess.PIPE, text=True, env=environment
+    )
     peak = 0
 
     def watch() -> None:

