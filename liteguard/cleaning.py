@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 # GPT-3's overlap rule (Brown et al. 2020, appendix C), since then the usual length.
 OVERLAP_WORDS = 13
+# Shorter questions are looked for as a whole, down to this many words.
+SHORTEST_WINDOW = 6
+# A window of more held-out texts than this is a set phrase.
+COMMON_TEXTS = 3
 # Shingles of 3 words and 128 permutations: an estimate of the Jaccard similarity J has a standard
 # deviation of sqrt(J (1 - J) / 128), 0.035 at 0.8.
 SHINGLE_WORDS = 3
@@ -121,45 +125,58 @@ def key_number(key: str) -> int:
 
 
 class OverlapIndex:
-    """Evaluation texts as hashes: all windows of 13 words, and whole texts.
+    """Evaluation texts as hashes: their windows of 13 words, short ones whole, and whole texts.
 
-    `windows` and `texts` are sorted; `window_names` and `text_names` say which set each came from,
-    as a position in `names`.
+    `arrays` holds sorted hashes under "windows<words>" and "texts", and under "names<words>" and
+    "text_names" the set each came from, as a position in `names`.
     """
 
     def __init__(self, names: list[str], arrays: dict[str, np.ndarray]) -> None:
         self.names = names
         self.arrays = arrays
-        # A filter of one bit per 2^-24th of the hash space answers "not there" for nearly all.
-        self._filter = np.zeros(1 << 24, bool)
-        self._filter[(arrays["windows"] & np.uint64((1 << 24) - 1)).astype(np.int64)] = True
+        # One bit per 2^-24th of the hash space answers "not there" for nearly all windows.
+        self._filters = {}
+        for size in self.sizes:
+            self._filters[size] = np.zeros(1 << 24, bool)
+            self._filters[size][_low_bits(arrays[f"windows{size}"])] = True
+
+    @property
+    def sizes(self) -> list[int]:
+        """Lengths in words of the windows that are there."""
+        return sorted(int(key[7:]) for key in self.arrays if key.startswith("windows"))
 
     @classmethod
     def build(cls, texts: Iterable[tuple[str, str]]) -> OverlapIndex:
-        """From (name of the set, text) pairs."""
+        """From (name of the set, text) pairs.
+
+        A text of 6 to 12 words is one window of its own length, so that it is found inside a
+        longer one; a shorter text only as a whole. Windows of more than three texts of a set are
+        how its questions are phrased, and left out.
+        """
         names: list[str] = []
-        found: dict[str, list[Any]] = {"windows": [], "window_names": [], "texts": []}
-        text_names = []
+        ordered: dict[int, list[np.ndarray]] = {}
+        sets: dict[int, list[int]] = {}
+        whole: dict[int, int] = {}
         for name, text in texts:
             if name not in names:
                 names.append(name)
             number = names.index(name)
-            key = match_key(text)
-            hashes = windows(word_numbers(key.split()), OVERLAP_WORDS)
-            found["windows"].append(hashes)
-            found["window_names"].append(np.full(len(hashes), number, np.uint8))
-            found["texts"].append(key_number(key))
-            text_names.append(number)
-        joined = {
-            key: np.concatenate(found[key]) if found[key] else np.empty(0, dtype)
-            for key, dtype in (("windows", np.uint64), ("window_names", np.uint8))
-        }
-        joined["texts"] = np.array(found["texts"], np.uint64)
-        joined["text_names"] = np.array(text_names, np.uint8)
-        for key, label in (("windows", "window_names"), ("texts", "text_names")):
-            unique, first = np.unique(joined[key], return_index=True)
-            joined[key], joined[label] = unique, joined[label][first]
-        return cls(names, joined)
+            key = match_key(normalise(text))
+            words = key.split()
+            size = min(len(words), OVERLAP_WORDS)
+            if size >= SHORTEST_WINDOW:
+                ordered.setdefault(size, []).append(windows(word_numbers(words), size))
+                sets.setdefault(size, []).append(number)
+            whole.setdefault(key_number(key), number)
+        arrays = {}
+        for size, found in ordered.items():
+            arrays[f"windows{size}"], origin = distinctive(found, size)
+            arrays[f"names{size}"] = np.array(sets[size], np.uint8)[origin]
+        if whole:
+            keys = sorted(whole)
+            arrays["texts"] = np.array(keys, np.uint64)
+            arrays["text_names"] = np.array([whole[key] for key in keys], np.uint8)
+        return cls(names, arrays)
 
     def save(self, path: Path) -> None:
         """As .npz (without pickle)."""
@@ -172,16 +189,24 @@ class OverlapIndex:
             arrays = {key: file[key] for key in file.files}
         return cls([str(name) for name in arrays.pop("names")], arrays)
 
-    def find_windows(self, hashes: np.ndarray) -> np.ndarray:
+    def find_windows(self, hashes: np.ndarray, size: int = OVERLAP_WORDS) -> np.ndarray:
         """1 + position in `names` for every hash that is an evaluation window, else 0 (uint8)."""
         result = np.zeros(len(hashes), np.uint8)
-        likely = np.flatnonzero(self._filter[(hashes & np.uint64((1 << 24) - 1)).astype(np.int64)])
-        if len(likely):
-            result[likely] = self._find(hashes[likely], "windows", "window_names")
+        if size not in self._filters:
+            return result
+        # In pieces: the temporary arrays would be larger than the hashes themselves.
+        for start in range(0, len(hashes), 1 << 22):
+            piece = hashes[start : start + (1 << 22)]
+            likely = np.flatnonzero(self._filters[size][_low_bits(piece)])
+            if len(likely):
+                found = self._find(piece[likely], f"windows{size}", f"names{size}")
+                result[start + likely] = found
         return result
 
     def find_texts(self, numbers: np.ndarray) -> np.ndarray:
         """Like `find_windows`, for whole texts (`key_number`)."""
+        if "texts" not in self.arrays:
+            return np.zeros(len(numbers), np.uint8)
         return self._find(numbers, "texts", "text_names")
 
     def _find(self, hashes: np.ndarray, key: str, label: str) -> np.ndarray:
@@ -191,6 +216,36 @@ class OverlapIndex:
         position = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         found = known[position] == hashes
         return np.where(found, self.arrays[label][position] + 1, 0).astype(np.uint8)
+
+
+def _low_bits(hashes: np.ndarray) -> np.ndarray:
+    return (hashes & np.uint64((1 << 24) - 1)).astype(np.int64)
+
+
+def distinctive(texts: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sorted windows, which text each is from) of held-out texts, without set phrases.
+
+    `texts` are each text's windows of `size` words in order. A window that more than
+    `COMMON_TEXTS` of them have is a set phrase (a lead-in, a licence line): it says nothing about
+    any of them and would take every training row with it. Windows that share words with one are
+    left out too.
+    """
+    if not texts:
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
+    unique, counts = np.unique(
+        np.concatenate([np.unique(text) for text in texts]), return_counts=True
+    )
+    common = unique[counts > COMMON_TEXTS]
+    kept, labels = [], []
+    for number, text in enumerate(texts):
+        own = text
+        if len(common):
+            near = np.convolve(np.isin(text, common), np.ones(2 * size - 1), "same") > 0
+            own = text[~near[: len(text)]]
+        kept.append(own)
+        labels.append(np.full(len(own), number))
+    hashes, first = np.unique(np.concatenate(kept), return_index=True)
+    return hashes, np.concatenate(labels)[first]
 
 
 @functools.lru_cache(maxsize=2)
@@ -225,17 +280,17 @@ def draw_split(entity: str, data: DataSection) -> str:
 def reason_to_drop(row: dict[str, Any], rules: Rules) -> str | None:
     """Why a normalised row cannot be used, or None."""
     fields, data = FIELDS[rules.part], rules.data
-    last = row[fields[-1]]
-    if not match_key(row[fields[0]]) or not match_key(last):
+    if not all(match_key(row[f]) for f in fields):
         return "empty"
-    if len(last) < data.min_characters:
+    # What is to be learnt: the text, the answer, the chosen answer.
+    answer = row["chosen"] if rules.part == "preference" else row[fields[-1]]
+    if len(answer) < data.min_characters:
         return "too short"
     if sum(len(row[f]) for f in fields) > data.max_characters:
         return "too long"
     if rules.part == "preference" and row["chosen"] == row["rejected"]:
         return "chosen equals rejected"
     # The answer, not the question: questions are short and full of names.
-    answer = row["chosen"] if rules.part == "preference" else last
     if data.language and not is_language(answer, data.language):
         return f"not {data.language}"
     return None
@@ -269,7 +324,11 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
             drop(reason, row)
             continue
         keys = [match_key(row[f]) for f in fields]
-        entity = row.get("entity") or keys[0]
+        for label in ("kind", "area"):
+            if row.get(label):
+                row[label] = normalise(str(row[label]))
+        # "Asthma" and "asthma" are one disease, whoever wrote it.
+        entity = match_key(str(row.get("entity") or "")) or keys[0]
         split = row.pop("split", None) or draw_split(entity, data)
         row["entity"] = entity
         source = rules.source
@@ -316,7 +375,14 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
     overlap = np.zeros(len(lengths), np.uint8)
     if rules.evaluation_index:
         index = _index(rules.evaluation_index)
-        overlap = row_overlaps(index, chunk.arrays["ngrams"], ngram_counts(lengths))
+        for size in index.sizes:
+            # Windows that run over the end of a row hash its padding and are never found.
+            found = index.find_windows(windows(stream, size)[: len(row_of)], size)
+            hits = np.flatnonzero(found)
+            hits = hits[place[hits] + size <= lengths[row_of[hits]]][::-1]
+            new = np.zeros_like(overlap)
+            new[row_of[hits]] = found[hits]
+            overlap = np.where(overlap == 0, new, overlap)
         for column in zip(*text_numbers, strict=True):
             whole = index.find_texts(np.array(column, np.uint64))
             overlap = np.where(overlap == 0, whole, overlap)
@@ -377,6 +443,15 @@ def near_duplicates(digests: np.ndarray, threshold: float) -> np.ndarray:
             same = (digests[rows] == digests[leader[rows]]).mean(1)
             close = same >= threshold
             original[rows[close]] = leader[rows[close]]
+    # A leader may have turned out to be a copy itself: compare with what stays, and keep a row
+    # that resembles nothing kept. In ascending order, so that an original is settled before it.
+    for row in np.flatnonzero(original >= 0):
+        root = original[row]
+        while original[root] >= 0:
+            root = original[root]
+        if root != original[row]:
+            close = (digests[row] == digests[root]).mean() >= threshold
+            original[row] = root if close else -1
     return original
 
 

@@ -94,19 +94,23 @@ def token_lengths(config: Config, tokenizer: Any, data_dir: Path, part: str) -> 
     prompt = config.prompt
     counts: list[int] = []
     texts: list[tuple[str, ...]] = []
+    openings: list[int | None] = []
 
     def flush() -> None:
         flat = [text for row in texts for text in row]
         ids = tokenizer(flat, add_special_tokens=False)["input_ids"]
         sizes = iter(map(len, ids))
-        for row in texts:
+        for row, opening in zip(texts, openings, strict=True):
             own = [next(sizes) for _ in row]
-            counts.append(own[0] + max(own[1:], default=0))
+            answer = max(own[1:], default=0)
+            counts.append(own[0] + min(answer, opening or answer))
         texts.clear()
+        openings.clear()
 
     with (data_dir / part / "train.jsonl").open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
+            openings.append(row.get("opening_tokens"))
             if part == "domain":
                 texts.append((row["text"] + prompt.document_end_token,))
             else:

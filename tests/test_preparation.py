@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from conftest import CACHE, ROOT, fail, succeed
@@ -183,19 +184,124 @@ def test_training_rows_that_repeat_a_test_question_are_dropped(project):
     text = project.rows("domain", "test", "before")[0]["text"]
     words = question.rstrip(".").split()
     # Found by another wording of the answer's end, so they are rows of their own.
-    for number in range(60):
+    # Few enough that the words do not look like a set phrase of the test split.
+    for number in range(6):
         changed = f"Tell me {number}: {' '.join(words[:16])} and what else"
         project.files["pairs"].append(
             {"prompt": changed, "completion": ANSWER.format(1_000 + number)}
         )
-    project.files["texts"] += [{"text": f"Number {n}. {text[:-60]}"} for n in range(40)]
+    generator = random.Random(3)
+    copied = " ".join(text.split()[5:20])
+    project.files["texts"] += [
+        {"text": f"Planted. {sentence(generator, 30)} {copied} {sentence(generator, 30)}"}
+        for _ in range(6)
+    ]
     project.save()
     project.run("after")
     leaked = [r for r in project.rows("instruction", "train", "after") if words[0] in r["prompt"]]
     assert not [r for r in leaked if " ".join(words[:13]) in r["prompt"]]
-    assert project.reasons("and what else", "after").count("overlaps the test split") > 30
-    train = project.rows("domain", "train", "after")
-    assert not [r for r in train if r["text"].startswith("Number")]
+    assert project.reasons("and what else", "after").count("overlaps the test split") > 2
+    assert project.reasons("Planted.", "after").count("overlaps the test split") > 2
+    assert not [r for r in project.rows("domain", "train", "after") if "Planted" in r["text"]]
+
+
+def test_a_phrase_that_many_rows_share_takes_none_of_them(project):
+    """A lead-in of 17 words says nothing about a test row that has it too."""
+    lead = " ".join(f"lead{n}" for n in range(17))
+    for row in project.files["pairs"]:
+        row["prompt"] = f"{lead} {row['prompt']}"
+    project.save()
+    project.run()
+    assert "overlaps the test split" not in [d["reason"] for d in project.dropped()]
+    assert len(project.rows("instruction", "train")) > 250
+
+
+def test_short_questions_are_found_inside_longer_texts_and_in_any_unicode_form(project):
+    exam = project.directory / "exam.jsonl"
+    rows = ["Which drug thins the blood of patients?", "Who is Sjo\u0308gren?", "What is flu?"]
+    exam.write_text("".join(json.dumps({"question": q}) + "\n" for q in rows))
+    project.data["decontaminate"] = [str(exam)]
+    project.files["pairs"] += [
+        {"prompt": f"Question: {rows[0]} A. aspirin B. iron", "completion": ANSWER.format(801)},
+        {"prompt": "Who is Sj\u00f6gren?", "completion": ANSWER.format(802)},
+        {"prompt": "Tell me what is flu, please?", "completion": ANSWER.format(803)},
+    ]
+    project.save()
+    project.run()
+    overlap = f"overlaps {exam}"
+    assert project.reasons("801 days") == [overlap] and project.reasons("802 days") == [overlap]
+    assert project.reasons("803 days") == [], "three words are no question of their own"
+    exam.write_text("")
+    project.save()
+    message = fail(2, *project.command("empty"), cwd=project.directory)
+    assert "no question in" in message and "exam.jsonl" in message
+
+
+def test_one_file_may_be_two_sources(project):
+    for row in project.files["texts"]:
+        row["other"] = "Otherwise " + row["text"][:90]
+    first = project.data["domain"][0]
+    project.data["domain"].append({**first, "columns": {"text": "other"}})
+    project.save()
+    assert project.run().count("400 usable") == 3
+    assert any(r["text"].startswith("Otherwise") for r in project.rows("domain", "train"))
+
+
+def test_no_empty_answer_is_chosen_and_a_disease_is_one_in_any_spelling(project):
+    project.files["preferences"] += [
+        {"prompt": "Is it bad?", "chosen": "?!", "rejected": ANSWER.format(1), "kind": "ordinary"},
+        {"prompt": "Is it?", "chosen": ANSWER.format(2), "rejected": "No.", "kind": "a\u2028b"},
+    ]
+    for n, row in enumerate(project.files["texts"]):
+        row["entity"] = ("Disease " if n % 2 else "disease ") + str(n // 2)
+    project.save()
+    project.run()
+    assert project.reasons("?!") == ["empty"]
+    kept = [r for s in datasets.SPLITS for r in project.rows("preference", s)]
+    assert [r["kind"] for r in kept if r["prompt"] == "Is it?"] == ["a b"]
+    where = {}
+    for split in datasets.SPLITS:
+        for row in project.rows("domain", split):
+            assert where.setdefault(row["entity"].lower(), split) == split
+
+
+def test_rows_are_not_dropped_through_a_chain_of_dropped_ones():
+    words = [f"w{n}" for n in range(60)]
+    texts = []
+    for step in range(15):
+        words[4 * step : 4 * step + 2] = [f"x{step}a", f"x{step}b"]
+        texts.append(" ".join(words))
+    shingles = [cleaning.windows(cleaning.word_numbers(t.split()), 3) for t in texts]
+    digests = cleaning._digests(np.concatenate(shingles), np.array([len(s) for s in shingles]))
+    original = cleaning.near_duplicates(digests, 0.7)
+    kept = np.flatnonzero(original < 0)
+    assert 2 <= len(kept) < 15
+    for row in np.flatnonzero(original >= 0):
+        assert original[original[row]] < 0
+        assert (digests[row] == digests[original[row]]).mean() >= 0.7
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path):
+    code = (
+        "import time\nfrom liteguard import preparation as p, cleaning as c\n"
+        "from liteguard.config import DataSection, SourceSection\n"
+        "def rows():\n    for n in range(10**9):\n        yield {'text': f'one more {n}'}\n"
+        "if __name__ == '__main__':\n"
+        "    rules = c.Rules('domain', SourceSection(dataset='plain_text'), DataSection())\n"
+        "    for _ in p.Cleaner().run(rules, rows()):\n        print('chunk', flush=True)\n"
+    )
+    script = tmp_path / "main.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    process.stdout.readline()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_near_copies_are_dropped_and_the_most_held_out_is_kept(project):
@@ -366,7 +472,7 @@ def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
 
 def test_a_damaged_cache_is_not_used(project):
     project.run("one")
-    path = next((project.directory / "cache/sources").glob("domain-*/*/rows.jsonl"))
+    path = next((project.directory / "cache/sources").glob("domain-*/rows.jsonl"))
     path.write_bytes(path.read_bytes()[:-100])
     assert project.run("two").count("from the cache") == 2
     first, second = (project.directory / n / "domain/train.jsonl" for n in ("one", "two"))

@@ -265,7 +265,7 @@ def test_a_null_in_a_preference_row_is_counted_and_only_that_row_is_lost(tmp_pat
     rows = [
         {
             "prompt": f"Question {n}?",
-            "chosen": f"A sound answer, {n}.",
+            "chosen": f"A sound and long answer, {n}.",
             "rejected": f"No answer, nothing, {n}.",
         }
         for n in range(150)
