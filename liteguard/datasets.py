@@ -1,9 +1,9 @@
 """One function per dataset: row -> text, prompt/completion or preference pair.
 
 A dataset function takes its `SourceSection` and the cache directory and yields rows. Every row
-carries an `entity` (a disease where there is one, else the question itself): the split is drawn by
-entity, so nothing about a held-out disease is ever trained on. Rows may name their `split`
-themselves (the safety catalogue does: it holds out whole areas and wordings).
+carries an `entity` (a disease where one is named, else the question itself): the split is drawn by
+entity, so nothing that names a held-out disease as its entity is trained on. Rows may name their
+`split` themselves (the safety catalogue does: it holds out whole areas and wordings).
 """
 
 from __future__ import annotations
