@@ -194,6 +194,7 @@ def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
         "data": {
             "test_share": 0.2,
             "validation_share": 0.1,
+            "decontaminate": [],
             "domain": [
                 {
                     "dataset": "plain_text",

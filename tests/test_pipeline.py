@@ -32,8 +32,9 @@ def test_every_step_leaves_what_it_promises(pipeline):
         "instruction",
         "preference",
         "manifest.json",
-        "inputs.json",
-    } - {"inputs.json"}
+        "dropped.jsonl",
+        "NOTICE.md",
+    }
     for name in ("domain_checkpoint", "instruction_checkpoint", "final_checkpoint"):
         found = {p.name for p in (pipeline / name).iterdir()}
         assert {
@@ -47,7 +48,8 @@ def test_every_step_leaves_what_it_promises(pipeline):
         assert not [f for f in found if f.endswith((".bin", ".pt", ".pth", ".pkl"))], "pickles"
         assert (pipeline / name / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (pipeline / "liteguard_tiny.task").stat().st_size > 100_000
-    hidden = [p.name for p in pipeline.iterdir() if p.name.startswith(".")]
+    hidden = [p.name for p in pipeline.iterdir() if p.name.startswith(".") and p.name != ".cache"]
+    hidden += [p.name for p in (pipeline / ".cache").rglob("*") if "partial" in p.name]
     assert not hidden, f"left behind: {hidden}"
 
 
@@ -134,7 +136,9 @@ def test_bundle_and_checkpoint_agree(pipeline):
     final = json.loads((pipeline / "evaluation/final.json").read_text())
     bundle = json.loads((pipeline / "evaluation/bundle.json").read_text())
     assert bundle["n"] == final["n"]
-    assert bundle["perplexity"] == pytest.approx(final["perplexity"], rel=0.03)
+    # The bundle cannot write single bytes. In this vocabulary they are 128 of 640 tokens, and an
+    # untrained model gives them some per cent of its probability, which goes to the others.
+    assert 0.92 * final["perplexity"] < bundle["perplexity"] < 1.01 * final["perplexity"]
     same = sum(
         a["answer"] == b["answer"] for a, b in zip(final["answers"], bundle["answers"], strict=True)
     )
