@@ -74,7 +74,6 @@ ARRAYS: dict[str, tuple[type, int]] = {
     "split": (np.uint8, 1),
     "words": (np.int32, 1),
     "question_words": (np.int32, 1),
-    "characters": (np.int32, 1),
     "overlap": (np.uint8, 1),
     "digest": (np.uint32, PERMUTATIONS),
     "ngrams": (np.uint64, 1),
@@ -240,8 +239,9 @@ def distinctive(texts: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndar
     for number, text in enumerate(texts):
         own = text
         if len(common):
-            near = np.convolve(np.isin(text, common), np.ones(2 * size - 1), "same") > 0
-            own = text[~near[: len(text)]]
+            # Not mode "same", which follows the longer of the two: most questions are short.
+            spread = np.convolve(np.isin(text, common), np.ones(2 * size - 1))
+            own = text[spread[size - 1 : size - 1 + len(text)] == 0]
         kept.append(own)
         labels.append(np.full(len(own), number))
     hashes, first = np.unique(np.concatenate(kept), return_index=True)
@@ -353,7 +353,6 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
         columns["split"].append(SPLITS.index(split))
         columns["words"].append(len(numbers))
         columns["question_words"].append(len(words[0]))
-        columns["characters"].append(sum(len(row[f]) for f in fields))
     if not chunk.lines:
         chunk.arrays = {n: np.empty((0, k) if k > 1 else 0, t) for n, (t, k) in ARRAYS.items()}
         return chunk

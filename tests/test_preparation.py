@@ -216,6 +216,17 @@ def test_a_phrase_that_many_rows_share_takes_none_of_them(project):
     assert len(project.rows("instruction", "train")) > 250
 
 
+def test_what_is_left_beside_a_set_phrase_is_exactly_a_texts_own_words():
+    texts = []
+    for number in range(6):
+        words = [f"lead{n}" for n in range(17)] + [f"own{number}x{n}" for n in range(14)]
+        texts.append(cleaning.windows(cleaning.word_numbers(words), 13))
+    found, origin = cleaning.distinctive(texts, 13)
+    # 19 windows a text; the last two hold none of the 17 words of the lead-in.
+    assert sorted(found.tolist()) == sorted(h for text in texts for h in text[17:].tolist())
+    assert sorted(origin.tolist()) == sorted(list(range(6)) * 2)
+
+
 def test_short_questions_are_found_inside_longer_texts_and_in_any_unicode_form(project):
     exam = project.directory / "exam.jsonl"
     rows = ["Which drug thins the blood of patients?", "Who is Sjo\u0308gren?", "What is flu?"]
