@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, training
+from liteguard import checkpoints, cli, tokens, training
 
 
 def parse_args():
@@ -40,13 +40,11 @@ def main() -> None:
     )
     tokenizer = training.load_tokenizer(stage)
     train_set, eval_set = (
-        training.document_blocks(
-            training.token_stream(tokenizer, stage.data_dir, split, config), config
-        )
+        tokens.documents(tokenizer, stage.data_dir, split, config)
         for split in ("train", "validation")
     )
-    eval_set = eval_set[: config.domain.max_eval_rows]
-    training.describe(stage, len(train_set), tokenizer.decode(train_set[0]))
+    feed = training.feed(stage, tokenizer, train_set, eval_set.first(config.domain.max_eval_rows))
+    training.describe_feed(stage, feed, tokenizer)
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
@@ -62,21 +60,17 @@ def main() -> None:
 
     trainer = SFTTrainer(
         model=training.load_model(stage),
-        args=SFTConfig(
-            **training.trainer_arguments(stage),
-            # Sequences arrive tokenized and packed, with their labels.
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=training.packed_dataset(train_set[: training.needed_rows(config.domain)]),
-        eval_dataset=training.packed_dataset(eval_set),
+        args=SFTConfig(**training.trainer_arguments(stage) | feed.arguments()),
+        train_dataset=feed.train,
+        eval_dataset=feed.evaluation,
+        data_collator=feed.collator,
         processing_class=tokenizer,
         callbacks=training.callbacks(stage),
     )
-    metrics = training.train(stage, trainer)
+    metrics = training.train(stage, trainer, feed.counts)
 
     # 4. Results
-    counts = {"train": len(train_set), "validation": len(eval_set)}
-    training.finish(stage, trainer, tokenizer, metrics, counts)
+    training.finish(stage, trainer, tokenizer, metrics)
     print(f"wrote {stage.output}\nnext: python train_instruction.py --checkpoint {stage.output}")
 
 

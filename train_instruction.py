@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, training
+from liteguard import checkpoints, cli, tokens, training
 
 
 def parse_args():
@@ -40,15 +40,15 @@ def main() -> None:
         parent=Path(args.checkpoint),
     )
     tokenizer = training.load_tokenizer(stage)
-    rows = datasets.load_split(stage.data_dir, "instruction", "train")
-    held_out = datasets.load_split(stage.data_dir, "instruction", "validation")
-    train_set = training.tokenize_answers(
-        tokenizer, rows[: training.needed_rows(config.instruction)], config, "train"
+    train_set, eval_set = (
+        tokens.answers(tokenizer, stage.data_dir, split, config, limit)
+        for split, limit in (
+            ("train", training.needed_rows(config.instruction)),
+            ("validation", config.instruction.max_eval_rows),
+        )
     )
-    eval_set = training.tokenize_answers(
-        tokenizer, held_out[: config.instruction.max_eval_rows], config, "validation"
-    )
-    training.describe(stage, len(rows), tokenizer.decode(train_set[0]["input_ids"]))
+    feed = training.feed(stage, tokenizer, train_set, eval_set)
+    training.describe_feed(stage, feed, tokenizer)
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
@@ -60,28 +60,21 @@ def main() -> None:
         return
 
     # 3. Work
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
         model=training.load_model(stage),
-        args=SFTConfig(
-            **training.trainer_arguments(stage),
-            # Sequences arrive tokenized, with -100 on every token of the question, and in order:
-            # preparation shuffled them, and each step's are sorted by length.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            train_sampling_strategy="sequential",
-        ),
-        train_dataset=Dataset.from_list(training.order_by_length(train_set, config.instruction)),
-        eval_dataset=Dataset.from_list(eval_set),
+        args=SFTConfig(**training.trainer_arguments(stage) | feed.arguments()),
+        train_dataset=feed.train,
+        eval_dataset=feed.evaluation,
+        data_collator=feed.collator,
         processing_class=tokenizer,
         callbacks=training.callbacks(stage),
     )
-    metrics = training.train(stage, trainer)
+    metrics = training.train(stage, trainer, feed.counts)
 
     # 4. Results
-    counts = {"train": len(rows), "validation": len(held_out)}
-    training.finish(stage, trainer, tokenizer, metrics, counts)
+    training.finish(stage, trainer, tokenizer, metrics)
     print(f"wrote {stage.output}\nnext: python train_safety.py --checkpoint {stage.output}")
 
 

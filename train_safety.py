@@ -50,7 +50,10 @@ def main() -> None:
     eval_set = training.render_preferences(
         tokenizer, held_out, config, "validation", config.safety.max_eval_rows
     )
-    training.describe(stage, len(rows), train_set[0]["prompt"] + train_set[0]["chosen"])
+    pairs = f"{config.safety.batch_size} x {config.safety.gradient_accumulation} pairs"
+    passes = training.needed_rows(config.safety) / len(rows)
+    sample = train_set[0]["prompt"] + train_set[0]["chosen"]
+    training.describe(stage, sample, pairs, len(rows), passes)
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
@@ -81,11 +84,10 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=training.callbacks(stage),
     )
-    metrics = training.train(stage, trainer)
+    metrics = training.train(stage, trainer, training.pair_counts(stage, trainer.train_dataset))
 
     # 4. Results
-    counts = {"train": len(rows), "validation": len(held_out)}
-    training.finish(stage, trainer, tokenizer, metrics, counts)
+    training.finish(stage, trainer, tokenizer, metrics)
     print(
         f"wrote {stage.output}\nnext: python compress_model.py --input {stage.output} "
         f"--output liteguard_{config.model_type}.task"

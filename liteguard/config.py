@@ -127,6 +127,11 @@ class TrainSection(Section):
     batch_size: int = Field(4, ge=1, description="Sequences (or pairs) per device and micro-batch.")
     gradient_accumulation: int = Field(4, ge=1)
     max_length: int = Field(2048, ge=8, description="Tokens per sequence.")
+    packing: bool = Field(
+        True,
+        description="Train on the examples' tokens only, without padding (same steps, same loss); "
+        "refused where the attention would let one example see another.",
+    )
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(30, ge=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -169,6 +174,12 @@ class SafetySection(TrainSection):
     beta: float = Field(0.1, gt=0, description="DPO beta: how far the policy may leave reference.")
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of a likelihood term on the chosen answer (0: plain DPO)."
+    )
+    chosen_drop_limit: float | None = Field(
+        30.0,
+        gt=0,
+        description="Stop when the chosen answers have lost so many nats of log-probability on "
+        "validation rows: DPO may lower both answers of a pair. null turns it off.",
     )
     kind_weights: dict[str, PositiveFloat] = Field(
         default_factory=dict,

@@ -156,7 +156,23 @@ def load_base(
     )
     model.requires_grad_(False)
     model.config.use_cache = False
+    keep_gradients_after_evaluation(model)
     return model
+
+
+def keep_gradients_after_evaluation(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference in a model that trains.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer the first time it runs without
+    gradients, and the product with repacked weights has no derivative: after the first evaluation
+    no gradient passes through any layer any more, and the loss still falls a little, because each
+    adapter sees the gradient of its own output. (Saving the state undoes it, which hides the fault
+    whenever every evaluation is followed by a save.) The repacked product also computes in bfloat16
+    where float32 was asked for.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def linear_layers(model: torch.nn.Module) -> Counter[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets, models
+from liteguard import checkpoints, datasets, models, packing, tokens
 from liteguard.config import Config, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
 
@@ -39,6 +38,7 @@ class Stage:
     architecture: str
     embedding_rows: int
     inputs: dict[str, Any]
+    rows: dict[str, int]  # of the prepared train and validation splits
     work: Path | None = None
     started: float = field(default_factory=time.time)
 
@@ -115,6 +115,7 @@ def plan(
         architecture=loaded.model_type,
         embedding_rows=loaded.vocab_size,
         inputs=inputs,
+        rows={s: manifest["counts"][f"{part}/{s}.jsonl"]["rows"] for s in ("train", "validation")},
     )
 
 
@@ -147,121 +148,114 @@ def load_model(stage: Stage) -> Any:
     return model
 
 
-def token_stream(tokenizer: Any, data_dir: Path, split: str, config: Config) -> np.ndarray:
-    """All domain texts of a split as one stream of ids, uint32, each ended by the document end.
+@dataclass
+class Counts:
+    """What each optimizer step of a run computes, over all processes; shape (max_steps,) each."""
 
-    Kept in the cache as an .npy file, named by the texts' sha256, the tokenizer and the end token,
-    and mapped into memory from there: a large corpus is tokenized once, however often training
-    starts.
-    """
-    import numpy as np
-    from tqdm import tqdm
+    tokens: np.ndarray  # of examples, prompts included, padding not
+    supervised: np.ndarray  # tokens that the loss is about
+    padding: np.ndarray  # padding tokens that the model runs on
 
-    end = config.prompt.document_end_token
-    key = checkpoints.sha256_json(
-        {
-            "texts": datasets.read_manifest(data_dir)["files"].get(f"domain/{split}.jsonl"),
-            "tokenizer": tokenizer.backend_tokenizer.to_str(),
-            "end": end,
+
+@dataclass
+class Feed:
+    """What the trainer of stage 1 or 2 is fed: micro-batches of row numbers, and their tokens."""
+
+    train: Any  # datasets.Dataset of {"part", "rows"}, one item a micro-batch, in order
+    evaluation: Any
+    collator: packing.Collator
+    accumulation: int  # micro-batches of one process in an optimizer step
+    counts: Counts
+
+    def arguments(self) -> dict[str, Any]:
+        """What replaces `trainer_arguments`' batch sizes."""
+        return {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": self.accumulation,
+            # Sequences arrive tokenized, with their labels.
+            "dataset_kwargs": {"skip_prepare_dataset": True},
         }
-    )
-    path = Path(config.data.cache_dir) / "tokens" / f"{key[:32]}.npy"
-    rows = None if path.exists() else datasets.load_split(data_dir, "domain", split)
-    if rows is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        batches = []
-        with tqdm(total=len(rows), desc="tokenizing", unit=" texts", disable=None) as bar:
-            for start in range(0, len(rows), 1_000):
-                texts = [row["text"] + end for row in rows[start : start + 1_000]]
-                ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-                batches.append(np.fromiter(itertools.chain.from_iterable(ids), np.uint32))
-                bar.update(len(texts))
-        staging = path.with_name(f".{path.stem}.partial.npy")
-        np.save(staging, np.concatenate(batches))
-        os.replace(staging, path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def document_blocks(stream: np.ndarray, config: Config) -> np.ndarray:
-    """A stream of ids cut into blocks, shape (blocks, domain.max_length).
+def feed(stage: Stage, tokenizer: Any, train: tokens.TokenRows, held_out: tokens.TokenRows) -> Feed:
+    """Plan every micro-batch of a run of stage 1 or 2.
 
-    The incomplete last block is dropped. Raises UserError when there is no whole block.
+    A step of the domain stage takes as many texts as fit its `batch_size` x
+    `gradient_accumulation` x `max_length` tokens; one of the instruction stage takes
+    `batch_size` x `gradient_accumulation` rows. Either way they are spread over as few
+    micro-batches as `micro_batch_tokens` allows.
     """
-    length = min(config.domain.max_length, config.model.context_length)
-    count = len(stream) // length
-    if not count:
-        raise UserError(
-            f"The domain texts have {len(stream)} tokens, fewer than one block of "
-            f"domain.max_length = {length}. Use more text or a smaller domain.max_length."
-        )
-    return stream[: count * length].reshape(count, length)
-
-
-def packed_dataset(blocks: np.ndarray) -> Any:
-    """Blocks as a datasets.Dataset; labels equal the ids: every token is a target."""
     import numpy as np
     from datasets import Dataset
 
-    ids = np.asarray(blocks, np.int64)
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
-def tokenize_pair(
-    tokenizer: Any,
-    config: Config,
-    question: str,
-    answer: str,
-    max_length: int,
-    opening_tokens: int | None = None,
-) -> dict[str, list[int]] | None:
-    """Ids and labels of one question and answer; None when the answer alone is too long.
-
-    Labels are -100 on the prompt; the answer and its end token are supervised. A pair that is too
-    long loses the beginning of its question, never the end of its answer. With `opening_tokens`
-    the sequence stops after so many tokens of the answer, and nothing claims that it ends there.
-    """
-    prompt = config.prompt
-    before = models.encode(tokenizer, prompt.render_question(question))
-    after = models.encode(tokenizer, prompt.render_answer(answer))[:opening_tokens]
-    room = max_length - len(after)
-    if room < 1:
-        return None
-    before = before[-room:]
-    return {"input_ids": before + after, "labels": [-100] * len(before) + after}
-
-
-def tokenize_answers(tokenizer: Any, rows: list[dict], config: Config, part: str) -> list[dict]:
-    """Prompt/completion rows with completion-only labels; more than 1 % unusable is an error."""
-    length = min(config.instruction.max_length, config.model.context_length)
-    pairs = (
-        tokenize_pair(
-            tokenizer, config, r["prompt"], r["completion"], length, r.get("opening_tokens")
+    section, lengths = stage.section, train.lengths
+    rows_per_step = section.batch_size * section.gradient_accumulation
+    order = packing.repeat_order(len(train), section.seed, shuffle_first=stage.name == "domain")
+    if stage.name == "domain":
+        budget = rows_per_step * min(section.max_length, stage.config.model.context_length)
+        steps = packing.steps_of_tokens(order, lengths, budget, section.max_steps)
+    else:
+        steps = packing.steps_of_rows(order, rows_per_step, section.max_steps)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if section.packing:
+        batches, count = packing.micro_batches(
+            steps, lengths, micro_batch_tokens(stage, lengths), processes
         )
-        for r in rows
+    else:
+        batches, count = packing.padded_micro_batches(steps, lengths, section.batch_size, processes)
+    sizes = np.array([[lengths[b].sum(), len(b) * lengths[b].max()] for b in batches])
+    per_step = sizes.reshape(len(steps), count, 2).sum(1)
+    supervised = train.supervised
+    return Feed(
+        train=Dataset.from_dict({"part": ["train"] * len(batches), "rows": batches}),
+        evaluation=Dataset.from_dict(
+            {
+                "part": ["validation"] * len(held_out),
+                "rows": [[row] for row in range(len(held_out))],
+            }
+        ),
+        collator=packing.Collator({"train": train, "validation": held_out}, tokenizer.pad_token_id),
+        accumulation=count // processes,
+        counts=Counts(
+            tokens=per_step[:, 0],
+            supervised=np.array([supervised[step].sum() for step in steps]),
+            padding=(per_step[:, 1] - per_step[:, 0]) * (not section.packing),
+        ),
     )
-    kept = [pair for pair in pairs if pair is not None]
-    lost = len(rows) - len(kept)
-    if lost > 0.01 * len(rows):
-        raise UserError(
-            f"{lost} of {len(rows)} {part} rows have an answer longer than instruction.max_length "
-            f"= {length} tokens. Raise it or shorten the answers."
-        )
-    if lost:
-        print(f"{part}: {lost} of {len(rows)} rows dropped (answer longer than {length} tokens)")
-    return kept
 
 
-def order_by_length(sequences: list[dict], section: TrainSection) -> list[dict]:
-    """Sequences with those of one optimizer step sorted by length, the steps left as they are.
+def pair_counts(stage: Stage, pairs: Any) -> Counts:
+    """Counts of a stage-3 run over `pairs` (TRL's tokenized dataset), taken in their order."""
+    import numpy as np
 
-    Micro-batches then hold sequences of similar length, which saves padding, while every step still
-    sees a random mixture (grouping across steps would feed it one kind of answer at a time).
-    """
-    step = section.batch_size * section.gradient_accumulation
-    ordered: list[dict] = []
-    for start in range(0, len(sequences), step):
-        ordered += sorted(sequences[start : start + step], key=lambda s: len(s["input_ids"]))
-    return ordered
+    section = stage.section
+    lengths = {
+        name: np.array([len(ids) for ids in pairs[f"{name}_ids"]])
+        for name in ("prompt", "chosen", "rejected")
+    }
+    supervised = lengths["chosen"] + lengths["rejected"]
+    real = 2 * lengths["prompt"] + supervised
+    widest = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
+    rows = np.arange(needed_rows(section)) % len(pairs)
+    batches = widest[rows].reshape(-1, section.batch_size)
+    fed = 2 * section.batch_size * batches.max(1).reshape(section.max_steps, -1).sum(1)
+    real, supervised = (x[rows].reshape(section.max_steps, -1).sum(1) for x in (real, supervised))
+    return Counts(real, supervised, (fed - real) * (not section.packing))
+
+
+# Enough for full speed of the matrix products on a CPU; more only costs memory there.
+CPU_MICRO_BATCH_TOKENS = 512
+
+
+def micro_batch_tokens(stage: Stage, lengths: np.ndarray) -> int:
+    """Most tokens of a micro-batch: what the configuration allows padded rows to take, at most."""
+    import torch
+
+    section = stage.section
+    allowed = section.batch_size * min(section.max_length, stage.config.model.context_length)
+    if torch.cuda.is_available():
+        return allowed
+    return min(allowed, max(CPU_MICRO_BATCH_TOKENS, int(lengths.max())))
 
 
 def render_preferences(
@@ -480,6 +474,8 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
         "fp16": dtype == torch.float16,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
+        # Rows come in the order that was planned: mixed by preparation, kinds taking turns.
+        "train_sampling_strategy": "sequential",
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
@@ -489,19 +485,86 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
 
 
 def callbacks(stage: Stage) -> list[Any]:
-    """Progress, logging to wandb, the stop on a loss that is not finite, early stopping."""
+    """The stop on gradients that are not finite, early stopping, and the guard of stage 3."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     section = stage.section
     arguments = trainer_arguments(stage)
 
-    class Progress(TrainerCallback):
-        """A bar on a terminal, a line per log entry elsewhere; loss and tokens/s in both."""
+    class Guard(TrainerCallback):
+        """Stops a run before it learns from what is not finite, or unlearns its answers."""
 
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            import torch
+
+            if args.fp16:
+                return  # the gradient scaler skips such steps by itself
+            found = [p.grad.sum() for p in model.parameters() if p.grad is not None]
+            if found and not torch.stack([g.float() for g in found]).sum().isfinite():
+                raise _not_finite(stage, f"a gradient in step {state.global_step + 1}")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if arguments["load_best_model_at_end"] and state.global_step == state.max_steps:
+                # The best checkpoint is chosen among those that were evaluated and saved.
+                control.should_evaluate = control.should_save = True
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            if not math.isfinite(metrics.get("eval_loss", 0.0)):
+                raise _not_finite(stage, f"the validation loss of step {state.global_step}")
+            limit = getattr(section, "chosen_drop_limit", None)
+            if limit is None or "eval_rewards/chosen" not in metrics:
+                return
+            # A reward is beta times the log-probability's distance from the reference.
+            drop = -metrics["eval_rewards/chosen"] / section.beta
+            if drop > limit:
+                print(
+                    f"  {stage.name}: stopped at step {state.global_step}: the chosen answers have "
+                    f"lost {drop:.1f} nats on validation rows (safety.chosen_drop_limit = {limit}),"
+                    " so this checkpoint is not kept as the best. Lower safety.learning_rate, or "
+                    "raise safety.sft_weight."
+                )
+                metrics["eval_loss"] = math.inf  # the trainer compares it right after this
+                control.should_training_stop = True
+
+    result: list[Any] = [Guard()]
+    if section.early_stopping_patience and arguments["load_best_model_at_end"]:
+        result.append(EarlyStoppingCallback(section.early_stopping_patience))
+    return result
+
+
+def _not_finite(stage: Stage, what: str) -> WorkError:
+    return WorkError(
+        f"{stage.name}: {what} is not finite, so the run was stopped before anything was learned "
+        f"from it. The last good checkpoint is kept in {stage.work}. Lower "
+        f"{stage.name}.learning_rate, or set model.compute_dtype to float32."
+    )
+
+
+def _keep_bad_batch(stage: Stage) -> Any:
+    """What to do with a batch whose loss is not finite: keep it, and stop."""
+
+    def keep(batch: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        path = stage.work / "bad_batch.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in batch.items()}, str(path))
+        raise _not_finite(stage, f"the loss of the batch in {path} (ids, mask, labels)")
+
+    return keep
+
+
+def progress(stage: Stage, counts: Counts) -> Any:
+    """A bar on a terminal, a line per log entry elsewhere; loss and tokens/s in both.
+
+    The same numbers go to wandb where it is asked for.
+    """
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             from tqdm import tqdm
 
-            self.clock, self.tokens = time.monotonic(), None
+            self.clock, self.step = time.monotonic(), state.global_step
             self.last: dict[str, float] = {}
             self.bar = tqdm(
                 total=state.max_steps,
@@ -511,42 +574,33 @@ def callbacks(stage: Stage) -> list[Any]:
                 disable=None,
                 dynamic_ncols=True,
             )
-            self.wandb = _start_wandb(stage) if "wandb" in section.report_to else None
+            self.wandb = _start_wandb(stage) if "wandb" in stage.section.report_to else None
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
-            if arguments["load_best_model_at_end"] and state.global_step == state.max_steps:
-                # The best checkpoint is chosen among those that were evaluated and saved.
-                control.should_evaluate = control.should_save = True
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             logs = logs or {}
             if "train_runtime" in logs:
                 return
-            for key in ("loss", "eval_loss"):
-                if key in logs and not math.isfinite(logs[key]):
-                    raise WorkError(
-                        f"{stage.name}: {key} became {logs[key]} at step {state.global_step}. "
-                        f"The last good checkpoint is kept in {stage.work}. Lower "
-                        f"{stage.name}.learning_rate, or set model.compute_dtype to float32."
-                    )
-            shown = {}
-            if "num_tokens" in logs:
-                now, tokens = time.monotonic(), logs["num_tokens"]
-                if self.tokens is not None and now > self.clock:
-                    self.last["tokens_per_second"] = (tokens - self.tokens) / (now - self.clock)
-                self.clock, self.tokens = now, tokens
+            if "loss" in logs:
+                now = time.monotonic()
+                span, seconds = slice(self.step, state.global_step), now - self.clock
+                self.last = {
+                    "tokens_per_second": counts.tokens[span].sum() / seconds,
+                    "supervised_per_second": counts.supervised[span].sum() / seconds,
+                }
             names = {
                 "loss": "train_loss",
                 "eval_loss": "eval_loss",
                 "learning_rate": "learning_rate",
+                "rewards/margins": "margin",
+                "rewards/accuracies": "accuracy",
             }
-            names |= {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-            for key, name in names.items():
-                if key in logs:
-                    shown[name] = float(logs[key])
-            shown["gpu_memory"] = _gpu_memory_gb()
-            shown |= self.last
+            shown = {name: float(logs[key]) for key, name in names.items() if key in logs}
+            shown |= {"gpu_memory": _gpu_memory_gb(), **self.last}
+            # An evaluation's time is not the steps'.
+            self.clock, self.step = time.monotonic(), state.global_step
             if self.wandb:
                 self.wandb.log(shown, step=state.global_step)
             text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if value)
@@ -560,10 +614,7 @@ def callbacks(stage: Stage) -> list[Any]:
             if self.wandb:
                 self.wandb.finish()
 
-    result: list[Any] = [Progress()]
-    if section.early_stopping_patience and arguments["load_best_model_at_end"]:
-        result.append(EarlyStoppingCallback(section.early_stopping_patience))
-    return result
+    return Progress()
 
 
 def _start_wandb(stage: Stage) -> Any:
@@ -596,37 +647,62 @@ def last_checkpoint(work: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def train(stage: Stage, trainer: Any) -> dict[str, Any]:
+def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
     """Run the trainer, from its last checkpoint if there is one; returns the stage's metrics."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress(stage, counts))
     model = trainer.accelerator.unwrap_model(trainer.model)
     restore_precision(model, stage)
     if stage.name == "safety":
         check_reference(model, stage)
     score_targets_only(trainer)
+    base = model.get_base_model()
+    if stage.section.packing:
+        if stage.config.model.attention == "sdpa":
+            packing.use_segment_attention(base)
+        packing.pack_forward(base)
+        packing.check_isolation(model, stage.embedding_rows)
+    packing.watch_losses(base, _keep_bad_batch(stage))
     resume = last_checkpoint(stage.work)
     if resume:
         print(f"resuming from {resume.name}")
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    started, first = time.monotonic(), int(resume.name.rsplit("-", 1)[1]) if resume else 0
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds, last = time.monotonic() - started, trainer.state.global_step
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    return {
-        "steps": trainer.state.global_step,
+    seen, supervised, padding = (
+        int(found[:last].sum()) for found in (counts.tokens, counts.supervised, counts.padding)
+    )
+    own = slice(first, last)  # steps of this process; earlier ones were another one's time
+    metrics = {
+        "steps": last,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "best_eval_loss": min(evaluations, default=None),
-        "train_runtime_s": result.metrics.get("train_runtime"),
-        "tokens": next((e["num_tokens"] for e in reversed(history) if "num_tokens" in e), None),
+        "train_runtime_s": round(seconds, 1),
+        "tokens": seen,
+        "supervised_tokens": supervised,
+        "padding_share": round(padding / (padding + seen), 4),
+        "tokens_per_s": round(counts.tokens[own].sum() / seconds, 1),
+        "supervised_tokens_per_s": round(counts.supervised[own].sum() / seconds, 1),
+        "gpu_hours": round(seconds / 3600 * trainer.args.world_size * (trainer.args.n_gpu > 0), 4),
         "resumed_from": resume.name if resume else None,
     }
+    print(
+        f"{stage.name}: {last} steps, {seen:,} tokens ({supervised:,} supervised, padding "
+        f"{metrics['padding_share']:.1%}), {metrics['tokens_per_s']:,.0f} tokens/s "
+        f"({metrics['supervised_tokens_per_s']:,.0f} supervised), peak memory "
+        f"{peak_rss_gb():.1f} GB, GPU {_gpu_memory_gb():.1f} GB; {seconds:,.0f} s, "
+        f"{metrics['gpu_hours']:.2f} GPU hours"
+    )
+    return metrics
 
 
-def finish(
-    stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any], rows: dict[str, int]
-) -> None:
+def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
     # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
@@ -647,7 +723,7 @@ def finish(
         "parent": str(stage.parent) if stage.parent else None,
         "parent_adapter_sha256": stage.inputs["parent"],
         "data_dir": str(stage.data_dir),
-        "rows": rows,
+        "rows": stage.rows,
         "prompt": config.prompt.model_dump(),
         "config": config.model_dump(),
         "config_sources": config.sources,
@@ -736,13 +812,24 @@ def check_disk(directory: Path, needed_gb: float) -> None:
         )
 
 
-def describe(stage: Stage, train_rows: int, sample: str) -> None:
+def describe(stage: Stage, sample: str, what: str, rows: int, passes: float) -> None:
     """Print what a run is going to do (all of a dry run's output but the model's part)."""
-    section = stage.section
-    wanted = needed_rows(section)
     print(
-        f"{stage.name}: {section.max_steps} steps of {section.batch_size} x "
-        f"{section.gradient_accumulation} sequences = {wanted / train_rows:.2f} passes over "
-        f"{train_rows:,}; output {stage.output}"
+        f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} passes over "
+        f"{rows:,} rows; output {stage.output}"
     )
     print(f"first sequence:\n{sample[:600]}\n")
+
+
+def describe_feed(stage: Stage, feed: Feed, tokenizer: Any) -> None:
+    """`describe` for stages 1 and 2."""
+    section, counts = stage.section, feed.counts
+    train = feed.collator.parts["train"]
+    rows = stage.rows["train"]
+    trained = sum(len(found) for found in feed.train["rows"])
+    sizes = f"{counts.tokens.mean():,.0f} tokens ({counts.supervised.mean():,.0f} supervised)"
+    shape = f"in {len(feed.train) // section.max_steps} micro-batches"
+    shape += " without padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
+    ids = train.row(feed.train[0]["rows"][0])[0]
+    passes = trained / len(train) if stage.name == "domain" else trained / rows
+    describe(stage, tokenizer.decode(ids), f"{sizes} {shape}", rows, passes)

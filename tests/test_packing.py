@@ -1,0 +1,190 @@
+"""Packed micro-batches: the loss and gradients of padded rows, and nothing seen of a neighbour."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from liteguard import models, packing, training
+from liteguard.config import build, read_yaml
+from liteguard.errors import UserError, WorkError
+from liteguard.tokens import TokenRows
+
+ATTENTIONS = ("sdpa", "eager")
+
+
+def adapted(directory, attention: str):
+    """The tiny Phi in float32 with a random adapter and our head, not packed yet."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    values = {"model": {"path": str(directory), "attention": attention}, "domain": {"lora_rank": 4}}
+    config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", values)])
+    base = models.load_base(config, str(directory), None, torch.float32, quantize=False)
+    torch.manual_seed(0)
+    model = models.add_adapter(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    training.score_targets_only(
+        SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
+    )
+    return model
+
+
+def packed(model):
+    if model.config._attn_implementation == "sdpa":
+        packing.use_segment_attention(model.get_base_model())
+    packing.pack_forward(model.get_base_model())
+    return model
+
+
+def batch(lengths=(5, 12, 1, 9), seed=1):
+    """Padded rows of random ids; the first third of each is a prompt."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 500, (len(lengths), max(lengths)), generator=generator)
+    labels, mask = ids.clone(), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+        labels[row, : length // 3] = -100
+        labels[row, length:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(model, inputs):
+    outputs = model(**inputs, fused_lm_head=True)
+    outputs.log_probs.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_give_the_padded_rows_results_and_gradients(tiny_phi, attention, checkpointing):
+    import torch
+
+    model = adapted(tiny_phi, attention)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    inputs = batch()
+    theirs, their_gradients = run(model, inputs)
+    seen = []
+    model.get_base_model().base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    ours, our_gradients = run(packed(model), inputs)
+    assert seen == [(1, 5 + 12 + 1 + 9)], "padding was computed"
+    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+        mine, plain = getattr(ours, name), getattr(theirs, name)
+        torch.testing.assert_close(mine.float(), plain.float(), rtol=1e-4, atol=1e-5)
+    assert our_gradients.keys() == their_gradients.keys() and our_gradients
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_example_never_sees_its_neighbour(tiny_phi, attention):
+    model = packed(adapted(tiny_phi, attention))
+    packing.check_isolation(model, 500)
+    first, second = batch((11, 12)), batch((11, 12))
+    second["input_ids"][0] = batch((11, 12), seed=2)["input_ids"][0]
+    outputs = [model(**inputs, fused_lm_head=True).log_probs for inputs in (first, second)]
+    assert not outputs[0][0].equal(outputs[1][0])
+    assert outputs[0][1].equal(outputs[1][1]), "the second example changed with the first"
+
+
+def test_attention_that_crosses_examples_is_refused(tiny_phi, monkeypatch):
+    """One causal attention over the whole micro-batch, which many packing recipes use."""
+
+    def crossing(module, query, key, value, mask, scaling=None, segment_lengths=None, **kwargs):
+        return original(
+            module, query, key, value, mask, scaling, segment_lengths=[query.shape[2]], **kwargs
+        )
+
+    original = packing.segment_attention
+    monkeypatch.setattr(packing, "segment_attention", crossing)
+    model = packed(adapted(tiny_phi, "sdpa"))
+    with pytest.raises(WorkError, match=r"packing is refused.*neighbour"):
+        packing.check_isolation(model, 500)
+
+
+def test_generation_still_sees_the_whole_prompt(tiny_phi):
+    import torch
+
+    model = adapted(tiny_phi, "sdpa")
+    model.eval()
+    ids = batch((9,))["input_ids"]
+    with torch.no_grad():
+        before = copy.deepcopy(model)(input_ids=ids).logits
+        after = packed(model)(input_ids=ids).logits
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+
+
+def rows_of(lengths, prompts=None) -> TokenRows:
+    ends = np.cumsum(lengths)
+    prompts = np.zeros(len(lengths), np.int64) if prompts is None else np.array(prompts)
+    ids = np.arange(1, ends[-1] + 1, dtype=np.uint32)
+    return TokenRows(ids, ends - np.array(lengths), ends, prompts)
+
+
+def test_every_row_of_a_step_is_in_one_of_its_micro_batches():
+    lengths = np.random.default_rng(0).integers(1, 300, 500)
+    steps = packing.steps_of_rows(packing.repeat_order(500, 0, False), 16, 40)
+    for capacity, multiple in ((512, 1), (2048, 1), (512, 2), (100_000, 4)):
+        batches, count = packing.micro_batches(steps, lengths, capacity, multiple)
+        assert len(batches) == count * len(steps) and count % multiple == 0
+        for number, step in enumerate(steps):
+            own = batches[number * count : (number + 1) * count]
+            assert sorted(sum(own, [])) == sorted(step) and all(own)
+            assert max(lengths[group].sum() for group in own) <= capacity
+        if count > multiple:
+            smaller = count - multiple
+            groups = [packing.spread([lengths[r] for r in step], smaller) for step in steps]
+            loads = [
+                sum(lengths[step[i]] for i in group)
+                for step, found in zip(steps, groups, strict=True)
+                for group in found
+            ]
+            assert max(loads) > capacity, "fewer micro-batches would have done"
+    with pytest.raises(UserError, match="cannot be spread over 32"):
+        packing.micro_batches(steps, lengths, 100_000, 32)
+
+
+def test_passes_over_the_rows_are_complete_and_repeatable():
+    def order(seed):
+        found = packing.repeat_order(10, seed, shuffle_first=False)
+        return [next(found) for _ in range(30)]
+
+    first = order(0)
+    assert first[:10] == list(range(10)), "preparation's mixture is read from the front"
+    assert all(sorted(first[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert first[10:20] != first[20:30] and order(0) == first != order(1)
+
+
+def test_steps_of_tokens_fill_the_budget_and_cut_nothing():
+    lengths = np.random.default_rng(1).integers(1, 128, 300)
+    steps = packing.steps_of_tokens(packing.repeat_order(300, 0, True), lengths, 1024, 30)
+    totals = [lengths[step].sum() for step in steps]
+    assert max(totals) <= 1024 and min(totals) > 1024 - 128
+    assert sum(steps, []) == [
+        row for row, _ in zip(packing.repeat_order(300, 0, True), sum(steps, []), strict=False)
+    ]
+
+
+def test_collator_masks_prompts_and_padding():
+    rows = rows_of([4, 6], prompts=[2, 1])
+    found = packing.Collator({"train": rows}, pad_id=99)([{"part": "train", "rows": [0, 1]}])
+    assert found["input_ids"].tolist() == [[1, 2, 3, 4, 99, 99], [5, 6, 7, 8, 9, 10]]
+    assert found["labels"].tolist() == [[-100, -100, 3, 4, -100, -100], [-100, 6, 7, 8, 9, 10]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert rows.supervised.tolist() == [2, 5]
