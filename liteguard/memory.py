@@ -272,14 +272,18 @@ def layer_work(shapes: Shapes, precision: Precision) -> tuple[int, int]:
     """(bytes per token, fixed bytes) of one layer's backward beside what it saved.
 
     Two gradients of the residual stream; one matrix taken out of NF4; and, at the FFN's last layer,
-    the gradient of its input: one in the compute dtype, and under autocast a float32 one beside it
-    (two where the input is float32: LoRA's and the base's part, before they are added). What comes
+    the gradient of its input: LoRA's part and the base's part, before they are added. What comes
     before in the layer needs no more, because saved tensors are freed as gradients are made.
     """
+    c = precision.compute
     if not precision.mixed:
-        gradients = precision.compute
+        gradients = c
+    elif precision.casts and shapes.layer_norm:
+        gradients = c + 8  # both parts in float32, one on its way there
+    elif precision.nf4 and precision.cuda:
+        gradients = 2 * c
     else:
-        gradients = precision.compute + (8 if precision.casts and shapes.layer_norm else 4)
+        gradients = c + 4  # PEFT's conversion to the adapter's float32
     per_token = gradients * shapes.ffn + 2 * stream_bytes(shapes, precision) * shapes.hidden
     largest = max(n_in * n_out for _, n_in, n_out in shapes.linear)
     return per_token, largest * precision.compute if precision.nf4 else 0
@@ -402,8 +406,6 @@ def estimate(
         "gradients, float32": 4 * adapter,
         f"optimizer states ({section.optimizer})": optimizer_states(section.optimizer, sizes),
     }
-    if precision.mixed:
-        always["adapter in the compute dtype (autocast)"] = precision.compute * adapter
     if preference:
         always["reference adapter, float32"] = 4 * adapter
 
@@ -417,10 +419,12 @@ def estimate(
         dropout=not preference,
     )
     stream = stream_bytes(shapes, precision)
-    ends = tokens * (
-        (4 if precision.casts or not shapes.layer_norm else precision.compute) * shapes.hidden
-        + 2 * precision.compute * shapes.rotary_width
-    )
+    norm_input = 4 if precision.casts or not shapes.layer_norm else precision.compute
+    ends = tokens * (norm_input * shapes.hidden + 2 * precision.compute * shapes.rotary_width)
+    # Autocast keeps 16-bit copies of the adapter until the forward pass ends, and longer where
+    # autograd saved them.
+    cast = {"adapter in the compute dtype (autocast)": precision.compute * adapter}
+    cast = cast if precision.mixed else {}
     work_per_token, work_fixed = layer_work(shapes, precision)
     work = tokens * work_per_token + work_fixed
     logits = head_bytes(shapes, precision, head, tokens, supervised)
@@ -433,14 +437,18 @@ def estimate(
         kept = {
             "input of every layer (checkpointing)": shapes.layers * tokens * stream * shapes.hidden
         }
-        again = {"activations of one layer, recomputed": per_layer}
+        # The recomputed layer's first norm keeps its input, which is kept already if no cast is
+        # between them.
+        shared = stream * shapes.hidden if norm_input == stream else 0
+        backward = {**kept, "activations of one layer, recomputed": per_layer - tokens * shared}
     else:
-        kept = {f"activations of {shapes.layers} layers": shapes.layers * per_layer}
-        again = {}
-    kept["final norm, rotary tables"] = ends
+        kept = {f"activations of {shapes.layers} layers": shapes.layers * per_layer, **cast}
+        backward = dict(kept)
+        cast = {}
+    kept = {**kept, **cast, "final norm, rotary tables": ends}
     phases = {
         "loss": {**kept, logit_name: logits},
-        "backward": {**kept, **again, "gradients of activations, NF4 matrix": work},
+        "backward": {**backward, "gradients of activations, NF4 matrix": work},
         "optimizer step": {
             "temporaries": 4
             * (adapter if precision.cuda and "8bit" not in section.optimizer else max(sizes))
