@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, training
+from liteguard import checkpoints, cli, datasets, distributed, training
 
 
 def parse_args():
@@ -56,7 +56,9 @@ def main() -> None:
         training.load_model(stage)
         print("dry run: nothing written")
         return
-    stage.work = checkpoints.open_work(stage.output, stage.inputs, args.overwrite)
+    stage.work = distributed.on_main(
+        checkpoints.open_work, stage.output, stage.inputs, args.overwrite
+    )
     if stage.work is None:
         print(f"{stage.output} is finished and was made from the same inputs: reused")
         return

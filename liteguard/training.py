@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets, models
+from liteguard import checkpoints, datasets, distributed, models
 from liteguard.config import Config, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
 
@@ -52,6 +52,7 @@ class Stage:
         return self.section.quantization or self.config.model.quantization
 
 
+@distributed.main_first
 def plan(
     name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
 ) -> Stage:
@@ -67,6 +68,7 @@ def plan(
             f"{name}.report_to names {', '.join(missing)}, which is not installed. "
             f"Run: pip install {' '.join(missing)}"
         )
+    distributed.accumulation(getattr(config, name).gradient_accumulation, name)
     directory, revision, loaded = models.model_config(config)
     manifest = datasets.read_manifest(data_dir)
     identity = models.base_identity(directory, loaded)
@@ -147,6 +149,7 @@ def load_model(stage: Stage) -> Any:
     return model
 
 
+@distributed.main_first
 def token_stream(tokenizer: Any, data_dir: Path, split: str, config: Config) -> np.ndarray:
     """All domain texts of a split as one stream of ids, uint32, each ended by the document end.
 
@@ -456,7 +459,9 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
         "max_steps": section.max_steps,
         "per_device_train_batch_size": section.batch_size,
         "per_device_eval_batch_size": section.batch_size,
-        "gradient_accumulation_steps": section.gradient_accumulation,
+        "gradient_accumulation_steps": distributed.accumulation(
+            section.gradient_accumulation, stage.name
+        ),
         "lr_scheduler_type": section.lr_scheduler,
         "warmup_steps": min(section.warmup_steps, max(section.max_steps - 1, 0)),
         "weight_decay": section.weight_decay,
@@ -508,10 +513,11 @@ def callbacks(stage: Stage) -> list[Any]:
                 initial=state.global_step,
                 desc=stage.name,
                 unit="step",
-                disable=None,
+                disable=None if distributed.is_main() else True,
                 dynamic_ncols=True,
             )
-            self.wandb = _start_wandb(stage) if "wandb" in section.report_to else None
+            wanted = "wandb" in section.report_to and distributed.is_main()
+            self.wandb = _start_wandb(stage) if wanted else None
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
@@ -606,7 +612,7 @@ def train(stage: Stage, trainer: Any) -> dict[str, Any]:
     if stage.name == "safety":
         check_reference(model, stage)
     score_targets_only(trainer)
-    resume = last_checkpoint(stage.work)
+    resume = distributed.on_main(last_checkpoint, stage.work)
     if resume:
         print(f"resuming from {resume.name}")
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -629,9 +635,14 @@ def finish(
 ) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
+    # A sharded model is gathered by all processes; one of them writes.
+    state = trainer.accelerator.get_state_dict(trainer.model) if distributed.uses_fsdp() else None
+    if not distributed.is_main():
+        distributed.barrier()
+        return
     # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
-        str(work), selected_adapters=["default"], safe_serialization=True
+        str(work), state_dict=state, selected_adapters=["default"], safe_serialization=True
     )
     # save_pretrained makes a README.md from the hub's template, which says nothing true here.
     (work / "README.md").unlink(missing_ok=True)
@@ -652,6 +663,7 @@ def finish(
         "config": config.model_dump(),
         "config_sources": config.sources,
         "metrics": metrics,
+        "processes": distributed.world_size(),
         "versions": library_versions(),
         "wall_s": round(time.time() - stage.started, 1),
         "peak_rss_gb": peak_rss_gb(),
@@ -672,6 +684,7 @@ def finish(
     ]
     files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
     checkpoints.publish(work, stage.output, record, files)
+    distributed.barrier()
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
