@@ -1,7 +1,7 @@
 """Peak training memory by term, from the base model's shapes; and the way down when it runs out.
 
     python -m liteguard.memory                       # Phi-1.5 and Phi-2 at 1 x 2048 tokens
-    python -m liteguard.memory --config configs/phi-2_8gb.yaml --base DIR   # one YAML, one base
+    python -m liteguard.memory --config configs/phi-2_8gb.yaml --set model.path=DIR   # every term
 
 Nothing is loaded: parameters are counted on torch's meta device. Which tensors autograd keeps was
 read off the code paths that the trainers run (transformers' Phi and Llama, PEFT's LoRA layers,
@@ -16,11 +16,10 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from liteguard import models
+from liteguard import cli, models
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import UserError, WorkError
 
@@ -368,6 +367,7 @@ def estimate(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     head: Head | None = None,
+    fused_gelu: bool = True,
 ) -> MemoryEstimate:
     """Peak memory of a training stage.
 
@@ -375,7 +375,8 @@ def estimate(
     the most that the settings allow, batch_size x max_length (twice that for preference pairs).
     supervised: tokens of them that are scored; default: all. dtype and device: of the arithmetic;
     default: what `models.choose_dtype` picks here. head: how logits are made (`head_bytes`);
-    default: what the trainers use on that device.
+    default: what the trainers use on that device. fused_gelu: whether `models.fuse_gelu` was
+    applied, as `models.load_base` does.
     """
     import torch
 
@@ -389,6 +390,8 @@ def estimate(
         tokens = section.batch_size * length * (2 if preference else 1)
     supervised = tokens if supervised is None else supervised
     shapes = read_shapes(architecture)
+    if fused_gelu and shapes.activation == "gelu_new":
+        shapes = replace(shapes, activation="gelu_pytorch_tanh")
     storage = section.quantization or config.model.quantization
     precision = Precision(
         compute=dtype.itemsize, nf4=storage == "nf4", cuda=device.startswith("cuda")
@@ -596,14 +599,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML; default: both Phi models")
-    parser.add_argument("--base", metavar="DIR", help="directory or hub id of the base model")
+    parser.add_argument(
+        "--set", dest="settings", metavar="SECTION.KEY=VALUE", action="append", default=[]
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else None
     if args.config:
-        config = build([(args.config, read_yaml(Path(args.config)))])
-        if args.base:
-            config.model.path = args.base
+        config = cli.resolve_config(args)
         _, _, architecture = models.model_config(config)
         for stage in ("domain", "instruction", "safety"):
             found = estimate(config, stage, architecture, device=args.device, dtype=dtype)
@@ -615,41 +618,46 @@ def main() -> None:
     )
     print(f"{'model':9}{'stage':13}{'setting':42}{'peak':>7}{'margin':>8}  peak is in")
     for name in ("phi-1_5", "phi-2"):
-        for stage, settings, activation, label in summary_rows():
-            architecture = phi_architecture(name)
-            architecture.hidden_act = activation
+        for stage, settings, fused, label in summary_rows():
             config = build(
                 [
                     (name, read_yaml(CONFIG_DIR / f"{name}.yaml")),
                     ("rows", {stage: {"batch_size": 1, **settings}}),
                 ]
             )
-            found = estimate(config, stage, architecture, device=args.device, dtype=dtype)
+            found = estimate(
+                config,
+                stage,
+                phi_architecture(name),
+                device=args.device,
+                dtype=dtype,
+                fused_gelu=fused,
+            )
             print(
                 f"{name:9}{stage:13}{label:42}{found.total / 1e9:7.2f}{found.margin / 1e9:8.2f}  "
                 f"{found.peak_phase}"
             )
 
 
-def summary_rows() -> list[tuple[str, dict[str, Any], str, str]]:
-    """(stage, its settings, activation function, label) of the table without --config."""
+def summary_rows() -> list[tuple[str, dict[str, Any], bool, str]]:
+    """(stage, its settings, whether GELU is fused, label) of the table without --config."""
     plain, paged = "adamw_torch", "paged_adamw_8bit"
     rows = []
     for stage in ("domain", "instruction", "safety"):
-        for checkpointing, optimizer, activation, label in (
-            (False, plain, "gelu_new", "no checkpointing, gelu_new"),
-            (False, plain, "gelu_pytorch_tanh", "no checkpointing"),
-            (True, plain, "gelu_new", "checkpointing, gelu_new"),
-            (True, plain, "gelu_pytorch_tanh", "checkpointing"),
-            (True, paged, "gelu_pytorch_tanh", "checkpointing, 8-bit AdamW"),
+        for checkpointing, optimizer, fused, label in (
+            (False, plain, False, "no checkpointing, gelu_new"),
+            (False, plain, True, "no checkpointing"),
+            (True, plain, False, "checkpointing, gelu_new"),
+            (True, plain, True, "checkpointing"),
+            (True, paged, True, "checkpointing, 8-bit AdamW"),
         ):
             values = {"gradient_checkpointing": checkpointing, "optimizer": optimizer}
-            rows.append((stage, values, activation, label))
+            rows.append((stage, values, fused, label))
             if stage == "safety":
                 values = {**values, "precompute_reference": True}
-                rows.append((stage, values, activation, f"{label}, precomputed"))
+                rows.append((stage, values, fused, f"{label}, precomputed"))
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -28,23 +28,9 @@ def gpu_check():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu_check") / "report.json"
-    text = succeed(
-        SCRIPT,
-        *[
-            "--shape",
-            "tiny",
-            "--device",
-            "cpu",
-            "--rows",
-            "6",
-            "--steps",
-            "1",
-            "--length",
-            "48",
-            "--json",
-        ],
-        path,
-    )
+    flags = {"--shape": "tiny", "--device": "cpu", "--rows": 6, "--steps": 1, "--length": 48}
+    words = [str(word) for pair in flags.items() for word in pair]
+    text = succeed(SCRIPT, *words, "--json", path)
     return text, json.loads(path.read_text())
 
 

@@ -16,7 +16,8 @@ from liteguard import memory, models, training
 from liteguard.config import build, read_yaml
 from liteguard.errors import UserError, WorkError
 
-TOLERANCE = 0.15  # of every compared term and peak
+TOLERANCE = 0.15  # of peaks
+SAVED_TOLERANCE = 0.005  # of what autograd saves: exact up to a few bytes a token
 RANK = 8
 
 
@@ -42,7 +43,7 @@ def architecture(kind: str):
         vocab_size=640,
         hidden_size=256 if wide else 64,
         intermediate_size=1024 if wide else 128,
-        num_hidden_layers=4 if wide else 2,
+        num_hidden_layers=8 if wide else 2,
         num_attention_heads=4,
         max_position_embeddings=2048,
         partial_rotary_factor=0.5,
@@ -161,10 +162,6 @@ def saved_bytes(model, ids, dtype, cuda, monkeypatch):
     return sum(size for size, _ in saved.values())
 
 
-def close(estimated, measured):
-    return abs(estimated / measured - 1) < TOLERANCE
-
-
 CASES = [
     ("tiny", "none", torch.float32, False),
     ("tiny", "nf4", torch.float32, False),
@@ -186,14 +183,22 @@ NAMES = [f"{k}-{q}-{str(d)[6:]}{'-cuda' if c else ''}" for k, q, d, c in CASES]
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_saved_activations(case, bases, monkeypatch):
     kind, quantization, dtype, cuda = case
-    if kind.endswith("gelu_new"):
+    fused = not kind.endswith("gelu_new")
+    if not fused:
         kind = "phi"
         monkeypatch.setattr(models, "fuse_gelu", lambda model: 0)
     config = settings(bases[kind], quantization)
     model = load(bases[kind], config, dtype)
     tokens = 192
     ids = torch.randint(5, 600, (1, tokens))
+    decoder = model.get_base_model().model
+    norm = getattr(decoder, "final_layernorm", None) or decoder.norm
+    stream = []
+    norm.register_forward_pre_hook(lambda module, args: stream.append(args[0].element_size()))
     measured = saved_bytes(model, ids, dtype, cuda, monkeypatch)
+    precision = memory.Precision(dtype.itemsize, quantization == "nf4", cuda)
+    shapes = memory.read_shapes(architecture(kind))
+    assert stream == [memory.stream_bytes(shapes, precision)]
     found = memory.estimate(
         config,
         "domain",
@@ -201,18 +206,15 @@ def test_saved_activations(case, bases, monkeypatch):
         tokens,
         dtype=dtype,
         device="cuda" if cuda else "cpu",
+        fused_gelu=fused,
     )
     terms = found.phases["loss"]
     estimated = sum(size for name, size in terms.items() if not name.startswith("logits"))
-    if cuda:
+    if cuda and shapes.residual_dropout:
         # The CPU keeps dropout's noise in the activations' dtype where CUDA keeps a byte mask.
-        shapes = memory.read_shapes(architecture(kind))
-        if shapes.residual_dropout:
-            noise = 2 + memory.stream_bytes(
-                shapes, memory.Precision(2, quantization == "nf4", True)
-            )
-            estimated += tokens * shapes.layers * shapes.hidden * (noise - 2)
-    assert close(estimated, measured), f"{found.table()}\nmeasured {measured}"
+        noise = 2 + stream[0]
+        estimated += tokens * shapes.layers * shapes.hidden * (noise - 2)
+    assert estimated == pytest.approx(measured, rel=SAVED_TOLERANCE), found.table()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,8 @@ def test_peak_of_a_step(kind, arithmetic_, checkpointing, bases, monkeypatch):
     """Activations, logits and working memory: live tensors at the peak of a step."""
     dtype = torch.float32 if arithmetic_ == "float32" else torch.bfloat16
     cuda = arithmetic_.endswith("cuda")
-    if kind.endswith("gelu_new"):
+    fused = not kind.endswith("gelu_new")
+    if not fused:
         kind = "phi"
         monkeypatch.setattr(models, "fuse_gelu", lambda model: 0)
     config = settings(bases[kind], gradient_checkpointing=checkpointing)
@@ -263,9 +266,10 @@ def test_peak_of_a_step(kind, arithmetic_, checkpointing, bases, monkeypatch):
         dtype=dtype,
         device="cuda" if cuda else "cpu",
         head="supervised",
+        fused_gelu=fused,
     )
     estimated = sum(found.phases[found.peak_phase].values())
-    assert close(estimated, live.peak), f"{found.table()}\nmeasured {live.peak}"
+    assert estimated == pytest.approx(live.peak, rel=TOLERANCE), found.table()
 
 
 def test_what_a_step_holds_all_the_time(bases):
@@ -328,7 +332,6 @@ def phi_2(stage, **values):
         ]
     )
     architecture_ = memory.phi_architecture("phi-2")
-    architecture_.hidden_act = "gelu_pytorch_tanh"
     return memory.estimate(config, stage, architecture_, dtype=torch.bfloat16, device="cuda")
 
 
