@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, tokens, training
+from liteguard import checkpoints, cli, distributed, tokens, training
 
 
 def parse_args():
@@ -47,14 +47,15 @@ def main() -> None:
             ("validation", config.instruction.max_eval_rows),
         )
     )
-    feed = training.feed(stage, tokenizer, train_set, eval_set)
-    training.describe_feed(stage, feed, tokenizer)
+    training.describe_feed(stage, tokenizer, train_set, eval_set, args.dry_run)
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
         print("dry run: nothing written")
         return
-    stage.work = checkpoints.open_work(stage.output, stage.inputs, args.overwrite)
+    stage.work = distributed.on_main(
+        checkpoints.open_work, stage.output, stage.inputs, args.overwrite
+    )
     if stage.work is None:
         print(f"{stage.output} is finished and was made from the same inputs: reused")
         return
@@ -62,16 +63,20 @@ def main() -> None:
     # 3. Work
     from trl import SFTConfig, SFTTrainer
 
-    trainer = SFTTrainer(
-        model=training.load_model(stage),
-        args=SFTConfig(**training.trainer_arguments(stage) | feed.arguments()),
-        train_dataset=feed.train,
-        eval_dataset=feed.evaluation,
-        data_collator=feed.collator,
-        processing_class=tokenizer,
-        callbacks=training.callbacks(stage),
-    )
-    metrics = training.train(stage, trainer, feed.counts)
+    def make_trainer(stage):
+        feed = training.feed(stage, tokenizer, train_set, eval_set)
+        trainer = SFTTrainer(
+            model=training.load_model(stage),
+            args=SFTConfig(**training.trainer_arguments(stage) | feed.arguments()),
+            train_dataset=feed.train,
+            eval_dataset=feed.evaluation,
+            data_collator=feed.collator,
+            processing_class=tokenizer,
+            callbacks=training.callbacks(stage),
+        )
+        return trainer, feed.counts
+
+    trainer, metrics = training.run(stage, make_trainer)
 
     # 4. Results
     training.finish(stage, trainer, tokenizer, metrics)

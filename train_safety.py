@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, training
+from liteguard import checkpoints, cli, datasets, distributed, training
 
 
 def parse_args():
@@ -53,13 +53,15 @@ def main() -> None:
     pairs = f"{config.safety.batch_size} x {config.safety.gradient_accumulation} pairs"
     passes = training.needed_rows(config.safety) / len(rows)
     sample = train_set[0]["prompt"] + train_set[0]["chosen"]
-    training.describe(stage, sample, pairs, len(rows), passes)
+    training.describe(stage, sample, pairs, len(rows), passes, args.dry_run)
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
         print("dry run: nothing written")
         return
-    stage.work = checkpoints.open_work(stage.output, stage.inputs, args.overwrite)
+    stage.work = distributed.on_main(
+        checkpoints.open_work, stage.output, stage.inputs, args.overwrite
+    )
     if stage.work is None:
         print(f"{stage.output} is finished and was made from the same inputs: reused")
         return
@@ -68,23 +70,25 @@ def main() -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    with_sft = config.safety.sft_weight > 0
-    trainer = DPOTrainer(
-        model=training.load_model(stage),
-        # No ref_model: TRL then freezes a copy of the adapter it is given as the reference.
-        args=DPOConfig(
-            **training.trainer_arguments(stage),
-            beta=config.safety.beta,
-            loss_type=["sigmoid", "sft"] if with_sft else ["sigmoid"],
-            loss_weights=[1.0, config.safety.sft_weight] if with_sft else None,
-            precompute_ref_log_probs=config.safety.precompute_reference,
-        ),
-        train_dataset=Dataset.from_list(train_set),
-        eval_dataset=Dataset.from_list(eval_set),
-        processing_class=tokenizer,
-        callbacks=training.callbacks(stage),
-    )
-    metrics = training.train(stage, trainer, training.pair_counts(stage, trainer.train_dataset))
+    def make_trainer(stage):
+        weight = stage.section.sft_weight
+        trainer = DPOTrainer(
+            model=training.load_model(stage),
+            # No ref_model: TRL then freezes a copy of the adapter it is given as the reference.
+            args=DPOConfig(
+                **training.trainer_arguments(stage),
+                beta=stage.section.beta,
+                loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
+                loss_weights=[1.0, weight] if weight else None,
+            ),
+            train_dataset=Dataset.from_list(train_set),
+            eval_dataset=Dataset.from_list(eval_set),
+            processing_class=tokenizer,
+            callbacks=training.callbacks(stage),
+        )
+        return trainer, training.pair_counts(stage, trainer.train_dataset)
+
+    trainer, metrics = training.run(stage, make_trainer)
 
     # 4. Results
     training.finish(stage, trainer, tokenizer, metrics)

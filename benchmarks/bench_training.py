@@ -4,12 +4,11 @@
     python benchmarks/bench_training.py --stage safety --steps 3
 
 Runs the project's own script and benchmarks/plain_recipe.py, each in a process of its own, on the
-embedded base model and on rows with the lengths of public medical questions and answers (log-normal
-with a median of 45 and 110 words, which is what mixed lengths means here; the words are those of the embedded
-domain texts). Only tokens of answers count as supervised, on both sides. `GFLOP/s` is
-what a step needs (2 for the forward and 2 for the backward pass to the inputs, per parameter of the base's
-linear layers and token, plus the head on supervised tokens) by the time it took, beside the machine's
-best matrix product in the same precision.
+embedded base model and on rows of mixed lengths: words of the embedded domain texts, log-normal
+with medians of 45 words (questions) and 110 (answers). Only tokens of answers count as supervised,
+on both sides. `GFLOP/s` is what the steps need (per token 2 operations forward and 2 backward for
+each parameter of the base's linear layers, the head on supervised tokens) by the time they took,
+beside the machine's best matrix product in the same precision.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
 
-    from liteguard import cli, config, datasets, models, sources
+    from liteguard import config, datasets, models, sources
 
     settings = config.build(
         [
@@ -168,10 +167,8 @@ def main() -> None:
             "learning_rate": 2e-4,
         }
         flags = [f"{args.stage}.{key}={value}" for key, value in shape.items()]
-        print(
-            f"{'':34}{'supervised/s':>13}{'tokens/s':>10}{'padding':>9}{'peak GB':>9}{'GFLOP/s':>9}",
-            flush=True,
-        )
+        columns = ("supervised/s", "tokens/s", "padding", "peak GB", "GFLOP/s")
+        print(f"{'':34}{columns[0]:>13}{columns[1]:>10}" + "".join(f"{c:>9}" for c in columns[2:]))
 
         def show(name: str, found: dict) -> None:
             found["gflops"] = needed_gflop(model, found) / found["train_runtime_s"]

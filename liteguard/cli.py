@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import config as configuration
+from liteguard import distributed
 from liteguard.errors import LiteGuardError
 
 # Libraries that print banners or reach out when imported; set before any of them is.
@@ -114,10 +115,12 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
+    distributed.quiet_unless_main()
     try:
         main()
     except LiteGuardError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        if distributed.is_main() or error.exit_code == 1:
+            print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)

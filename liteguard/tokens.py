@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets
+from liteguard import checkpoints, datasets, distributed
 from liteguard.config import Config
 from liteguard.errors import UserError
 
@@ -67,6 +67,7 @@ class TokenRows:
         return TokenRows(self.ids, self.starts[:count], self.ends[:count], self.prompts[:count])
 
 
+@distributed.main_first
 def documents(tokenizer: Any, data_dir: Path, split: str, config: Config) -> TokenRows:
     """The domain texts of a split, each ended by the document end, in pieces of `max_length`.
 
@@ -92,6 +93,7 @@ def documents(tokenizer: Any, data_dir: Path, split: str, config: Config) -> Tok
     return _with_targets(found, f"domain {split}")
 
 
+@distributed.main_first
 def answers(
     tokenizer: Any, data_dir: Path, split: str, config: Config, limit: int | None = None
 ) -> TokenRows:

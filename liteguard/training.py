@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets, models, packing, tokens
+from liteguard import checkpoints, datasets, distributed, memory, models, packing, tokens
 from liteguard.config import Config, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
 
@@ -35,8 +35,7 @@ class Stage:
     parent: Path | None
     base_directory: str
     base_revision: str | None
-    architecture: str
-    embedding_rows: int
+    architecture: Any  # the base model's transformers config
     inputs: dict[str, Any]
     rows: dict[str, int]  # of the prepared train and validation splits
     work: Path | None = None
@@ -52,6 +51,7 @@ class Stage:
         return self.section.quantization or self.config.model.quantization
 
 
+@distributed.main_first
 def plan(
     name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
 ) -> Stage:
@@ -67,6 +67,7 @@ def plan(
             f"{name}.report_to names {', '.join(missing)}, which is not installed. "
             f"Run: pip install {' '.join(missing)}"
         )
+    distributed.accumulation(getattr(config, name).gradient_accumulation, name)
     directory, revision, loaded = models.model_config(config)
     manifest = datasets.read_manifest(data_dir)
     identity = models.base_identity(directory, loaded)
@@ -112,8 +113,7 @@ def plan(
         parent=parent,
         base_directory=directory,
         base_revision=revision,
-        architecture=loaded.model_type,
-        embedding_rows=loaded.vocab_size,
+        architecture=loaded,
         inputs=inputs,
         rows={s: manifest["counts"][f"{part}/{s}.jsonl"]["rows"] for s in ("train", "validation")},
     )
@@ -122,13 +122,17 @@ def plan(
 def load_tokenizer(stage: Stage) -> Any:
     """The parent's tokenizer, or the base model's in the first stage."""
     return models.load_tokenizer(
-        str(stage.parent or stage.base_directory), stage.config.prompt, stage.embedding_rows
+        str(stage.parent or stage.base_directory),
+        stage.config.prompt,
+        stage.architecture.vocab_size,
     )
 
 
 def load_model(stage: Stage) -> Any:
     """The base in NF4 with the parent's adapter, or with a fresh one; only the adapter trains."""
-    dtype, reason = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture)
+    dtype, reason = models.choose_dtype(
+        stage.config.model.compute_dtype, stage.architecture.model_type
+    )
     storage = stage.storage
     print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base stored as {storage}")
     model = models.load_base(
@@ -196,7 +200,7 @@ def feed(stage: Stage, tokenizer: Any, train: tokens.TokenRows, held_out: tokens
         steps = packing.steps_of_tokens(order, lengths, budget, section.max_steps)
     else:
         steps = packing.steps_of_rows(order, rows_per_step, section.max_steps)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = distributed.world_size()
     if section.packing:
         batches, count = packing.micro_batches(
             steps, lengths, micro_batch_tokens(stage, lengths), processes
@@ -364,6 +368,52 @@ def check_reference(model: Any, stage: Stage) -> None:
     print(f"DPO reference: frozen copy of {stage.parent} (adapter sha256 {digest}...)")
 
 
+def precompute_reference(stage: Stage, trainer: Any) -> None:
+    """Compute the reference's log-probabilities once and drop it: one policy is left in memory.
+
+    They are kept in the work directory, so that a resumed run does not compute them again.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    path = stage.work / "reference.safetensors"
+    sets = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
+
+    def compute() -> None:
+        found = {}
+        for name, rows in sets.items():
+            batches = DataLoader(
+                rows, batch_size=stage.section.batch_size, collate_fn=trainer.data_collator
+            )
+            scores = []
+            for batch in tqdm(batches, desc=f"reference, {name}", disable=None):
+                batch = {key: value.to(trainer.model.device) for key, value in batch.items()}
+                scores.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, batch)))
+            both = torch.cat(scores, dim=1).float().cpu()
+            found[f"{name}.chosen"], found[f"{name}.rejected"] = (row.clone() for row in both)
+        staging = path.with_name(f".{path.name}.tmp")
+        save_file(found, str(staging))
+        staging.replace(path)
+
+    if not path.exists():
+        trainer.model.eval()
+        distributed.on_main(compute)
+        trainer.model.train()
+    stored = load_file(str(path))
+    with_scores = {
+        name: rows.add_column("ref_chosen_logps", stored[f"{name}.chosen"].tolist()).add_column(
+            "ref_rejected_logps", stored[f"{name}.rejected"].tolist()
+        )
+        for name, rows in sets.items()
+    }
+    trainer.train_dataset, trainer.eval_dataset = with_scores.values()
+    trainer.precompute_ref_logps = True
+    trainer.accelerator.unwrap_model(trainer.model).delete_adapter("ref")
+    print(f"reference: {sum(map(len, sets.values()))} pairs scored once, then dropped from memory")
+
+
 # Attributes by which a model's head does more than one linear layer; TRL knows how, ours does not.
 _SPECIAL_HEADS = (
     "final_logit_softcapping",
@@ -440,7 +490,7 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
     import torch
 
     section = stage.section
-    dtype, _ = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture)
+    dtype, _ = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture.model_type)
     # load_best_model_at_end wants every evaluation to have a checkpoint.
     save_steps = max(section.save_steps // section.eval_steps, 1) * section.eval_steps
     evaluates = section.eval_steps <= section.max_steps
@@ -450,7 +500,9 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
         "max_steps": section.max_steps,
         "per_device_train_batch_size": section.batch_size,
         "per_device_eval_batch_size": section.batch_size,
-        "gradient_accumulation_steps": section.gradient_accumulation,
+        "gradient_accumulation_steps": distributed.accumulation(
+            section.gradient_accumulation, stage.name
+        ),
         "lr_scheduler_type": section.lr_scheduler,
         "warmup_steps": min(section.warmup_steps, max(section.max_steps - 1, 0)),
         "weight_decay": section.weight_decay,
@@ -571,10 +623,11 @@ def progress(stage: Stage, counts: Counts) -> Any:
                 initial=state.global_step,
                 desc=stage.name,
                 unit="step",
-                disable=None,
+                disable=None if distributed.is_main() else True,
                 dynamic_ncols=True,
             )
-            self.wandb = _start_wandb(stage) if "wandb" in stage.section.report_to else None
+            wanted = "wandb" in stage.section.report_to and distributed.is_main()
+            self.wandb = _start_wandb(stage) if wanted else None
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
@@ -647,6 +700,34 @@ def last_checkpoint(work: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def run(
+    stage: Stage, make_trainer: Callable[[Stage], tuple[Any, Counts]]
+) -> tuple[Any, dict[str, Any]]:
+    """(trainer, metrics) of a finished run, with smaller micro-batches if memory runs out.
+
+    `make_trainer` builds a trainer for a stage and says what each of its steps computes. After an
+    out-of-memory error it is asked for one with half the micro-batch and twice the accumulation,
+    which goes on from the last checkpoint: the optimizer steps stay the same.
+    """
+
+    def attempt(batch_size: int, accumulation: int) -> tuple[Any, dict[str, Any]]:
+        shape = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        section = stage.section.model_copy(update=shape)
+        config = stage.config.model_copy(update={stage.name: section})
+        smaller = replace(stage, config=config)
+        trainer, counts = make_trainer(smaller)
+        return trainer, train(smaller, trainer, counts)
+
+    section = stage.section
+    (trainer, metrics), ladder = memory.train_within_memory(
+        attempt,
+        section.batch_size,
+        section.gradient_accumulation,
+        explain=lambda: memory.explain(stage.config, stage.name, stage.architecture),
+    )
+    return trainer, {**metrics, "out_of_memory": ladder}
+
+
 def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
     """Run the trainer, from its last checkpoint if there is one; returns the stage's metrics."""
     from transformers import PrinterCallback
@@ -663,9 +744,11 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         if stage.config.model.attention == "sdpa":
             packing.use_segment_attention(base)
         packing.pack_forward(base)
-        packing.check_isolation(model, stage.embedding_rows)
+        packing.check_isolation(model, stage.architecture.vocab_size)
+    if stage.name == "safety" and stage.section.precompute_reference:
+        precompute_reference(stage, trainer)
     packing.watch_losses(base, _keep_bad_batch(stage))
-    resume = last_checkpoint(stage.work)
+    resume = distributed.on_main(last_checkpoint, stage.work)
     if resume:
         print(f"resuming from {resume.name}")
     started, first = time.monotonic(), int(resume.name.rsplit("-", 1)[1]) if resume else 0
@@ -705,9 +788,14 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
 def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
+    # A sharded model is gathered by all processes; one of them writes.
+    state = trainer.accelerator.get_state_dict(trainer.model) if distributed.uses_fsdp() else None
+    if not distributed.is_main():
+        distributed.barrier()
+        return
     # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
-        str(work), selected_adapters=["default"], safe_serialization=True
+        str(work), state_dict=state, selected_adapters=["default"], safe_serialization=True
     )
     # save_pretrained makes a README.md from the hub's template, which says nothing true here.
     (work / "README.md").unlink(missing_ok=True)
@@ -728,6 +816,7 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
         "config": config.model_dump(),
         "config_sources": config.sources,
         "metrics": metrics,
+        "processes": distributed.world_size(),
         "versions": library_versions(),
         "wall_s": round(time.time() - stage.started, 1),
         "peak_rss_gb": peak_rss_gb(),
@@ -748,6 +837,7 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
     ]
     files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
     checkpoints.publish(work, stage.output, record, files)
+    distributed.barrier()
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -812,24 +902,39 @@ def check_disk(directory: Path, needed_gb: float) -> None:
         )
 
 
-def describe(stage: Stage, sample: str, what: str, rows: int, passes: float) -> None:
-    """Print what a run is going to do (all of a dry run's output but the model's part)."""
+def describe(stage: Stage, sample: str, what: str, rows: int, passes: float, dry_run: bool) -> None:
+    """Print what a run is going to do and the memory it may take, by term in a dry run."""
     print(
         f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} passes over "
         f"{rows:,} rows; output {stage.output}"
     )
     print(f"first sequence:\n{sample[:600]}\n")
+    try:
+        expected = memory.estimate(stage.config, stage.name, stage.architecture)
+    except UserError as error:  # an architecture without a formula
+        print(error)
+        return
+    if dry_run:
+        print(f"{expected.table()}\n")
+    else:
+        print(f"expected peak memory: {(expected.total + expected.margin) / 1e9:.1f} GB at most")
 
 
-def describe_feed(stage: Stage, feed: Feed, tokenizer: Any) -> None:
+def describe_feed(
+    stage: Stage,
+    tokenizer: Any,
+    train: tokens.TokenRows,
+    held_out: tokens.TokenRows,
+    dry_run: bool,
+) -> None:
     """`describe` for stages 1 and 2."""
-    section, counts = stage.section, feed.counts
-    train = feed.collator.parts["train"]
+    section, found = stage.section, feed(stage, tokenizer, train, held_out)
+    counts = found.counts
     rows = stage.rows["train"]
-    trained = sum(len(found) for found in feed.train["rows"])
+    trained = sum(map(len, found.train["rows"]))
     sizes = f"{counts.tokens.mean():,.0f} tokens ({counts.supervised.mean():,.0f} supervised)"
-    shape = f"in {len(feed.train) // section.max_steps} micro-batches"
+    shape = f"in {len(found.train) // section.max_steps} micro-batches"
     shape += " without padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
-    ids = train.row(feed.train[0]["rows"][0])[0]
+    ids = train.row(found.train[0]["rows"][0])[0]
     passes = trained / len(train) if stage.name == "domain" else trained / rows
-    describe(stage, tokenizer.decode(ids), f"{sizes} {shape}", rows, passes)
+    describe(stage, tokenizer.decode(ids), f"{sizes} {shape}", rows, passes, dry_run)

@@ -72,6 +72,34 @@ def test_the_base_is_nf4_and_frozen_and_only_lora_trains(tiny_phi):
     assert all("lora_" in name for name in trainable)
 
 
+def test_a_fresh_adapter_follows_the_seed(tiny_phi):
+    import torch
+
+    def first_matrix(seed):
+        c = config(tiny_phi, domain={"lora_rank": 4, "seed": seed})
+        base = models.load_base(c, str(tiny_phi), None, torch.float32, quantize=False)
+        adapted = models.add_adapter(base, c)
+        return next(p for n, p in adapted.named_parameters() if "lora_A" in n)
+
+    assert first_matrix(0).equal(first_matrix(0))
+    assert not first_matrix(0).equal(first_matrix(1))
+
+
+def test_the_fused_gelu_is_phis_own(tiny_phi):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    c = config(tiny_phi)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_phi, dtype=torch.float32)
+    ours = models.load_base(c, str(tiny_phi), None, torch.float32, quantize=False)
+    assert plain.config.hidden_act == "gelu_new" and ours.config.hidden_act == "gelu_pytorch_tanh"
+    assert type(ours.model.layers[0].mlp.activation_fn) is not type(
+        plain.model.layers[0].mlp.activation_fn
+    )
+    ids = torch.randint(5, 500, (2, 30), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_precision_follows_the_hardware(monkeypatch):
     import torch
 
@@ -115,8 +143,7 @@ def test_a_reference_that_is_not_the_parent_is_found(tiny_phi, tmp_path):
         parent=tmp_path,
         base_directory="",
         base_revision=None,
-        architecture="phi",
-        embedding_rows=640,
+        architecture=base.config,
         inputs={"parent": "0" * 64},
         rows={},
     )

@@ -8,20 +8,23 @@ import re
 import shlex
 
 import pytest
-from conftest import CACHE, ROOT, fail, run_script
+from conftest import CACHE, ROOT, fail, run_script, succeed
 
 from liteguard.report import demo_markdown
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for b in BLOCKS for line in b.splitlines() if line.strip()]
-SCRIPTS = [c for c in COMMANDS if c.startswith("python ")]
+MEASURING = ("python -m liteguard.memory", "python benchmarks/", "accelerate launch")
+SCRIPTS = [c for c in COMMANDS if c.startswith("python ") and not c.startswith(MEASURING)]
 
 
 def test_every_command_is_of_a_known_kind():
     assert len(SCRIPTS) >= 10
     for command in set(COMMANDS) - set(SCRIPTS):
-        assert command.startswith(("make demo", "make test", "python3 -m venv")), command
+        assert command.startswith(("make demo", "make test", "python3 -m venv", *MEASURING)), (
+            command
+        )
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,20 @@ def test_the_demo_numbers_are_the_committed_reports():
     """The README's table is rendered from benchmarks/demo_report.json (make readme), not typed."""
     report = json.loads((ROOT / "benchmarks/demo_report.json").read_text())
     assert demo_markdown(report) in README
+
+
+def test_the_memory_table_is_what_the_command_prints():
+    printed = succeed("-m", "liteguard.memory").splitlines()
+    quoted = re.search(r"```text\n(model .*?)```", README, re.DOTALL).group(1).splitlines()
+    assert len(quoted) >= 8
+    for line in quoted:
+        assert line in printed, line
+
+
+def test_accelerate_commands_name_files_that_exist():
+    launches = [c for c in COMMANDS if c.startswith("accelerate launch")]
+    assert len(launches) == 2
+    for command in launches:
+        words = shlex.split(command)
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        assert (ROOT / next(w for w in words if w.startswith("train_"))).is_file()

@@ -1,0 +1,126 @@
+"""More than one process: who writes, who waits, and which device is whose.
+
+The training scripts run unchanged under `accelerate launch`, which starts a copy of the script per
+device and tells each its place by environment variables. Every process reads data and trains; only
+the main one writes files, prints and reports. With one process everything here is a no-op.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from liteguard.errors import UserError
+
+
+def world_size() -> int:
+    """Number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among all, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return rank() == 0
+
+
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was given an FSDP configuration."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
+def local_device() -> Any:
+    """The device of this process, as `device_map` takes it: a GPU's index, or cpu."""
+    import torch
+
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+
+
+def connect() -> None:
+    """Let the processes find each other; called before the first thing they do in turn."""
+    if world_size() > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        import torch
+
+        connect()
+        torch.distributed.barrier()
+
+
+def on_main(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, run by the main process only; every process gets its result.
+
+    An exception of the main process is raised in all of them, so that none is left waiting.
+    """
+    if world_size() == 1:
+        return function(*args)
+    import torch
+
+    connect()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function(*args)
+        except Exception as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def main_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that fills a cache: the main process runs it alone, then the others, who find it
+    filled. An exception of the main process is raised in all of them."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if world_size() == 1:
+            return function(*args, **kwargs)
+        result = None
+
+        def first() -> None:
+            nonlocal result
+            result = function(*args, **kwargs)
+
+        on_main(first)
+        return result if is_main() else function(*args, **kwargs)
+
+    return run
+
+
+def accumulation(gradient_accumulation: int, stage_name: str) -> int:
+    """Accumulation of one process, so that all together have the configured effective batch.
+
+    Raises UserError where the number of processes does not divide it.
+    """
+    processes = world_size()
+    if gradient_accumulation % processes:
+        allowed = [n for n in range(1, gradient_accumulation + 1) if gradient_accumulation % n == 0]
+        raise UserError(
+            f"{stage_name}.gradient_accumulation = {gradient_accumulation} cannot be shared by "
+            f"{processes} processes; the effective batch would change.\n"
+            f"Start {' or '.join(map(str, allowed))} processes (accelerate launch --num_processes) "
+            f"or set --set {stage_name}.gradient_accumulation to a multiple of {processes}."
+        )
+    return gradient_accumulation // processes
+
+
+def quiet_unless_main() -> None:
+    """Only the main process prints; the others keep their standard error."""
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115

@@ -1,0 +1,193 @@
+"""More than one process: the same training, one writer, and errors that all processes share."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, succeed
+
+from liteguard import distributed
+from liteguard.errors import UserError
+
+# Two gradients, averaged, instead of two accumulated: measured difference 0, but the order of
+# float32 sums is no promise.
+TOLERANCE = 1e-5
+SETTINGS = (
+    "model.quantization=none",
+    "model.compute_dtype=float32",
+    "domain.batch_size=2",
+    "domain.gradient_accumulation=2",
+    # A number that two processes share: the Trainer fills the last batch up with repeated rows.
+    "domain.max_eval_rows=4",
+)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(config, data, output, settings=SETTINGS):
+    flags = [word for setting in settings for word in ("--set", setting)]
+    return ["--config", str(config), "--data", str(data), "--output", str(output), *flags]
+
+
+def launch(*command, cwd):
+    """A script under accelerate on two CPU processes, with the configuration that is shipped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(ROOT / "configs/accelerate/ddp.yaml")),
+            *("--num_processes", "2", "--main_process_port", str(port)),
+            *command,
+        ],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tiny_config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("distributed") / "data"
+    succeed(ROOT / "prepare_datasets.py", "--config", tiny_config, "--output", output)
+    return output
+
+
+def losses(checkpoint):
+    history = json.loads((checkpoint / "log_history.json").read_text())
+    return [
+        (entry["step"], key, entry[key])
+        for entry in history
+        for key in ("loss", "eval_loss")
+        if key in entry
+    ]
+
+
+def test_two_processes_train_like_one(tiny_config, data, tmp_path):
+    script = str(ROOT / "train_domain.py")
+    succeed(script, *arguments(tiny_config, data, tmp_path / "one"), cwd=tmp_path, env=ENVIRONMENT)
+    result = launch(script, *arguments(tiny_config, data, tmp_path / "two"), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) >= 8 and [entry[:2] for entry in one] == [entry[:2] for entry in two]
+    for (step, key, expected), (_, _, found) in zip(one, two, strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE), (step, key)
+    assert one[0][2] != one[1][2], "the loss does not move"
+
+    # One writer, one voice.
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert names[0] == names[1]
+    assert not list(tmp_path.glob(".*.partial")) and not list(tmp_path.glob(".*.replaced"))
+    assert result.stdout.count("trainable parameters") == 1
+    assert result.stdout.count("  domain 1/6") == 1
+    assert result.stdout.count("wrote ") == 1
+    record = json.loads((tmp_path / "two/stage.json").read_text())
+    assert record["metrics"]["steps"] == 6 and record["processes"] == 2
+    # The step is made of the same rows, so the tokens of all processes count.
+    single = json.loads((tmp_path / "one/stage.json").read_text())
+    assert record["metrics"]["tokens"] == single["metrics"]["tokens"]
+
+    # Run again: both processes find it finished.
+    again = launch(script, *arguments(tiny_config, data, tmp_path / "two"), cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("reused") == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tiny_config, data, tmp_path):
+    settings = (*SETTINGS, "domain.gradient_accumulation=3")
+    result = launch(
+        str(ROOT / "train_domain.py"),
+        *arguments(tiny_config, data, tmp_path / "out", settings),
+        cwd=tmp_path,
+    )
+    assert result.returncode != 0
+    assert "cannot be shared by 2 processes" in result.stderr
+    assert result.stderr.count("error: domain.gradient_accumulation") == 1
+
+
+def test_accumulation_is_shared_out(monkeypatch):
+    assert distributed.accumulation(16, "domain") == 16
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed.accumulation(16, "domain") == 4
+    with pytest.raises(UserError, match=r"Start 1 or 2 or 3 or 6 processes"):
+        distributed.accumulation(6, "domain")
+
+
+def test_one_process_needs_no_network(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.is_main() and distributed.world_size() == 1
+    assert distributed.on_main(lambda a: a + 1, 1) == 2
+    assert distributed.main_first(lambda a: a + 1)(1) == 2
+    distributed.barrier()
+
+
+ERRORS = """
+import sys
+sys.path.insert(0, {root!r})
+from liteguard import distributed
+from liteguard.errors import UserError
+calls = []
+assert distributed.on_main(lambda: calls.append(1) or "result") == "result"
+assert len(calls) == (1 if distributed.is_main() else 0)
+def fill():
+    open("order", "a").write(str(distributed.rank()))
+distributed.main_first(fill)()
+distributed.barrier()
+assert open("order").read() == "01"
+def fail():
+    raise UserError("only the main process saw this")
+try:
+    distributed.on_main(fail)
+except UserError as error:
+    open(f"seen-{{distributed.rank()}}", "w").write(str(error))
+distributed.barrier()
+"""
+
+
+def test_results_and_errors_of_the_main_process_reach_all(tmp_path):
+    (tmp_path / "check.py").write_text(ERRORS.format(root=str(ROOT)))
+    result = launch("check.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for rank in (0, 1):
+        assert (tmp_path / f"seen-{rank}").read_text() == "only the main process saw this"
+
+
+def test_accelerate_configurations_are_complete():
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+    for name in ("ddp", "fsdp"):
+        path = ROOT / f"configs/accelerate/{name}.yaml"
+        loaded = load_config_from_file(str(path))
+        assert isinstance(loaded, ClusterConfig) and loaded.num_processes == 2
+        # The scripts choose the precision; accelerate must not choose another.
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+def test_fsdp_stores_nf4_in_the_compute_dtype_and_places_the_model_itself(tiny_phi, monkeypatch):
+    import torch
+    import transformers
+
+    from liteguard import models
+    from liteguard.config import build, read_yaml
+
+    config = build([("phi-2", read_yaml(ROOT / "configs/phi-2.yaml"))])
+    seen = {}
+
+    def from_pretrained(directory, **options):
+        seen.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for fsdp, storage in (("false", torch.uint8), ("true", torch.bfloat16)):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+        with pytest.raises(InterruptedError):
+            models.load_base(config, str(tiny_phi), None, torch.bfloat16, quantize=True)
+        assert seen["quantization_config"].bnb_4bit_quant_storage == storage
+        assert (seen["device_map"] is None) == (fsdp == "true")

@@ -1,0 +1,137 @@
+"""The GPU benchmark, on the CPU: it runs, and both recipes train on the same thing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, fail, succeed
+
+from liteguard import memory
+from liteguard.config import build, read_yaml
+
+SCRIPT = ROOT / "benchmarks/gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def gpu_check():
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu_check") / "report.json"
+    flags = {"--shape": "tiny", "--device": "cpu", "--rows": 6, "--steps": 1, "--length": 48}
+    words = [str(word) for pair in flags.items() for word in pair]
+    text = succeed(SCRIPT, *words, "--json", path)
+    return text, json.loads(path.read_text())
+
+
+def test_every_stage_and_recipe_is_in_table_and_report(report):
+    text, found = report
+    rows = found["rows"]
+    assert [(r["stage"], r["recipe"]) for r in rows] == [
+        (stage, recipe)
+        for stage in ("domain", "instruction", "safety")
+        for recipe in ("ours", "plain")
+    ]
+    assert found["matmul_flops"] > 1e9
+    for row in rows:
+        assert 0 < row["mfu"] < 1 and row["peak_bytes"] > 0 and row["seconds"] > 0
+        assert row["supervised_tokens"] <= row["tokens"]
+        assert f"{row['tokens_per_s']:,.0f}" in text
+        assert all(map(math.isfinite, row["losses"]))
+
+
+def test_both_recipes_start_from_the_same_loss(report):
+    rows = {(r["stage"], r["recipe"]): r["losses"] for r in report[1]["rows"]}
+    ours, plain = rows["domain", "ours"], rows["domain", "plain"]
+    # Domain rows are equally long: the mean over tokens is that over batches, step after step.
+    assert ours == pytest.approx(plain, rel=1e-3)
+    assert rows["instruction", "ours"][0] == pytest.approx(
+        rows["instruction", "plain"][0], rel=0.02
+    )
+    for recipe in ("ours", "plain"):
+        assert rows["safety", recipe][0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_without_a_gpu_it_says_what_to_run(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    assert "--shape tiny --device cpu" in fail(2, SCRIPT)
+
+
+def test_random_base_is_nf4_of_the_exact_shape(gpu_check):
+    import bitsandbytes
+
+    config = gpu_check.architecture("tiny")
+    base = gpu_check.random_base(config, torch.float32, "cpu")
+    assert not any(p.is_meta for p in (*base.parameters(), *base.buffers()))
+    quantised = [m for m in base.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(quantised) == 12 and all(m.weight.quant_state.nested for m in quantised)
+    shapes = memory.read_shapes(config)
+    assert sum(math.prod(m.weight.quant_state.shape) for m in quantised) == shapes.linear_parameters
+    assert type(base.lm_head) is torch.nn.Linear
+
+
+def test_a_packed_row_does_not_see_the_one_before(gpu_check):
+    base = gpu_check.random_base(gpu_check.architecture("tiny"), torch.float32, "cpu")
+    rows = gpu_check.make_rows("instruction", 5, 40, 600)
+    batches = gpu_check.packed_batches([[row] for row in rows], 80, "cpu")
+    assert len(batches) > 1 and sum(len(b["segments"]) for b in batches) == 5
+    alone = [base(torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    packed = []
+    for batch in batches:
+        assert sum(batch["segments"]) == batch["input_ids"].shape[1] <= 80
+        logits = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        packed += torch.split(logits, batch["segments"])
+    for expected, found in zip(alone, packed, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    targets = sum(int((b["labels"] != -100).sum()) for b in batches)
+    assert targets == sum(map(gpu_check.targets, rows))
+
+
+def test_flops_by_hand(gpu_check):
+    shapes = memory.read_shapes(gpu_check.architecture("tiny"))
+    row = {"input_ids": [1] * 10, "labels": [-100] * 4 + [1] * 6}
+    linear = 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    attention = 2 * 2 * 10**2 * 64
+    head = 2 * 64 * 640 * 6
+    by_hand = 3 * attention + 2 * head + 10 * (4 * linear + 6 * 100)
+    assert gpu_check.model_flops(shapes, 100, "domain", [row]) == by_hand
+    reference = attention + head + 10 * 2 * (linear + 100)
+    assert gpu_check.model_flops(shapes, 100, "safety", [row]) == by_hand + reference
+
+
+def test_the_plain_recipe_gives_up_memory_step_by_step(gpu_check, monkeypatch):
+    config = build(
+        [
+            ("phi-2", read_yaml(ROOT / "configs/phi-2_8gb.yaml")),
+            ("test", {"domain": {"batch_size": 1, "max_length": 16}}),
+        ]
+    )
+    base = gpu_check.random_base(gpu_check.architecture("tiny"), torch.float32, "cpu")
+    arithmetic = SimpleNamespace(
+        device="cpu", autocast=lambda: torch.autocast("cpu", enabled=False)
+    )
+    plain = gpu_check.Plain("domain", config, base, arithmetic)
+    real, tried = plain.attempt, []
+
+    def attempt(rows, batch_size):
+        tried.append((batch_size, base.is_gradient_checkpointing))
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("full")
+        return real(rows, batch_size)
+
+    monkeypatch.setattr(plain, "attempt", attempt)
+    rows = [[row] for row in gpu_check.make_rows("domain", 4, 16, 600)]
+    assert math.isfinite(plain.step(rows)) and math.isfinite(plain.step(rows))
+    assert tried == [(4, False), (4, True), (2, True), (2, True)]
+    assert "micro-batch 2, checkpointing" in plain.note
