@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import CACHE, ROOT, fail, succeed
 
-from liteguard import cleaning, datasets, preparation
+from liteguard import cleaning, datasets, near_questions, preparation
 from liteguard.config import DataSection, SourceSection
 
 ANSWER = "Rest, drink enough water, and see a doctor if it does not get better within {} days."
@@ -176,6 +176,111 @@ def test_a_planted_question_of_a_public_benchmark_is_dropped(project):
     project.run()
     for wanted in ("701 days", "702 days", "From a book of exams"):
         assert project.reasons(wanted) == ["overlaps medqa"]
+
+
+def test_short_held_out_questions_are_found_with_other_words_in_them(project):
+    """Of 8 and 9 words, so that no window is left whole; another drug is another question."""
+    exam = project.directory / "exam.jsonl"
+    exam.write_text('{"question": "Which tumour marker rises in hepatoblastoma of infants?"}\n')
+    project.data["decontaminate"] = [str(exam)]
+    planted = {
+        901: "Which tumour marker usually rises in hepatoblastoma of infants?",
+        902: "In infants, which tumour marker of hepatoblastoma rises?",
+        903: "Which tumour marker rises with hepatoblastoma of infants?",
+        904: "Which tumour marker rises in neuroblastoma of schoolchildren?",
+        905: "Which hormone rises in the blood of infants?",
+    }
+    project.files["pairs"] += [
+        {"prompt": prompt, "completion": ANSWER.format(day)} for day, prompt in planted.items()
+    ]
+    project.save()
+    project.run()
+    for day in (901, 902, 903):
+        assert project.reasons(f"{day} days") == [f"resembles a question of {exam}"]
+    for day in (904, 905):
+        assert project.reasons(f"{day} days") == [], planted[day]
+    project.data["question_similarity"] = None
+    project.save()
+    project.run("off")
+    assert project.reasons("902 days", "off") == []
+
+
+def test_near_copies_of_short_test_questions_leave_training(project):
+    generator = random.Random(4)
+    for n, row in enumerate(project.files["pairs"]):
+        row["prompt"] = f"What helps against {sentence(generator, 4)[:-1].lower()} number{n}?"
+    project.save()
+    project.run("before")
+    asked = [row["prompt"] for row in project.rows("instruction", "test", "before")]
+    kept = len(project.rows("instruction", "train", "before"))
+    project.files["pairs"] += [
+        {"prompt": f"So w{question[1:]}", "completion": sentence(generator, 25)}
+        for question in asked
+    ]
+    project.save()
+    project.run("after")
+    planted = [d for d in project.dropped("after") if "So w" in d["row"]["prompt"]]
+    reasons = [d["reason"] for d in planted]
+    assert reasons.count("resembles a question of the test split") > 0.7 * len(asked)
+    trained = [row["prompt"] for row in project.rows("instruction", "train", "after")]
+    assert not any(prompt.startswith("So w") for prompt in trained)
+    assert len(trained) == kept
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.75, 0.9, 1.0])
+def test_near_questions_are_those_of_an_exhaustive_comparison(similarity):
+    generator = random.Random(5)
+    pool = [f"w{int(generator.paretovariate(0.6)) % 3000}" for _ in range(20_000)]
+    questions = [generator.choices(pool, k=generator.randint(1, 30)) for _ in range(900)]
+    for n in range(300, 600):  # near copies, most of them within the bounds
+        words = list(questions[n - 300])
+        words[generator.randrange(len(words))] = generator.choice(pool)
+        questions[n] = words
+    held, rows = questions[:300], questions[300:]
+
+    def joined(lists):
+        flat = cleaning.word_numbers([word for words in lists for word in words])
+        return flat, np.array([len(words) for words in lists], np.int64)
+
+    seen = near_questions.count_words([joined(questions)[0]])
+    labels = np.arange(len(held)) // 3
+    index = near_questions.HeldOut(*joined(held), labels, seen, len(questions), similarity)
+    weights = {
+        word: index.weights[near_questions._bucket(cleaning.word_numbers([word]))[0]]
+        for word in set(pool)
+    }
+
+    def alike(one: set, other: set) -> bool:
+        common, every = (sum(map(weights.get, s)) for s in (one & other, one | other))
+        return common >= similarity * every - 1e-9
+
+    usable = [
+        (label, set(words))
+        for label, words in zip(labels, held, strict=True)
+        if near_questions.MIN_WORDS <= len(words) <= near_questions.MAX_WORDS
+    ]
+    expected = [
+        min((label + 1 for label, own in usable if alike(own, set(words))), default=0)
+        for words in rows
+    ]
+    found = index.find(*joined(rows))
+    assert found.tolist() == expected and 30 < np.count_nonzero(found) < 600
+    none = near_questions.HeldOut(*joined([]), labels[:0], seen, 1, similarity)
+    assert none.find(*joined(rows)).tolist() == [0] * len(rows)
+
+
+def test_abstracts_that_hold_the_answers_of_pubmedqa_are_dropped(project):
+    from liteguard import public_benchmarks
+
+    cache = CACHE.resolve()
+    abstracts = [q.context for q in public_benchmarks.load("pubmedqa", cache)]
+    project.data |= {"decontaminate": ["pubmedqa"], "cache_dir": str(cache)}
+    project.files["texts"] += [
+        {"text": f"From a journal. {' '.join(text.split()[20:80])}"} for text in abstracts[:5]
+    ]
+    project.save()
+    project.run()
+    assert project.reasons("From a journal") == ["overlaps pubmedqa"] * 5
 
 
 def test_training_rows_that_repeat_a_test_question_are_dropped(project):
