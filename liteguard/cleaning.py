@@ -41,6 +41,9 @@ MIN_LANGUAGE_CHARACTERS = 80
 MIN_LANGUAGE_WORDS = 6
 MIN_LANGUAGE_SCORE = 0.7
 
+# Windows of words and rows of signatures that are worked on at a time.
+_PIECE, _BLOCK = 1 << 22, 1 << 16
+_FILTER = 1 << 24
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -137,10 +140,10 @@ class OverlapIndex:
     def __init__(self, names: list[str], arrays: dict[str, np.ndarray]) -> None:
         self.names = names
         self.arrays = arrays
-        # One bit per 2^-24th of the hash space answers "not there" for nearly all windows.
+        # One flag per 2^-24th of the hash space answers "not there" for nearly all windows.
         self._filters = {}
         for size in self.sizes:
-            self._filters[size] = np.zeros(1 << 24, bool)
+            self._filters[size] = np.zeros(_FILTER, bool)
             self._filters[size][_low_bits(arrays[f"windows{size}"])] = True
 
     @property
@@ -208,7 +211,7 @@ class OverlapIndex:
             return result
         # In pieces: the temporary arrays would be larger than the hashes themselves.
         for start in range(0, len(hashes), 1 << 22):
-            piece = hashes[start : start + (1 << 22)]
+            piece = hashes[start : start + (_PIECE)]
             likely = np.flatnonzero(self._filters[size][_low_bits(piece)])
             if len(likely):
                 found = self._find(piece[likely], f"windows{size}", f"names{size}")
@@ -231,7 +234,7 @@ class OverlapIndex:
 
 
 def _low_bits(hashes: np.ndarray) -> np.ndarray:
-    return (hashes & np.uint64((1 << 24) - 1)).astype(np.int64)
+    return (hashes & np.uint64(_FILTER - 1)).astype(np.int64)
 
 
 def distinctive(texts: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -424,8 +427,8 @@ def row_overlaps(index: OverlapIndex, ngrams: np.ndarray, counts: np.ndarray) ->
     """
     result = np.zeros(len(counts), bool)
     ends = np.cumsum(counts)
-    for start in range(0, len(ngrams), 1 << 22):
-        hits = start + np.flatnonzero(index.find_windows(ngrams[start : start + (1 << 22)]))
+    for start in range(0, len(ngrams), _PIECE):
+        hits = start + np.flatnonzero(index.find_windows(ngrams[start : start + _PIECE]))
         result[np.searchsorted(ends, hits, side="right")] = True
     return result
 
@@ -476,9 +479,6 @@ def near_duplicates(digests: Signatures, threshold: float) -> np.ndarray:
             close = (one == other).mean() >= threshold
             original[row] = root if close else -1
     return original
-
-
-_BLOCK = 65_536
 
 
 def _bands(digests: Signatures) -> Iterator[np.ndarray]:

