@@ -4,8 +4,8 @@
     python benchmarks/bench_data.py --scale 0.05 --json bench_data.json
 
 Writes synthetic jsonl files (149,073 texts, 388,828 pairs, 147,530 preferences; words of Zipf
-frequencies, 5 % exact copies, 5 % near copies), prepares a quarter, a half and all of them with
-prepare_datasets.py, each from nothing, then the last one again unchanged and with one source
+frequencies, 5 % exact copies, 5 % near copies), prepares the first quarter, half and all of them
+with prepare_datasets.py, each from nothing, then the last one again unchanged and with one source
 changed. Memory is the sum over the main process and its workers. The plain way is what most
 recipes do: datasets.map to clean, a Python set for exact duplicates, a random split; it finds
 neither near copies nor overlap with evaluation sets. `--minhash` compares the MinHash libraries on
@@ -90,6 +90,20 @@ def write(directory: Path, scale: float) -> None:
                 if len(before) < 5_000:
                     before.append(row)
                 file.write(json.dumps(row) + "\n")
+
+
+def beginning(source: Path, directory: Path, share: float) -> int:
+    """The first rows of the files as a directory of their own; returns how many there are."""
+    directory.mkdir()
+    total = 0
+    for name in FILES.values():
+        with (source / f"{name}.jsonl").open("rb") as file:
+            lines = sum(1 for _ in file)
+            file.seek(0)
+            with (directory / f"{name}.jsonl").open("wb") as part:
+                part.writelines(itertools.islice(file, int(lines * share)))
+            total += int(lines * share)
+    return total
 
 
 def measure(command: list[str], directory: Path) -> dict[str, float]:
@@ -217,10 +231,10 @@ def main() -> None:
         )
 
     try:
+        write(base / "whole", args.scale)
         for share in args.shares:
             directory = base / f"{share}"
-            write(directory, args.scale * share)
-            rows = sum(int(count * args.scale * share) for count in SIZES.values())
+            rows = beginning(base / "whole", directory, share)
             show(f"LiteGuard, {share:.0%}", rows, ours(directory))
             if share < args.shares[-1]:
                 shutil.rmtree(directory)

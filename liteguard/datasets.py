@@ -799,6 +799,37 @@ def _renamed(source: SourceSection, row: Row) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
 
 
+# What columns are called elsewhere, for the line that an error proposes.
+_OTHER_NAMES = {
+    "text": ("body", "content", "abstract", "document", "passage", "article", "sentence"),
+    "prompt": ("question", "query", "instruction", "input", "request"),
+    "completion": ("answer", "response", "output", "reply", "answers"),
+    "instruction": ("question", "prompt", "query"),
+    "output": ("answer", "response", "completion", "reply"),
+    "chosen": ("preferred", "accepted", "better"),
+    "rejected": ("dispreferred", "refused", "worse"),
+}
+
+
+def _columns_to_write(missing: Iterable[str], found: Row, source: SourceSection) -> str:
+    """The YAML line that names columns, with those of the row that look right filled in."""
+    columns = {name: their for name, their in source.columns.items() if their in found}
+    for name in missing:
+        others = _OTHER_NAMES.get(name, ())
+        guesses = [column for column in found if str(column).lower() in (name, *others)]
+        columns[name] = guesses[0] if len(guesses) == 1 else "THE_COLUMN"
+    line = ", ".join(f"{name}: {their}" for name, their in columns.items())
+    return f"Name it in the YAML, in this source's entry:\n    columns: {{{line}}}"
+
+
+def _separator_hint(found: Row) -> str:
+    """What to do with a CSV file whose cells are not separated by commas; "" for any other."""
+    names = list(found)
+    if len(names) == 1 and (marks := [m for m in (";", "\t", "|") if m in str(names[0])]):
+        return f"Its cells look separated by {marks[0]!r}: use commas, or tabs and the end .tsv."
+    return ""
+
+
 def _check_columns(source: SourceSection, layout: Format, place: str, found: Row, row: Row) -> None:
     """Raise UserError unless the format's columns are there and `columns:` names known ones."""
     shown = ", ".join(map(repr, found)) or "none"
@@ -813,13 +844,16 @@ def _check_columns(source: SourceSection, layout: Format, place: str, found: Row
             f"be named in 'columns:'. Allowed: {', '.join(known)}"
         )
     if missing:
-        theirs = ", ".join(repr(source.columns.get(name, name)) for name in missing)
-        lines = ", ".join(f"{name}: THE_COLUMN" for name in missing)
+        theirs = " and ".join(repr(source.columns.get(name, name)) for name in missing)
+        fitting = [
+            name
+            for name, other in FORMATS.items()
+            if other.part == layout.part and all(column in row for column in other.columns)
+        ]
         raise UserError(
             f"{place}: dataset {source.dataset!r} needs a column {theirs}, found {shown}.\n"
-            "Name it in the YAML, in this source's entry:\n"
-            f"    columns: {{{lines}}}\n"
-            "or take the format from the columns:\n    dataset: auto"
+            f"{_separator_hint(found) or _columns_to_write(missing, found, source)}"
+            + "".join(f"\nor take them as they are:\n    dataset: {name}" for name in fitting[:1])
         )
 
 
@@ -850,13 +884,11 @@ def recognise(source: SourceSection, part: str) -> str:
         f"  {n} (data.{layout.part}): {', '.join(layout.columns)}" for n, layout in FORMATS.items()
     )
     elsewhere = [f"{fit}, which belongs in data.{FORMATS[fit].part}" for fit in fitting]
-    lines = ", ".join(f"{column}: THE_COLUMN" for column in FIELDS[part])
     raise UserError(
         f"{place}: the columns {', '.join(map(repr, found)) or '(none)'} are those of "
         f"{' or '.join(elsewhere) or 'no known format'}; this source is in data.{part}.\n"
         f"Formats and their columns:\n{known}\n"
-        "Name the columns in the YAML, in this source's entry, for example:\n"
-        f"    columns: {{{lines}}}"
+        f"{_separator_hint(found) or _columns_to_write(FIELDS[part], found, source)}"
     )
 
 

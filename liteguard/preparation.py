@@ -8,6 +8,7 @@ the texts are copied line by line.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import heapq
@@ -34,7 +35,16 @@ import numpy as np
 from liteguard import checkpoints, cleaning, near_questions, public_benchmarks
 from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
 from liteguard.config import SourceSection
-from liteguard.datasets import ASKED_KINDS, DATASETS, FIELDS, SPLITS, Row, recognise, unit
+from liteguard.datasets import (
+    ASKED_KINDS,
+    DATASETS,
+    FIELDS,
+    FORMATS,
+    SPLITS,
+    Row,
+    recognise,
+    unit,
+)
 from liteguard.errors import UserError, WorkError
 from liteguard.sources import WHEELS, Broken, Tally, Wheel, hub_commit, local_files, read_rows
 
@@ -63,10 +73,18 @@ def check_sources(config: Config) -> None:
             if source.dataset == "auto":
                 source.dataset = recognise(source, part)
             if source.dataset not in DATASETS:
-                problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
+                near = difflib.get_close_matches(source.dataset, DATASETS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"data.{part}: unknown dataset {source.dataset!r}{hint}")
             elif DATASETS[source.dataset][0] != part:
+                belongs = DATASETS[source.dataset][0]
                 problems.append(
-                    f"data.{part}: {source.dataset!r} makes {DATASETS[source.dataset][0]} rows"
+                    f"data.{part}: {source.dataset!r} makes {belongs} rows, for data.{belongs}"
+                )
+            elif source.dataset in FORMATS and not source.path and not source.hub:
+                problems.append(
+                    f"data.{part}: {source.dataset!r} needs 'path:' (a local file or directory) or "
+                    "'hub:' (a dataset id)"
                 )
             if source.opening_tokens and part != "instruction":
                 problems.append(f"data.{part}: opening_tokens is for instruction rows")
@@ -379,7 +397,7 @@ def evaluation_texts(config: Config) -> Iterator[tuple[str, str]]:
                 if not isinstance(question, str):
                     raise UserError(
                         f"{place}: an evaluation set needs a column 'question', 'prompt', 'input' "
-                        f"or 'text'; found {', '.join(map(repr, row))}."
+                        f"or 'text'; found {', '.join(map(repr, row))}. Rename one of them."
                     )
                 yield name, question
         else:
@@ -665,8 +683,13 @@ def write_part(part: Part, work: Path, dropped: BinaryIO) -> dict[str, Any]:
         }
     if any(counts[f"{part.name}/{split}.jsonl"]["rows"] == 0 for split in SPLITS):
         found = ", ".join(f"{s}: {counts[f'{part.name}/{s}.jsonl']['rows']}" for s in SPLITS)
+        lost: Counter[str] = Counter(part.reason[part.reason != ""])
+        for shard in part.shards:
+            lost.update(shard.info["dropped"])
+        why = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
         raise UserError(
-            f"data.{part.name}: not enough usable rows for three splits ({found}). "
+            f"data.{part.name}: not enough usable rows for three splits ({found}; dropped: "
+            f"{why or 'none'}).\n"
             "Check the sources, or raise data.validation_share and data.test_share."
         )
     for number, shard in enumerate(part.shards):

@@ -167,7 +167,7 @@ def test_bad_input_of_every_kind_is_counted_in_one_run(project):
     assert "    max_broken: " in message
 
 
-def test_weights_and_limits_of_sources_shape_the_mixture(project):
+def test_weights_and_limits_shape_the_mixture_and_the_notice_names_local_copies(project):
     """A capped source has no more rows than that; the others come in the weights' proportions."""
     generator = random.Random(8)
     project.files["more"] = [
@@ -176,18 +176,6 @@ def test_weights_and_limits_of_sources_shape_the_mixture(project):
     first = project.data["instruction"][0]
     second = {**first, "path": str(project.directory / "more.jsonl"), "limit": 300, "weight": 3}
     project.data["instruction"] = [{**first, "weight": 1}, second]
-    project.save()
-    project.run()
-    entries = json.loads((project.directory / "out/manifest.json").read_text())["sources"]
-    kept = {e["path"]: e["rows_kept"] for e in entries if e["part"] == "instruction"}
-    assert kept == {first["path"]: 400, second["path"]: 300}
-    own = {row["prompt"] for row in project.files["pairs"]}
-    train = [row["prompt"] in own for row in project.rows("instruction", "train")]
-    # Until the smaller, heavier source runs out: three in four are its rows.
-    assert 25 < sum(train[:160]) < 55 and sum(train) > 280 and all(train[-60:])
-
-
-def test_the_notice_names_a_local_file_that_stands_for_a_hub_dataset(project):
     project.data["domain"][0] |= {"hub": "someone/books", "licence": "CC BY 4.0"}
     project.save()
     project.run()
@@ -195,6 +183,13 @@ def test_the_notice_names_a_local_file_that_stands_for_a_hub_dataset(project):
     path = project.data["domain"][0]["path"]
     assert f"- source: {path} (read in place of someone/books on the model hub)" in notice
     assert "- licence: CC BY 4.0" in notice and "licence: not stated: see the source" in notice
+    entries = json.loads((project.directory / "out/manifest.json").read_text())["sources"]
+    kept = {e["path"]: e["rows_kept"] for e in entries if e["part"] == "instruction"}
+    assert kept == {first["path"]: 400, second["path"]: 300}
+    own = {row["prompt"] for row in project.files["pairs"]}
+    train = [row["prompt"] in own for row in project.rows("instruction", "train")]
+    # Until the smaller, heavier source runs out: three in four are its rows.
+    assert 25 < sum(train[:160]) < 55 and sum(train) > 280 and all(train[-60:])
 
 
 def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monkeypatch):
@@ -696,6 +691,59 @@ def test_a_damaged_cache_is_not_used(project):
     assert project.run("two").count("from the cache") == 2
     first, second = (project.directory / n / "domain/train.jsonl" for n in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_line_that_an_error_proposes_is_what_the_next_run_needs(project):
+    """Copied from the message into the YAML as it stands; no --overwrite after a failed run."""
+    project.files["pairs"] = [
+        {"question": row["prompt"], "Answer": row["completion"]} for row in project.files["pairs"]
+    ]
+    del project.data["preference"][0]["dataset"]
+    project.data["preference"][0] |= {"dataset": "auto"}
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "pairs.jsonl, line 1: dataset 'prompt_completion' needs a column 'prompt'" in message
+    line = message.split("in this source's entry:\n")[1].splitlines()[0]
+    assert line.strip() == "columns: {prompt: question, completion: Answer}"
+    project.data["instruction"][0] |= yaml.safe_load(line)
+    project.files["preferences"][7]["rejected"] = None
+    project.files["preferences"][8]["chosen"] = 8
+    project.files["preferences"][9]["chosen"] = 9
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    line = message.split("to go on without them:\n")[1].splitlines()[0]
+    assert yaml.safe_load(line) == {"max_broken": 0.02}
+    project.data["preference"][0] |= yaml.safe_load(line)
+    project.save()
+    assert "recognised as preference" in project.run()
+
+
+def test_a_failed_run_says_what_to_change(project):
+    (project.directory / "x.csv").write_text("question;answer\nWhat is it?;That is what it is.\n")
+    entry = project.data["instruction"][0]
+    for dataset in ("prompt_completion", "auto"):
+        entry |= {"path": str(project.directory / "x.csv"), "dataset": dataset}
+        project.save()
+        message = fail(2, *project.command("out"), cwd=project.directory)
+        assert "found 'question;answer'" in message or "columns 'question;answer'" in message
+        assert "look separated by ';'" in message and ".tsv" in message
+    del entry["path"]
+    entry["dataset"] = "alpaka"
+    project.data["domain"] += [{"dataset": "plain_text"}, {"dataset": "preference", "path": "."}]
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "data.domain: 'plain_text' needs 'path:'" in message
+    assert "data.domain: 'preference' makes preference rows, for data.preference" in message
+    assert "data.instruction: unknown dataset 'alpaka'; did you mean 'alpaca'?" in message
+    project.data["domain"] = project.data["domain"][:1]
+    entry |= {"dataset": "plain_text", "path": str(project.directory / "pairs.jsonl")}
+    project.files["texts"] = [{"text": "Short."}] * 30 + project.files["texts"][:1]
+    project.data["instruction"] = [
+        {"dataset": "prompt_completion", "path": str(project.directory / "pairs.jsonl")}
+    ]
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "data.domain: not enough usable rows" in message and "dropped: 30 too short" in message
 
 
 def test_unknown_evaluation_set_is_a_clear_error(project):
