@@ -52,7 +52,10 @@ def normalise(text: str) -> str:
     """
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_PLAIN)
-    return " ".join(_CONTROL.sub(" ", text.replace("\x00", "")).split())
+    text = text.replace("\x00", "")
+    if "<" in text:
+        text = _CONTROL.sub(" ", text)
+    return " ".join(text.split())
 
 
 # What a tokenizer would read as a control token ("<|im_end|>" in a forum post would end the answer

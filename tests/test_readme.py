@@ -10,7 +10,7 @@ import shlex
 import pytest
 from conftest import CACHE, ROOT, fail, run_script
 
-from liteguard.report import demo_markdown
+from liteguard.report import data_markdown, demo_markdown
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -58,3 +58,15 @@ def test_the_demo_numbers_are_the_committed_reports():
     """The README's table is rendered from benchmarks/demo_report.json (make readme), not typed."""
     report = json.loads((ROOT / "benchmarks/demo_report.json").read_text())
     assert demo_markdown(report) in README
+
+
+def test_the_numbers_of_preparation_are_the_committed_reports():
+    """And within what is promised: 10 minutes, 3 GB, 10 s unchanged, linear, only what changed."""
+    report = json.loads((ROOT / "benchmarks/data_report.json").read_text())
+    assert data_markdown(report) in README
+    quarter, whole = report["LiteGuard, 25%"], report["LiteGuard, 100%"]
+    assert whole["rows"] == 149_073 + 388_828 + 147_530 and whole["wall_s"] < 600
+    assert max(run["peak_gb"] for run in report.values() if "peak_gb" in run) < 3
+    assert whole["wall_s"] / quarter["wall_s"] < 1.15 * whole["rows"] / quarter["rows"]
+    assert report["again, nothing changed"]["wall_s"] < 10
+    assert report["again, one source changed"]["wall_s"] < 0.5 * whole["wall_s"]
