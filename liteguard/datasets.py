@@ -96,6 +96,15 @@ def _sentences(text: str, limit_words: int) -> str:
     return result if result.endswith((".", "!", "?")) else result + "."
 
 
+# What can follow "is" without an article.
+_BARE_NOUN = re.compile(
+    r"(?:Inflammation|Infection|Infestation|Necrosis|Death|Damage|Absence|Loss|Formation|Presence|"
+    r"Enlargement|Obstruction|Ha?emorrhage|Bleeding|Accumulation|Destruction|Atrophy|Narrowing|"
+    r"Swelling|Pain|Impairment|Failure|Characteri[sz]ed)\b (?:of|by|in|with|due|caused|from)\b",
+    re.IGNORECASE,
+)
+
+
 def _definition_sentence(name: str, definition: str) -> str:
     """A definition as a full sentence: fragments get the name and a verb in front."""
     first = definition.split(" ", 1)[0]
@@ -103,6 +112,8 @@ def _definition_sentence(name: str, definition: str) -> str:
         return f"{_upper_first(name)} is {first.lower()} {definition.split(' ', 1)[1]}"
     if match_key(name).split(" ")[0] in match_key(definition[: len(name) + 30]):
         return definition
+    if _BARE_NOUN.match(definition):
+        return f"{_upper_first(name)} is {definition[:1].lower()}{definition[1:]}"
     return (
         f"{_upper_first(name)}: {definition[:1].lower()}{definition[1:]}"
         if (definition[1:2].islower() and definition[:1].isupper())
