@@ -70,7 +70,7 @@ def test_rows_that_tuned_runs_depend_on_have_not_changed(name):
 @pytest.mark.parametrize(
     ("name", "definition", "expected"),
     [
-        ("blepharitis", "Inflammation of the eyelids.", "Blepharitis is inflammation of the eyelids."),
+        ("otitis", "Inflammation of the ear.", "Otitis is inflammation of the ear."),
         ("PAPA syndrome", "Characterized by acne.", "PAPA syndrome is characterized by acne."),
         ("gout", "A disease of joints.", "Gout is a disease of joints."),
         ("gout", "Painful disease of joints.", "Gout: painful disease of joints."),
