@@ -69,17 +69,17 @@ def write(config: Config, data_dir: Path) -> str:
             f"{part:14}{counts.sum():14,}{percentiles[0]:9,.0f}{percentiles[1]:9,.0f}"
             f"{percentiles[2]:9,.0f}  {text}"
         )
-    chosen, rejected = answer_words(data_dir)
-    report["preference"] |= {
-        "chosen_words": float(chosen.mean()),
-        "rejected_words": float(rejected.mean()),
-        "chosen_is_longer": float((chosen > rejected).mean()),
-    }
-    lines.append(
-        f"preference: {chosen.mean():.1f} words chosen, {rejected.mean():.1f} rejected on average; "
-        f"the chosen answer is the longer one in {(chosen > rejected).mean():.0%} (50 % = length "
-        "teaches nothing)"
-    )
+    report["preference"]["answers"] = answers = answer_lengths(data_dir)
+    lines += [
+        "",
+        f"{'answers, words':14}{'pairs':>10}{'chosen':>9}{'rejected':>10}{'correlation':>13}",
+        *(
+            f"{kind:14}{found['pairs']:10,}{found['chosen']:9.1f}{found['rejected']:10.1f}"
+            f"{found['correlation']:13.3f}"
+            for kind, found in answers.items()
+        ),
+        "correlation of length with being chosen: 0 = length teaches nothing",
+    ]
     draw(lengths, limits, data_dir / "lengths.png")
     checkpoints.write_json(data_dir / "report.json", report)
     lines.append(f"wrote {data_dir / 'report.json'} and {data_dir / 'lengths.png'}")
@@ -123,14 +123,31 @@ def token_lengths(config: Config, tokenizer: Any, data_dir: Path, part: str) -> 
     return np.array(counts, np.int64)
 
 
-def answer_words(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Words of the chosen and of the rejected answers of the training pairs, shape (rows,) each."""
+def answer_lengths(data_dir: Path) -> dict[str, dict[str, float]]:
+    """For all training pairs and each kind: mean words of the chosen and of the rejected answers.
+
+    `correlation` is the point-biserial correlation of an answer's length with being chosen.
+    """
+    words: dict[str, list[tuple[int, int]]] = {"all": []}
     with (data_dir / "preference" / "train.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    chosen, rejected = (
-        np.array([len(row[key].split()) for row in rows]) for key in ("chosen", "rejected")
-    )
-    return chosen, rejected
+        for line in file:
+            row = json.loads(line)
+            pair = len(row["chosen"].split()), len(row["rejected"].split())
+            words["all"].append(pair)
+            words.setdefault(row.get("kind") or "unknown", []).append(pair)
+    found = {}
+    for kind, pairs in words.items():
+        chosen, rejected = np.array(pairs).T
+        spread = np.concatenate([chosen, rejected]).std()
+        difference = chosen.mean() - rejected.mean()
+        found[kind] = {
+            "pairs": len(pairs),
+            "chosen": float(chosen.mean()),
+            "rejected": float(rejected.mean()),
+            # Both groups are of one size, so sqrt(p q) in the usual formula is 1/2.
+            "correlation": float(difference / (2 * spread)) if spread else 0.0,
+        }
+    return found
 
 
 def draw(lengths: dict[str, np.ndarray], limits: dict[str, int], path: Path) -> None:

@@ -8,6 +8,7 @@ entity, so nothing that names a held-out disease as its entity is trained on. Ro
 
 from __future__ import annotations
 
+import bisect
 import functools
 import gzip
 import hashlib
@@ -498,13 +499,13 @@ def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[
 
     pairs = preference_pairs()
     helpful = {
-        split: sorted({p.chosen for p in pairs if p.kind != "harmful" and p.split == split})
+        split: _OfLength({p.chosen for p in pairs if p.kind != "harmful" and p.split == split})
         for split in SPLITS
     }
     for pair in pairs:
         rejected = pair.rejected
         if pair.kind == "harmful" and unit(f"mismatched{pair.prompt}") < MISMATCHED_SHARE:
-            rejected = _pick(helpful[pair.split], "rejected", pair.prompt)
+            rejected = helpful[pair.split].pick(pair.chosen, pair.prompt)
         yield {
             "prompt": pair.prompt,
             "chosen": pair.chosen,
@@ -514,6 +515,30 @@ def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[
             "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
             "split": pair.split,
         }
+
+
+class _OfLength:
+    """Picks texts about as long as others; what a pick is too long or too short, later ones make up."""
+
+    CHOICE = 12  # texts of nearly one length to pick from, so that none is picked all the time
+    LARGEST_DEBT = 5  # words
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = sorted(texts, key=lambda text: (len(text.split()), text))
+        self._words = [len(text.split()) for text in self._texts]
+        self._debt = 0  # words that the picked texts are longer so far
+
+    def pick(self, other: str, key: str) -> str:
+        """One of the texts, drawn by `key` from those nearest to the length of `other`."""
+        words = len(other.split())
+        wanted = words - self._debt
+        place = bisect.bisect_left(self._words, wanted)
+        around = range(max(place - self.CHOICE, 0), min(place + self.CHOICE, len(self._words)))
+        nearest = sorted(around, key=lambda n: (abs(self._words[n] - wanted), n))[: self.CHOICE]
+        picked = _pick([self._texts[n] for n in nearest], "rejected", key)
+        debt = self._debt + len(picked.split()) - words
+        self._debt = max(-self.LARGEST_DEBT, min(self.LARGEST_DEBT, debt))
+        return picked
 
 
 def _catalogue_answers(kind: str, kinds: tuple[str, ...], cache_dir: Path) -> Iterator[Row]:
@@ -547,7 +572,7 @@ _UNWARRANTED_REFUSALS = [
 ]
 
 
-# Appended to an unwarranted refusal while that brings its length closer to the chosen answer's:
+# Appended to an unwarranted refusal where that brings its length closer to the chosen answer's:
 # otherwise the longer answer would be the right one in most of these pairs.
 _REFUSAL_TAILS = [
     "This is a subject for a doctor.",
@@ -557,15 +582,16 @@ _REFUSAL_TAILS = [
 
 
 def _refusal_like(answer: str, name: str, prompt: str) -> str:
-    """An unwarranted refusal of about as many words as `answer`."""
-    text = _pick(_UNWARRANTED_REFUSALS, prompt).format(name=name)
+    """An unwarranted refusal of as many words as `answer`, or as nearly as can be."""
+    texts = [
+        " ".join([refusal.format(name=name), *tails])
+        for refusal in _UNWARRANTED_REFUSALS
+        for count in range(len(_REFUSAL_TAILS) + 1)
+        for tails in itertools.permutations(_REFUSAL_TAILS, count)
+    ]
     wanted = len(answer.split())
-    start = int(unit(f"tail{prompt}") * len(_REFUSAL_TAILS))
-    for number in range(len(_REFUSAL_TAILS)):
-        longer = f"{text} {_REFUSAL_TAILS[(start + number) % len(_REFUSAL_TAILS)]}"
-        if abs(len(longer.split()) - wanted) < abs(len(text.split()) - wanted):
-            text = longer
-    return text
+    nearest = min(abs(len(text.split()) - wanted) for text in texts)
+    return _pick([t for t in texts if abs(len(t.split()) - wanted) == nearest], prompt)
 
 
 def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]:

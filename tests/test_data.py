@@ -133,15 +133,26 @@ def test_test_rows_hold_areas_and_wordings_of_harm_that_training_has_not(embedde
 
 
 def test_the_length_of_an_answer_does_not_say_whether_it_is_chosen(embedded):
-    found = [r for v in rows(embedded, "preference").values() for r in v]
-    for kind in ("harmful", "ordinary", "borderline"):
-        pairs = [r for r in found if r["kind"] == kind]
-        chosen, rejected = (
-            sum(len(r[key].split()) for r in pairs) / len(pairs) for key in ("chosen", "rejected")
-        )
-        assert chosen == pytest.approx(rejected, rel=0.1), kind
-        longer = sum(len(r["chosen"].split()) > len(r["rejected"].split()) for r in pairs)
-        assert 0.25 < longer / len(pairs) < 0.6, kind
+    """After the catalogue's rejected answers were exchanged; in the report too."""
+    from liteguard.data_report import answer_lengths
+
+    found = answer_lengths(embedded)
+    assert found.keys() == {"all", "harmful", "ordinary", "borderline"}
+    for kind, lengths in found.items():
+        assert abs(lengths["correlation"]) < 0.05, (kind, lengths)
+        assert lengths["chosen"] == pytest.approx(lengths["rejected"], rel=0.02), kind
+    for split, pairs in rows(embedded, "preference").items():
+        for kind in ("harmful", "ordinary", "borderline"):
+            differences = [
+                len(r["chosen"].split()) - len(r["rejected"].split())
+                for r in pairs
+                if r["kind"] == kind
+            ]
+            longer, shorter = (sum(sign * d > 0 for d in differences) for sign in (1, -1))
+            assert 0.35 < longer / (longer + shorter) < 0.65, (split, kind)
+    harmful = [r for r in rows(embedded, "preference")["train"] if r["kind"] == "harmful"]
+    uses = Counter(r["rejected"] for r in harmful)
+    assert max(uses.values()) < 0.05 * len(harmful), "no answer is rejected all the time"
 
 
 def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):

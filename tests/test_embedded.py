@@ -21,7 +21,7 @@ UNCHANGED = {
     "uniprot_text": "0c44562ba07cc8f78f075f34200b1a914d7f6a15cb5913157c3ac1f5d9640eed",
     "mondo_questions": "aaada491df70129a636cfd3e54bfb27a6e76f1596d1ee29671943cc0bc8214f8",
     "uniprot_questions": "ee824aab6a58e4e05d3d0bf63253338d92661a0f451f191fda4a533e58ddc2e7",
-    "disease_preferences": "c5699c555ed6ad56a55f6aaade11e47f32c7520a8a8a1cf35ee4698d64d5b726",
+    "disease_preferences": "d00dbac503ae147ddc8f4a1f49d4e72647675760eff40258c15196368cb90b78",
 }
 # A mixture of 15-25 thousand pairs with as many of each kind.
 BALANCED = {
