@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 from liteguard import near_questions, public_benchmarks  # noqa: E402
 from liteguard.cleaning import OverlapIndex, key_number, windows, word_numbers  # noqa: E402
 from liteguard.datasets import SPLITS, match_key, normalise  # noqa: E402
-from liteguard.errors import UserError  # noqa: E402
 
 SETS = ("medqa", "medmcqa", "pubmedqa", "mmlu_clinical", "healthsearchqa")
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)
@@ -105,7 +104,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     if not (args.data / "dropped.jsonl").is_file():
-        raise UserError(f"{args.data} was not written by prepare_datasets.py.")
+        sys.exit(f"{args.data} was not written by prepare_datasets.py.")
     texts = [(n, q.question) for n in SETS for q in public_benchmarks.load(n, args.cache)]
     index = OverlapIndex.build(texts)
     questions = sorted({match_key(normalise(text)) for _, text in texts})

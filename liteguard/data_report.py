@@ -33,7 +33,7 @@ def table(manifest: dict[str, Any]) -> str:
     for name, entry in manifest["counts"].items():
         lines.append(f"{name:32}{entry['rows']:10,}{entry['entities']:10,}{entry['words']:13,}")
     against = ", ".join(manifest["decontaminated_against"])
-    lines += ["", f"kept apart (13 words in common, or the same question): {against}"]
+    lines += ["", f"kept apart (13 words in common, the same question or nearly so): {against}"]
     return "\n".join(lines)
 
 
@@ -159,8 +159,12 @@ def draw(lengths: dict[str, np.ndarray], limits: dict[str, int], path: Path) -> 
 
     figure, axes = pyplot.subplots(1, len(lengths), figsize=(4.2 * len(lengths), 3.2))
     for axis, (part, counts) in zip(axes, lengths.items(), strict=True):
-        top = float(np.percentile(counts, 99.5)) * 1.05
-        axis.hist(np.minimum(counts, top), bins=50, color="#35618f")
+        top = int(np.percentile(counts, 99.5) * 1.05) + 1
+        # Whole numbers of tokens in every bar, else bars alternate between two and one; what is
+        # longer is in the last bar.
+        width = max(1, round((top - int(counts.min())) / 50))
+        edges = np.arange(int(counts.min()), top + 2 * width, width)
+        axis.hist(np.minimum(counts, edges[-1] - 1), bins=edges, color="#35618f")
         if part != "domain" and limits[part] <= top:
             axis.axvline(limits[part], color="#b03a2e", label=f"max_length {limits[part]}")
             axis.legend()

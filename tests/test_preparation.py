@@ -288,12 +288,20 @@ def test_short_held_out_questions_are_found_with_other_words_in_them(project):
         904: "Which tumour marker rises in neuroblastoma of schoolchildren?",
         905: "Which hormone rises in the blood of infants?",
     }
+    # One that would be a test row: an evaluation set is kept out of every split.
+    shares = DataSection(**{key: project.data[key] for key in ("test_share", "validation_share")})
+    spellings = (planted[903].replace("with", "with " + "the " * n) for n in range(1, 99))
+    planted[906] = next(
+        prompt
+        for prompt in spellings
+        if cleaning.draw_split(datasets.match_key(prompt), shares) == "test"
+    )
     project.files["pairs"] += [
         {"prompt": prompt, "completion": ANSWER.format(day)} for day, prompt in planted.items()
     ]
     project.save()
     project.run()
-    for day in (901, 902, 903):
+    for day in (901, 902, 903, 906):
         assert project.reasons(f"{day} days") == [f"resembles a question of {exam}"]
     for day in (904, 905):
         assert project.reasons(f"{day} days") == [], planted[day]
@@ -653,7 +661,7 @@ def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
         for p in (project.directory / "whole").rglob("*")
         if p.is_file()
     }
-    marks = ["plain_text", "prompt_completion", "preference ", None]
+    marks = ["a source", "plain_text", "prompt_completion", "preference ", "a part"]
     for number, mark in enumerate(marks):
         project.data["cache_dir"] = str(project.directory / f"cache{number}")
         project.save()
@@ -665,9 +673,13 @@ def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
             text=True,
             env=environment,
         )
-        if mark is None:
-            work = project.directory / ".killed.partial"
-            while not list(work.glob("domain/*.jsonl")) and process.poll() is None:
+        half_written = {
+            "a source": (project.directory / f"cache{number}" / "sources", ".*.partial/rows.jsonl"),
+            "a part": (project.directory / ".killed.partial", "domain/*.jsonl"),
+        }
+        if mark in half_written:
+            work, pattern = half_written[mark]
+            while not list(work.glob(pattern)) and process.poll() is None:
                 time.sleep(0.001)
         else:
             for line in process.stdout:
@@ -838,7 +850,7 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
     where: dict[str, str] = {}
     for (_, split), rows in found.items():
         for row in rows:
-            assert where.setdefault(row["entity"], split) == split
+            assert where.setdefault(datasets.match_key(row["entity"]), split) == split
     asked: dict[tuple[str, str], list[str]] = {
         key: [datasets.match_key(row[datasets.FIELDS[key[0]][0]]) for row in rows]
         for key, rows in found.items()
