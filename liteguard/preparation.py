@@ -587,51 +587,41 @@ def drop_near_questions(
     if similarity is None:
         return
     test = SPLITS.index("test")
-    words, counts, labels = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], []
     names = [*(index.names if index else []), OWN_TEST]
+    sources = [(part, number) for part in parts for number in range(len(part.shards))]
+    evaluation = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
     if index:
-        words.append(index.arrays["asked"])
-        counts.append(index.arrays["asked_words"])
-        labels.append(index.arrays["asked_names"])
-    for part in parts:
-        if part.name == "domain":
-            continue
-        for number, shard in enumerate(part.shards):
+        evaluation = tuple(index.arrays[k] for k in ("asked", "asked_words", "asked_names"))
+    # (word numbers, words of each question, position of its set in `names`)
+    held = [evaluation]
+    for part, number in sources:
+        if part.name != "domain":
             rows = part.of_shard(number)
             sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
             held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
-            words.append(shard.array("asked")[np.repeat(held_out, sizes)])
-            counts.append(sizes[held_out])
-            labels.append(np.full(held_out.sum(), len(names) - 1))
-    shards = [shard for part in parts for shard in part.shards]
-    seen = near_questions.count_words(
-        [*words[: 2 if index else 1], *(s.array("asked") for s in shards)]
+            words = part.shards[number].array("asked")[np.repeat(held_out, sizes)]
+            held.append((words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)))
+    everything = [part.shards[number].array("asked") for part, number in sources]
+    known = near_questions.HeldOut(
+        *(np.concatenate(column) for column in zip(*held, strict=True)),
+        seen=near_questions.count_words([evaluation[0], *everything]),
+        questions=len(evaluation[1]) + sum(len(part.row) for part in parts),
+        similarity=similarity,
     )
-    asked_in_all = sum(len(part.row) for part in parts) + (len(counts[1]) if index else 0)
-    held = near_questions.HeldOut(
-        np.concatenate(words),
-        np.concatenate(counts),
-        np.concatenate([np.empty(0, np.int64), *labels]),
-        seen,
-        asked_in_all,
-        similarity,
-    )
-    for part in parts:
-        for number, shard in enumerate(part.shards):
-            rows = part.of_shard(number)
-            sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
-            ends = np.cumsum(sizes)
-            asked = shard.array("asked")
-            reason = part.reason[rows]
-            training = part.arrays["split"][rows] != test
-            for start in range(0, len(sizes), near_questions.ROWS):
-                block = slice(start, start + near_questions.ROWS)
-                first = ends[start] - sizes[start]
-                found = held.find(asked[first : ends[block][-1]], sizes[block])
-                wanted = (reason[block] == "") & (found > 0)
-                wanted &= training[block] | (found < len(names))
-                for row in start + np.flatnonzero(wanted):
-                    reason[row] = f"resembles a question of {names[found[row - start] - 1]}"
+    for (part, number), asked in zip(sources, everything, strict=True):
+        rows = part.of_shard(number)
+        sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
+        ends = np.cumsum(sizes)
+        reason, training = part.reason[rows], part.arrays["split"][rows] != test
+        for start in range(0, len(sizes), near_questions.ROWS):
+            block = slice(start, start + near_questions.ROWS)
+            first, last = ends[start] - sizes[start], ends[block][-1]
+            found = known.find(asked[first:last], sizes[block])
+            wanted = (reason[block] == "") & (found > 0)
+            # A test row may resemble another test row, but no evaluation set.
+            wanted &= training[block] | (found < len(names))
+            for row in np.flatnonzero(wanted):
+                reason[start + row] = f"resembles a question of {names[found[row] - 1]}"
 
 
 def _rows_in(rows: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -629,6 +629,8 @@ def test_a_hub_dataset_comes_through_the_hubs_own_library(tmp_path, monkeypatch)
     assert len([line for line in lines if line]) == 12 and "" in lines
     first = [place for place, _ in sources.read_rows(source)][0]
     assert first == f"{hub}, row 1"
+    capped = source.model_copy(update={"limit": 4})
+    assert len(list(preparation._limited(datasets.formatted(capped, tmp_path), capped))) == 4
     with pytest.raises(UserError) as error:
         list(datasets.formatted(source.model_copy(update={"split": "holdout"}), tmp_path))
     assert "holdout" in str(error.value) and "train" in str(error.value)
