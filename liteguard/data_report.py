@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from liteguard.config import Config
 
 BATCH = 1_000
+# Upper ends of the bars on the screen, in tokens; lengths.png has finer ones.
+BARS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
 def table(manifest: dict[str, Any]) -> str:
@@ -69,6 +71,11 @@ def write(config: Config, data_dir: Path) -> str:
             f"{part:14}{counts.sum():14,}{percentiles[0]:9,.0f}{percentiles[1]:9,.0f}"
             f"{percentiles[2]:9,.0f}  {text}"
         )
+    lines += ["", f"{'tokens up to':14}" + "".join(f"{bar:8,}" for bar in BARS) + "    more"]
+    for part, counts in lengths.items():
+        bars = np.bincount(np.searchsorted(BARS, counts), minlength=len(BARS) + 1)
+        report[part]["histogram"] = dict(zip([*map(str, BARS), "more"], bars.tolist(), strict=True))
+        lines.append(f"{part:14}" + "".join(f"{share:8.1%}" for share in bars / len(counts)))
     report["preference"]["answers"] = answers = answer_lengths(data_dir)
     lines += [
         "",

@@ -775,6 +775,20 @@ def test_report_counts_tokens_and_draws_lengths(tiny_config, tmp_path):
     report = json.loads((output / "report.json").read_text())
     assert report["instruction"]["tokens"] > report["instruction"]["rows"] > 10
     assert report["instruction"]["share_cut"] == 0 and "longer than 96" in screen
+    # Rows of the histogram on the screen: shares that add up, in the report as counts.
+    for part in datasets.FIELDS:
+        assert sum(report[part]["histogram"].values()) == report[part]["rows"]
+        row = next(
+            line
+            for line in screen.splitlines()
+            if line.startswith(part) and "%" in line and "longer" not in line
+        )
+        shares = [float(cell.rstrip("%")) for cell in row.split()[1:]]
+        assert len(shares) == 8 and abs(sum(shares) - 100) < 0.5
+        assert shares[-1] == 0 and report[part]["longest"] <= 2048
+    answers = report["preference"]["answers"]
+    assert answers["all"]["pairs"] == answers["harmful"]["pairs"] + answers["ordinary"]["pairs"]
+    assert "correlation" in screen and abs(answers["harmful"]["correlation"]) <= 1
     assert (output / "lengths.png").read_bytes().startswith(b"\x89PNG")
     # The report lies beside the data and is not part of them.
     assert "reused" in succeed(
