@@ -263,7 +263,7 @@ def main() -> None:
         growth = {key: full[key] / first[key] for key in ("rows", "wall_s", "cpu_s")}
         ratio = {key: full[key] / plain[key] for key in ("wall_s", "cpu_s", "peak_gb")}
         print(
-            f"\nLiteGuard / plain way: wall {ratio['wall_s']:.2f}, CPU {ratio['cpu_s']:.2f}, memory "
+            f"\nLiteGuard / plain way: wall {ratio['wall_s']:.2f}, CPU {ratio['cpu_s']:.2f}, GB "
             f"{ratio['peak_gb']:.2f}; rows x {growth['rows']:.1f}: wall x {growth['wall_s']:.1f}, "
             f"CPU x {growth['cpu_s']:.1f}"
         )
