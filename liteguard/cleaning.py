@@ -69,8 +69,8 @@ class Chunk:
 
 
 # Name -> (dtype, columns): what is kept beside the JSON lines of a source. `ngrams` has one entry
-# per window of 13 words instead of one per row, `asked` one per word of a question (or short text)
-# of up to 40 words.
+# per window of 13 words instead of one per row, `asked` one per word of a question of up to 40
+# words.
 ARRAYS: dict[str, tuple[type, int]] = {
     "bytes": (np.int64, 1),
     "exact": (np.uint64, 2),
@@ -362,7 +362,7 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
         words = [text.split() for text in texts]
         numbers = word_numbers([word for text in words for word in text])
         flat += [numbers, padding]
-        if len(words[0]) <= near_questions.MAX_ASKED:
+        if rules.part != "domain" and len(words[0]) <= near_questions.MAX_ASKED:
             asked.append(numbers[: len(words[0])])
         text_numbers.append([key_number(key) for key in texts])
         columns["bytes"].append(len(line))

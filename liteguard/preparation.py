@@ -588,24 +588,25 @@ def drop_near_questions(
         return
     test = SPLITS.index("test")
     names = [*(index.names if index else []), OWN_TEST]
-    sources = [(part, number) for part in parts for number in range(len(part.shards))]
+    # A text about a disease has the words of "What is ...?" and is no question: no domain texts.
+    asking = [part for part in parts if part.name != "domain"]
+    sources = [(part, number) for part in asking for number in range(len(part.shards))]
     evaluation = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
     if index:
         evaluation = tuple(index.arrays[k] for k in ("asked", "asked_words", "asked_names"))
     # (word numbers, words of each question, position of its set in `names`)
     held = [evaluation]
     for part, number in sources:
-        if part.name != "domain":
-            rows = part.of_shard(number)
-            sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
-            held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
-            words = part.shards[number].array("asked")[np.repeat(held_out, sizes)]
-            held.append((words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)))
+        rows = part.of_shard(number)
+        sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
+        held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
+        words = part.shards[number].array("asked")[np.repeat(held_out, sizes)]
+        held.append((words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)))
     everything = [part.shards[number].array("asked") for part, number in sources]
     known = near_questions.HeldOut(
         *(np.concatenate(column) for column in zip(*held, strict=True)),
         seen=near_questions.count_words([evaluation[0], *everything]),
-        questions=len(evaluation[1]) + sum(len(part.row) for part in parts),
+        questions=len(evaluation[1]) + sum(len(part.row) for part in asking),
         similarity=similarity,
     )
     for (part, number), asked in zip(sources, everything, strict=True):
