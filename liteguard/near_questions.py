@@ -18,6 +18,9 @@ MIN_WORDS, MAX_WORDS = 3, 26
 # Longer questions cannot resemble one of MAX_WORDS, or only one of very common words.
 MAX_ASKED = 40
 _BUCKETS = 1 << 22
+# A word that is among the rarest of more held-out questions leads to too many of them to compare
+# with (data of few words would take hours). In the embedded data no word is of more than 72.
+MAX_SHARED = 200
 # Pairs of (question, held-out one) and rows held in memory at a time.
 _PAIRS, ROWS = 1 << 17, 100_000
 
@@ -100,8 +103,11 @@ class HeldOut:
         self.sets = _Sets(words, counts[usable], self.weights, similarity)
         self.labels = labels[usable]
         found = self.sets.prefix
-        order = np.argsort(self.sets.words[found], kind="stable")
-        self.postings = found[order]
+        postings = found[np.argsort(self.sets.words[found], kind="stable")]
+        _, which, sharing = np.unique(
+            self.sets.words[postings], return_inverse=True, return_counts=True
+        )
+        self.postings = postings[sharing[which] <= MAX_SHARED]
         self.keys = self.sets.words[self.postings]
 
     def find(self, words: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -617,10 +617,12 @@ def drop_near_questions(
         for start in range(0, len(sizes), near_questions.ROWS):
             block = slice(start, start + near_questions.ROWS)
             first, last = ends[start] - sizes[start], ends[block][-1]
-            found = known.find(asked[first:last], sizes[block])
-            wanted = (reason[block] == "") & (found > 0)
+            left = reason[block] == ""
+            words = asked[first:last][np.repeat(left, sizes[block])]
+            found = np.zeros(len(left), np.int64)
+            found[left] = known.find(words, sizes[block][left])
             # A test row may resemble another test row, but no evaluation set.
-            wanted &= training[block] | (found < len(names))
+            wanted = (found > 0) & (training[block] | (found < len(names)))
             for row in np.flatnonzero(wanted):
                 reason[start + row] = f"resembles a question of {names[found[row] - 1]}"
 

@@ -371,6 +371,13 @@ def test_near_questions_are_those_of_an_exhaustive_comparison(similarity):
     ]
     found = index.find(*joined(rows))
     assert found.tolist() == expected and 30 < np.count_nonzero(found) < 600
+    # A question that hundreds of held-out ones look like is how they are phrased.
+    phrase = [["how", "are", "you", "today"]] * (near_questions.MAX_SHARED + 1)
+    labels = np.zeros(len(phrase), np.int64)
+    for number, expected in ((len(phrase) - 1, 1), (len(phrase), 0)):
+        held = joined(phrase[:number])
+        common = near_questions.HeldOut(*held, labels[:number], seen, 1_000, similarity)
+        assert common.find(*joined(phrase[:1])).tolist() == [expected]
     none = near_questions.HeldOut(*joined([]), labels[:0], seen, 1, similarity)
     assert none.find(*joined(rows)).tolist() == [0] * len(rows)
 
