@@ -506,7 +506,7 @@ def test_auto_takes_named_columns_and_refuses_what_does_not_fit(tmp_path):
     )
     for name in datasets.FORMATS:
         assert name in message
-    assert "    columns: {prompt: THE_COLUMN, completion: THE_COLUMN}" in message
+    assert "    columns: {prompt: question, completion: answer}" in message
     with pytest.raises(UserError, match=r"prompt_completion, which belongs in data\.instruction"):
         datasets.recognise(named, "domain")
     with pytest.raises(UserError, match="no readable row"):
@@ -520,7 +520,10 @@ def test_a_missing_column_is_an_error_with_the_line_to_write(tmp_path):
         read(path, "prompt_completion")
     message = str(error.value)
     assert f"{path}, line 1: dataset 'prompt_completion' needs a column 'prompt', found" in message
-    assert "'question', 'completion'" in message and "columns: {prompt: THE_COLUMN}" in message
+    assert "'question', 'completion'" in message and "columns: {prompt: question}" in message
+    other = jsonl(tmp_path / "y.jsonl", [{"about": "a", "completion": "b"}])
+    with pytest.raises(UserError, match="columns: {prompt: THE_COLUMN}"):
+        read(other, "prompt_completion")
     assert read(path, "prompt_completion", columns={"prompt": "question"})[0]["prompt"] == "a"
     with pytest.raises(UserError, match="needs a column 'qestion'"):
         read(path, "prompt_completion", columns={"prompt": "qestion"})
