@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# After make demo: keep its report and render the README's table from it.
+# Keep the report of make demo and render the README's numbers from benchmarks/*_report.json.
 readme: $(VENV)/.installed
 	$(PY) -m liteguard.report
 

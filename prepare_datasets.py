@@ -14,6 +14,7 @@ reuses a finished directory; after a change or an interruption, the sources that
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from liteguard import checkpoints, cli, data_report, datasets, preparation
@@ -52,6 +53,8 @@ def main() -> None:
 
     # 3. Work
     inputs = preparation.plan(config)
+    # Nothing goes on from what was half written; finished sources are in the cache.
+    shutil.rmtree(checkpoints.work_directory(output), ignore_errors=True)
     work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
     if work is None:
         print(f"{output} is finished and was made from the same inputs: reused")

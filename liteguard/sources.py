@@ -12,6 +12,7 @@ import functools
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -275,7 +276,7 @@ class Tally:
             f"{self.read:,} rows are broken ({share:.1%}, allowed: {allowed:.1%}):\n"
             + "\n".join(lines)
             + "\nRepair or remove them, or write in the YAML, in this source's entry, to go on "
-            f"without them:\n    max_broken: SHARE   # now {allowed}"
+            f"without them:\n    max_broken: {math.ceil(share * 100) / 100}   # now {allowed}"
         )
 
 

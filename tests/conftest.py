@@ -64,6 +64,12 @@ def fail(code: int, *command: str, **kwargs) -> str:
     return result.stderr
 
 
+def prepare(config: Path, output: Path, path: Path, *flags: str) -> list[str]:
+    """The call of prepare_datasets.py with another file as the first source of texts."""
+    command = [str(ROOT / "prepare_datasets.py"), "--config", str(config), "--output", str(output)]
+    return [*command, "--set", f"data.domain.0.path={path}", *flags]
+
+
 @pytest.fixture(scope="session")
 def tiny_phi(tmp_path_factory) -> Path:
     """A 2-layer Phi model with its own byte-level BPE, trained for seconds until it answers.

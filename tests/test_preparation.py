@@ -17,8 +17,8 @@ import pytest
 import yaml
 from conftest import CACHE, ROOT, fail, succeed
 
-from liteguard import cleaning, datasets, preparation
-from liteguard.config import DataSection, SourceSection
+from liteguard import cleaning, datasets, near_questions, preparation
+from liteguard.config import DataSection, SourceSection, build
 
 ANSWER = "Rest, drink enough water, and see a doctor if it does not get better within {} days."
 
@@ -133,6 +133,104 @@ def test_every_row_is_written_or_dropped_with_a_reason(project):
     assert f"pairs.jsonl: sha256 {digest}" in notice and "licence: not stated" in notice
 
 
+def test_bad_input_of_every_kind_is_counted_in_one_run(project):
+    """What a crawl brings, through the script: a counted drop each, never a traceback."""
+    project.data["domain"][0] |= {"max_broken": 0.05}
+    project.data["preference"][0] |= {"max_broken": 0.05}
+    project.files["texts"].append({"text": "A zero\x00 byte inside of a word and of this text."})
+    project.files["preferences"].append({"prompt": "Why?", "chosen": None, "rejected": "No idea."})
+    project.save()
+    with (project.directory / "texts.jsonl").open("ab") as file:
+        file.write(b'{"text": "' + b"long " * 2_100_000 + b'"}\n')
+        file.write(b'{"text": "caf\xe9 is not in UTF-8 here"}\n')
+        file.write(b'{"text": "cut off in the mid')
+    screen = project.run()
+    reasons = {
+        entry["part"]: entry["dropped"]
+        for entry in json.loads((project.directory / "out/manifest.json").read_text())["sources"]
+    }
+    expected = {"line longer than 10 MB": 1, "not UTF-8": 1, "not JSON": 1}
+    assert reasons["domain"] == expected and reasons["preference"] == {"missing or not text": 1}
+    for reason in (*expected, "missing or not text"):
+        assert f"1 {reason}" in screen
+    kept = [r["text"] for s in datasets.SPLITS for r in project.rows("domain", s)]
+    assert "A zero byte inside of a word and of this text." in kept and len(kept) == 401
+    places = [d["row"].get("place", "") for d in project.dropped() if d["part"] == "domain"]
+    assert [place.rsplit(" ", 1)[1] for place in places] == ["402", "403", "404"]
+    del project.data["domain"][0]["max_broken"]
+    del project.data["preference"][0]["max_broken"]
+    project.files["preferences"][:5] = [{"prompt": "Why?", "chosen": "It", "rejected": None}] * 5
+    project.save()
+    message = fail(2, *project.command("other"), cwd=project.directory)
+    assert "preferences.jsonl: 6 of 201 rows are broken" in message
+    assert "line 1: missing or not text: rejected is None" in message
+    assert "    max_broken: " in message
+
+
+def test_weights_and_limits_shape_the_mixture_and_the_notice_names_local_copies(project):
+    """A capped source has no more rows than that; the others come in the weights' proportions."""
+    generator = random.Random(8)
+    project.files["more"] = [
+        {"prompt": sentence(generator, 20), "completion": ANSWER.format(n)} for n in range(900)
+    ]
+    first = project.data["instruction"][0]
+    second = {**first, "path": str(project.directory / "more.jsonl"), "limit": 300, "weight": 3}
+    project.data["instruction"] = [{**first, "weight": 1}, second]
+    project.data["domain"][0] |= {"hub": "someone/books", "licence": "CC BY 4.0"}
+    project.save()
+    project.run()
+    notice = (project.directory / "out/NOTICE.md").read_text()
+    path = project.data["domain"][0]["path"]
+    assert f"- source: {path} (read in place of someone/books on the model hub)" in notice
+    assert "- licence: CC BY 4.0" in notice and "licence: not stated: see the source" in notice
+    entries = json.loads((project.directory / "out/manifest.json").read_text())["sources"]
+    kept = {e["path"]: e["rows_kept"] for e in entries if e["part"] == "instruction"}
+    assert kept == {first["path"]: 400, second["path"]: 300}
+    own = {row["prompt"] for row in project.files["pairs"]}
+    train = [row["prompt"] in own for row in project.rows("instruction", "train")]
+    # Until the smaller, heavier source runs out: three in four are its rows.
+    assert 25 < sum(train[:160]) < 55 and sum(train) > 280 and all(train[-60:])
+
+
+def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monkeypatch):
+    """Signatures and windows stay in files: 600 bytes of hashes a row must not be in memory."""
+    import tracemalloc
+
+    def peak(rows: int) -> tuple[int, int]:
+        texts = [{"text": sentence(random.Random(n), 150)} for n in range(rows)]
+        project.files["texts"] = texts
+        preparation._file_hashes.cache_clear()
+        project.save()
+        values = yaml.safe_load((project.directory / "test.yaml").read_text())
+        config = build([("test", {"data": values["data"], "model_type": "test"})])
+        config.data.test_share = config.data.validation_share = 0.01
+        with preparation.Cleaner() as cleaner:
+            shards = {
+                part: [
+                    preparation.clean_source(cleaning.Rules(part, s, config.data), cleaner, str)
+                    for s in getattr(config.data, part)
+                ]
+                for part in datasets.FIELDS
+            }
+        tracemalloc.start()
+        parts = [preparation.Part.join(part, found) for part, found in shards.items()]
+        for part in parts:
+            preparation.drop_duplicates(part, 0.85)
+        preparation.drop_overlaps(parts, None, 0.75)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        files = shards["domain"][0].info["sizes"]
+        return found, files["digest.bin"] + files["ngrams.bin"] + files["rows.jsonl"]
+
+    monkeypatch.setattr(cleaning, "_FILTER", 1 << 12)
+    monkeypatch.setattr(near_questions, "_BUCKETS", 1 << 12)
+    monkeypatch.setattr(cleaning, "_BLOCK", 256)
+    monkeypatch.setattr(cleaning, "_PIECE", 1 << 14)
+    small, large = peak(2_000), peak(6_000)
+    growth = (large[0] - small[0]) / (large[1] - small[1])
+    assert growth < 0.1, growth
+
+
 def test_planted_copies_of_evaluation_questions_are_dropped(project):
     generator = random.Random(9)
     long, short, local = sentence(generator, 30), "Which drug thins blood?", sentence(generator, 25)
@@ -176,6 +274,126 @@ def test_a_planted_question_of_a_public_benchmark_is_dropped(project):
     project.run()
     for wanted in ("701 days", "702 days", "From a book of exams"):
         assert project.reasons(wanted) == ["overlaps medqa"]
+
+
+def test_short_held_out_questions_are_found_with_other_words_in_them(project):
+    """Of 8 and 9 words, so that no window is left whole; another drug is another question."""
+    exam = project.directory / "exam.jsonl"
+    exam.write_text('{"question": "Which tumour marker rises in hepatoblastoma of infants?"}\n')
+    project.data["decontaminate"] = [str(exam)]
+    planted = {
+        901: "Which tumour marker usually rises in hepatoblastoma of infants?",
+        902: "In infants, which tumour marker of hepatoblastoma rises?",
+        903: "Which tumour marker rises with hepatoblastoma of infants?",
+        904: "Which tumour marker rises in neuroblastoma of schoolchildren?",
+        905: "Which hormone rises in the blood of infants?",
+    }
+    # One that would be a test row: an evaluation set is kept out of every split.
+    shares = DataSection(**{key: project.data[key] for key in ("test_share", "validation_share")})
+    spellings = (planted[903].replace("with", "with " + "the " * n) for n in range(1, 99))
+    planted[906] = next(
+        prompt
+        for prompt in spellings
+        if cleaning.draw_split(datasets.match_key(prompt), shares) == "test"
+    )
+    project.files["pairs"] += [
+        {"prompt": prompt, "completion": ANSWER.format(day)} for day, prompt in planted.items()
+    ]
+    project.save()
+    project.run()
+    for day in (901, 902, 903, 906):
+        assert project.reasons(f"{day} days") == [f"resembles a question of {exam}"]
+    for day in (904, 905):
+        assert project.reasons(f"{day} days") == [], planted[day]
+    project.data["question_similarity"] = None
+    project.save()
+    project.run("off")
+    assert project.reasons("902 days", "off") == []
+
+
+def test_near_copies_of_short_test_questions_leave_training(project):
+    generator = random.Random(4)
+    for n, row in enumerate(project.files["pairs"]):
+        row["prompt"] = f"What helps against {sentence(generator, 4)[:-1].lower()} number{n}?"
+    project.save()
+    project.run("before")
+    asked = [row["prompt"] for row in project.rows("instruction", "test", "before")]
+    kept = len(project.rows("instruction", "train", "before"))
+    project.files["pairs"] += [
+        {"prompt": f"So w{question[1:]}", "completion": sentence(generator, 25)}
+        for question in asked
+    ]
+    project.save()
+    project.run("after")
+    planted = [d for d in project.dropped("after") if "So w" in d["row"]["prompt"]]
+    reasons = [d["reason"] for d in planted]
+    assert reasons.count("resembles a question of the test split") > 0.7 * len(asked)
+    trained = [row["prompt"] for row in project.rows("instruction", "train", "after")]
+    assert not any(prompt.startswith("So w") for prompt in trained)
+    assert len(trained) == kept
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.75, 0.9, 1.0])
+def test_near_questions_are_those_of_an_exhaustive_comparison(similarity):
+    generator = random.Random(5)
+    pool = [f"w{int(generator.paretovariate(0.6)) % 3000}" for _ in range(20_000)]
+    questions = [generator.choices(pool, k=generator.randint(1, 30)) for _ in range(900)]
+    for n in range(300, 600):  # near copies, most of them within the bounds
+        words = list(questions[n - 300])
+        words[generator.randrange(len(words))] = generator.choice(pool)
+        questions[n] = words
+    held, rows = questions[:300], questions[300:]
+
+    def joined(lists):
+        flat = cleaning.word_numbers([word for words in lists for word in words])
+        return flat, np.array([len(words) for words in lists], np.int64)
+
+    seen = near_questions.count_words([joined(questions)[0]])
+    labels = np.arange(len(held)) // 3
+    index = near_questions.HeldOut(*joined(held), labels, seen, len(questions), similarity)
+    weights = {
+        word: index.weights[near_questions._bucket(cleaning.word_numbers([word]))[0]]
+        for word in set(pool)
+    }
+
+    def alike(one: set, other: set) -> bool:
+        common, every = (sum(map(weights.get, s)) for s in (one & other, one | other))
+        return common >= similarity * every - 1e-9
+
+    usable = [
+        (label, set(words))
+        for label, words in zip(labels, held, strict=True)
+        if near_questions.MIN_WORDS <= len(words) <= near_questions.MAX_WORDS
+    ]
+    expected = [
+        min((label + 1 for label, own in usable if alike(own, set(words))), default=0)
+        for words in rows
+    ]
+    found = index.find(*joined(rows))
+    assert found.tolist() == expected and 30 < np.count_nonzero(found) < 600
+    # A question that hundreds of held-out ones look like is how they are phrased.
+    phrase = [["how", "are", "you", "today"]] * (near_questions.MAX_SHARED + 1)
+    labels = np.zeros(len(phrase), np.int64)
+    for number, expected in ((len(phrase) - 1, 1), (len(phrase), 0)):
+        held = joined(phrase[:number])
+        common = near_questions.HeldOut(*held, labels[:number], seen, 1_000, similarity)
+        assert common.find(*joined(phrase[:1])).tolist() == [expected]
+    none = near_questions.HeldOut(*joined([]), labels[:0], seen, 1, similarity)
+    assert none.find(*joined(rows)).tolist() == [0] * len(rows)
+
+
+def test_abstracts_that_hold_the_answers_of_pubmedqa_are_dropped(project):
+    from liteguard import public_benchmarks
+
+    cache = CACHE.resolve()
+    abstracts = [q.context for q in public_benchmarks.load("pubmedqa", cache)]
+    project.data |= {"decontaminate": ["pubmedqa"], "cache_dir": str(cache)}
+    project.files["texts"] += [
+        {"text": f"From a journal. {' '.join(text.split()[20:80])}"} for text in abstracts[:5]
+    ]
+    project.save()
+    project.run()
+    assert project.reasons("From a journal") == ["overlaps pubmedqa"] * 5
 
 
 def test_training_rows_that_repeat_a_test_question_are_dropped(project):
@@ -450,7 +668,7 @@ def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
         for p in (project.directory / "whole").rglob("*")
         if p.is_file()
     }
-    marks = ["plain_text", "prompt_completion", "preference ", None]
+    marks = ["a source", "plain_text", "prompt_completion", "preference ", "a part"]
     for number, mark in enumerate(marks):
         project.data["cache_dir"] = str(project.directory / f"cache{number}")
         project.save()
@@ -462,9 +680,13 @@ def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
             text=True,
             env=environment,
         )
-        if mark is None:
-            work = project.directory / ".killed.partial"
-            while not list(work.glob("domain/*.jsonl")) and process.poll() is None:
+        half_written = {
+            "a source": (project.directory / f"cache{number}" / "sources", ".*.partial/rows.jsonl"),
+            "a part": (project.directory / ".killed.partial", "domain/*.jsonl"),
+        }
+        if mark in half_written:
+            work, pattern = half_written[mark]
+            while not list(work.glob(pattern)) and process.poll() is None:
                 time.sleep(0.001)
         else:
             for line in process.stdout:
@@ -490,6 +712,59 @@ def test_a_damaged_cache_is_not_used(project):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_the_line_that_an_error_proposes_is_what_the_next_run_needs(project):
+    """Copied from the message into the YAML as it stands; no --overwrite after a failed run."""
+    project.files["pairs"] = [
+        {"question": row["prompt"], "Answer": row["completion"]} for row in project.files["pairs"]
+    ]
+    del project.data["preference"][0]["dataset"]
+    project.data["preference"][0] |= {"dataset": "auto"}
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "pairs.jsonl, line 1: dataset 'prompt_completion' needs a column 'prompt'" in message
+    line = message.split("in this source's entry:\n")[1].splitlines()[0]
+    assert line.strip() == "columns: {prompt: question, completion: Answer}"
+    project.data["instruction"][0] |= yaml.safe_load(line)
+    project.files["preferences"][7]["rejected"] = None
+    project.files["preferences"][8]["chosen"] = 8
+    project.files["preferences"][9]["chosen"] = 9
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    line = message.split("to go on without them:\n")[1].splitlines()[0]
+    assert yaml.safe_load(line) == {"max_broken": 0.02}
+    project.data["preference"][0] |= yaml.safe_load(line)
+    project.save()
+    assert "recognised as preference" in project.run()
+
+
+def test_a_failed_run_says_what_to_change(project):
+    (project.directory / "x.csv").write_text("question;answer\nWhat is it?;That is what it is.\n")
+    entry = project.data["instruction"][0]
+    for dataset in ("prompt_completion", "auto"):
+        entry |= {"path": str(project.directory / "x.csv"), "dataset": dataset}
+        project.save()
+        message = fail(2, *project.command("out"), cwd=project.directory)
+        assert "found 'question;answer'" in message or "columns 'question;answer'" in message
+        assert "look separated by ';'" in message and ".tsv" in message
+    del entry["path"]
+    entry["dataset"] = "alpaka"
+    project.data["domain"] += [{"dataset": "plain_text"}, {"dataset": "preference", "path": "."}]
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "data.domain: 'plain_text' needs 'path:'" in message
+    assert "data.domain: 'preference' makes preference rows, for data.preference" in message
+    assert "data.instruction: unknown dataset 'alpaka'; did you mean 'alpaca'?" in message
+    project.data["domain"] = project.data["domain"][:1]
+    entry |= {"dataset": "plain_text", "path": str(project.directory / "pairs.jsonl")}
+    project.files["texts"] = [{"text": "Short."}] * 30 + project.files["texts"][:1]
+    project.data["instruction"] = [
+        {"dataset": "prompt_completion", "path": str(project.directory / "pairs.jsonl")}
+    ]
+    project.save()
+    message = fail(2, *project.command("out"), cwd=project.directory)
+    assert "data.domain: not enough usable rows" in message and "dropped: 30 too short" in message
+
+
 def test_unknown_evaluation_set_is_a_clear_error(project):
     project.data["decontaminate"] = ["medqq"]
     project.save()
@@ -507,8 +782,124 @@ def test_report_counts_tokens_and_draws_lengths(tiny_config, tmp_path):
     report = json.loads((output / "report.json").read_text())
     assert report["instruction"]["tokens"] > report["instruction"]["rows"] > 10
     assert report["instruction"]["share_cut"] == 0 and "longer than 96" in screen
+    # Rows of the histogram on the screen: shares that add up, in the report as counts.
+    for part in datasets.FIELDS:
+        assert sum(report[part]["histogram"].values()) == report[part]["rows"]
+        row = next(
+            line
+            for line in screen.splitlines()
+            if line.startswith(part) and "%" in line and "longer" not in line
+        )
+        shares = [float(cell.rstrip("%")) for cell in row.split()[1:]]
+        assert len(shares) == 8 and abs(sum(shares) - 100) < 0.5
+        assert shares[-1] == 0 and report[part]["longest"] <= 2048
+    answers = report["preference"]["answers"]
+    assert answers["all"]["pairs"] == answers["harmful"]["pairs"] + answers["ordinary"]["pairs"]
+    assert "correlation" in screen and abs(answers["harmful"]["correlation"]) <= 1
     assert (output / "lengths.png").read_bytes().startswith(b"\x89PNG")
     # The report lies beside the data and is not part of them.
     assert "reused" in succeed(
         ROOT / "prepare_datasets.py", "--config", tiny_config, "--output", output, cwd=tmp_path
     )
+
+
+def _random_sources(generator: random.Random, directory: Path) -> dict:
+    """The `data` section of a YAML over files of random rows: copies, near copies, rubbish."""
+    names = [f"disease {n}" for n in range(generator.randint(8, 40))]
+    pool = [sentence(generator, generator.randint(4, 30)) for _ in range(60)]
+
+    def text() -> str:
+        words = generator.choice(pool).split()
+        for _ in range(generator.choice([0, 0, 1, 3, 30])):
+            words[generator.randrange(len(words))] = f"x{generator.randrange(999)}"
+        return generator.choice([" ", "\n", "\u00a0 "]).join(words)
+
+    def row(part: str) -> dict:
+        made: dict = {field: text() for field in datasets.FIELDS[part]}
+        if generator.random() < 0.7:
+            name = generator.choice(names)
+            made["entity"] = generator.choice([name, name.upper(), f"{name}!"])
+        if generator.random() < 0.1:
+            made[generator.choice(list(made))] = generator.choice([None, 7, "", "?!", "\x00", "ok"])
+        return made
+
+    formats = {"domain": "plain_text", "instruction": "prompt_completion"}
+    data: dict = {"test_share": 0.25, "validation_share": 0.25, "max_characters": 200}
+    data["near_duplicate_threshold"] = generator.choice([None, 0.5, 0.85])
+    data["question_similarity"] = generator.choice([None, 0.6, 0.8])
+    data["seed"] = generator.randrange(5)
+    for part in datasets.FIELDS:
+        data[part] = []
+        weighted = generator.random() < 0.5
+        for number in range(generator.randint(1, 3)):
+            path = directory / f"{part}{number}.jsonl"
+            rows = [row(part) for _ in range(generator.randint(60, 150))]
+            lines = [json.dumps(r) if generator.random() < 0.97 else "{bad" for r in rows]
+            path.write_text("\n".join(lines))
+            source = {"dataset": formats.get(part, part), "path": str(path), "max_broken": 0.5}
+            source["keep_near_duplicates"] = generator.random() < 0.3
+            source["limit"] = generator.choice([None, None, 50])
+            source["weight"] = generator.randint(1, 9) if weighted else None
+            data[part].append(source)
+    exam = directory / "exam.jsonl"
+    exam.write_text("".join(json.dumps({"question": text()}) + "\n" for _ in range(5)))
+    data["decontaminate"] = [str(exam)]
+    return data
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, capsys):
+    data = _random_sources(random.Random(seed), tmp_path)
+    contents, manifests = [], []
+    for name in ("one", "two"):
+        values = {"model_type": "test", "data": {**data, "cache_dir": str(tmp_path / name / "c")}}
+        work = tmp_path / name / "work"
+        work.mkdir(parents=True)
+        manifests.append(preparation.prepare(build([("test", values)]), work))
+        files = sorted(path for path in work.rglob("*") if path.is_file())
+        contents.append({str(path.relative_to(work)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1] and manifests[0] == manifests[1]
+
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in contents[0][name].split(b"\n")[:-1]]
+
+    found = {
+        (part, split): lines(f"{part}/{split}.jsonl")
+        for part in datasets.FIELDS
+        for split in datasets.SPLITS
+    }
+    where: dict[str, str] = {}
+    for (_, split), rows in found.items():
+        for row in rows:
+            assert where.setdefault(datasets.match_key(row["entity"]), split) == split
+    asked: dict[tuple[str, str], list[str]] = {
+        key: [datasets.match_key(row[datasets.FIELDS[key[0]][0]]) for row in rows]
+        for key, rows in found.items()
+    }
+    for part in datasets.FIELDS:
+        everything = sum((asked[part, split] for split in datasets.SPLITS), [])
+        assert len(set(everything)) == len(everything)
+    # A question may be asked in two parts, but not on two sides of the test split.
+    questions = {
+        split: set(asked["instruction", split]) | set(asked["preference", split])
+        for split in datasets.SPLITS
+    }
+    assert not questions["test"] & (questions["train"] | questions["validation"])
+
+    reasons: dict[str, int] = {}
+    for entry in manifests[0]["sources"]:
+        assert entry["rows_read"] == entry["rows_kept"] + sum(entry["dropped"].values())
+        for reason, count in entry["dropped"].items():
+            key = f"{entry['part']} {reason}"
+            reasons[key] = reasons.get(key, 0) + count
+    counted: dict[str, int] = {}
+    for entry in lines("dropped.jsonl"):
+        key = f"{entry['part']} {entry['reason']}"
+        counted[key] = counted.get(key, 0) + 1
+    assert counted == reasons and len(reasons) > 8
+    for (part, split), rows in found.items():
+        counts = manifests[0]["counts"][f"{part}/{split}.jsonl"]
+        assert counts["rows"] == len(rows)
+        assert counts["entities"] == len({row["entity"] for row in rows})
+    kept = sum(entry["rows_kept"] for entry in manifests[0]["sources"])
+    assert kept == sum(map(len, found.values()))

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import ROOT, fail, succeed
+from conftest import ROOT, fail, prepare, succeed
 
 from liteguard import datasets, preparation, sources
 from liteguard.cleaning import Rules
@@ -348,17 +348,8 @@ def test_a_large_json_file_is_refused_before_it_fills_the_memory(tmp_path, monke
 def test_the_script_ends_with_exit_code_2_and_one_message(tiny_config, tmp_path):
     packed = gzip.compress(b'{"body": "A text."}\n' * 3000)
     (tmp_path / "texts.jsonl.gz").write_bytes(packed[:-12])
-    message = fail(
-        2,
-        ROOT / "prepare_datasets.py",
-        "--config",
-        tiny_config,
-        "--output",
-        tmp_path / "out",
-        "--set",
-        f"data.domain.0.path={tmp_path / 'texts.jsonl.gz'}",
-        cwd=tmp_path,
-    )
+    path = tmp_path / "texts.jsonl.gz"
+    message = fail(2, *prepare(tiny_config, tmp_path / "out", path), cwd=tmp_path)
     assert "texts.jsonl.gz: cannot be read" in message and "gzip -t" in message
     assert not (tmp_path / "out").exists()
 
@@ -515,7 +506,7 @@ def test_auto_takes_named_columns_and_refuses_what_does_not_fit(tmp_path):
     )
     for name in datasets.FORMATS:
         assert name in message
-    assert "    columns: {prompt: THE_COLUMN, completion: THE_COLUMN}" in message
+    assert "    columns: {prompt: question, completion: answer}" in message
     with pytest.raises(UserError, match=r"prompt_completion, which belongs in data\.instruction"):
         datasets.recognise(named, "domain")
     with pytest.raises(UserError, match="no readable row"):
@@ -529,7 +520,10 @@ def test_a_missing_column_is_an_error_with_the_line_to_write(tmp_path):
         read(path, "prompt_completion")
     message = str(error.value)
     assert f"{path}, line 1: dataset 'prompt_completion' needs a column 'prompt', found" in message
-    assert "'question', 'completion'" in message and "columns: {prompt: THE_COLUMN}" in message
+    assert "'question', 'completion'" in message and "columns: {prompt: question}" in message
+    other = jsonl(tmp_path / "y.jsonl", [{"about": "a", "completion": "b"}])
+    with pytest.raises(UserError, match="columns: {prompt: THE_COLUMN}"):
+        read(other, "prompt_completion")
     assert read(path, "prompt_completion", columns={"prompt": "question"})[0]["prompt"] == "a"
     with pytest.raises(UserError, match="needs a column 'qestion'"):
         read(path, "prompt_completion", columns={"prompt": "qestion"})
@@ -638,6 +632,8 @@ def test_a_hub_dataset_comes_through_the_hubs_own_library(tmp_path, monkeypatch)
     assert len([line for line in lines if line]) == 12 and "" in lines
     first = [place for place, _ in sources.read_rows(source)][0]
     assert first == f"{hub}, row 1"
+    capped = source.model_copy(update={"limit": 4})
+    assert len(list(preparation._limited(datasets.formatted(capped, tmp_path), capped))) == 4
     with pytest.raises(UserError) as error:
         list(datasets.formatted(source.model_copy(update={"split": "holdout"}), tmp_path))
     assert "holdout" in str(error.value) and "train" in str(error.value)

@@ -10,7 +10,7 @@ import shlex
 import pytest
 from conftest import CACHE, ROOT, fail, run_script, succeed
 
-from liteguard.report import demo_markdown
+from liteguard.report import data_markdown, demo_markdown
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -78,3 +78,15 @@ def test_accelerate_commands_name_files_that_exist():
         words = shlex.split(command)
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
         assert (ROOT / next(w for w in words if w.startswith("train_"))).is_file()
+
+
+def test_the_numbers_of_preparation_are_the_committed_reports():
+    """And within what is promised: 10 minutes, 3 GB, 10 s unchanged, linear, only what changed."""
+    report = json.loads((ROOT / "benchmarks/data_report.json").read_text())
+    assert data_markdown(report) in README
+    quarter, whole = report["LiteGuard, 25%"], report["LiteGuard, 100%"]
+    assert whole["rows"] == 149_073 + 388_828 + 147_530 and whole["wall_s"] < 600
+    assert max(run["peak_gb"] for run in report.values() if "peak_gb" in run) < 3
+    assert whole["cpu_s"] / quarter["cpu_s"] < 1.15 * whole["rows"] / quarter["rows"]
+    assert report["again, nothing changed"]["wall_s"] < 10
+    assert report["again, one source changed"]["cpu_s"] < 0.5 * whole["cpu_s"]
