@@ -14,8 +14,8 @@ evaluation/<name>.json with every answer, and reuses it while nothing it depends
 from __future__ import annotations
 
 import json
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from liteguard import checkpoints, cli, datasets
@@ -31,14 +31,6 @@ def parse_args():
     parser.add_argument("--data", metavar="DIR", help="default: the data the model was trained on")
     parser.add_argument("--output", metavar="DIR", default="evaluation")
     return parser.parse_args()
-
-
-def progress(what: str, done: int, total: int) -> None:
-    """One line that moves on a terminal; only its end elsewhere."""
-    if sys.stdout.isatty():
-        print(f"\r  {what} {done}/{total}", end="\n" if done == total else "", flush=True)
-    elif done == total:
-        print(f"  {what} {done}/{total}")
 
 
 def main() -> None:
@@ -93,16 +85,14 @@ def main() -> None:
             continue
         print(f"{label}: measuring {path or config.model.name}")
         started = time.time()
-        if label == "bundle":
-            with evaluation.open_bundle(Path(path)) as bundle:
-                result = evaluation.measure(bundle, config, rows, progress)
-        else:
-            model = evaluation.Checkpoint(config, Path(path) if path else None)
-            result = evaluation.measure(model, config, rows, progress)
-            del model
-        result["wall_s"] = round(time.time() - started, 1)
-        checkpoints.write_json(file, {**result, "inputs": inputs})
-        results[label] = result
+        journal = evaluation.Journal(output / f"{label}.partial.jsonl", inputs)
+        source = partial(evaluation.open_answerer, config, Path(path) if path else None)
+        cost = evaluation.collect(source, config, rows, journal)
+        cost["wall_s"] = round(time.time() - started, 1)
+        results[label] = evaluation.summarise(config, rows, journal) | {"cost": cost}
+        checkpoints.write_json(file, results[label] | {"inputs": inputs})
+        journal.close()
+        journal.path.unlink()
 
     # 4. Results
     from liteguard.report import metrics_table

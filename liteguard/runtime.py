@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
+import multiprocessing.util
 import os
 import sys
+import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
+from liteguard.export.tflite import available_memory
+from liteguard.training import peak_rss_gb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,11 @@ class Bundle:
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine is running."""
+        return self._engine is not None
 
     @property
     def start_id(self) -> int | None:
@@ -225,6 +237,111 @@ class Bundle:
             "prefill_tokens": info.last_prefill_token_count,
             "decode_tokens": info.last_decode_token_count,
         }
+
+
+class BundleWorkers:
+    """The same bundle in several processes, for many prompts or texts; a context manager.
+
+    A decode step reads every weight for one token and gives a second core little to do, so that
+    two engines with one thread each write more tokens per second than one with two
+    (benchmarks/bench_evaluation.py measures by how much).
+
+    Args:
+        path: the bundle.
+        workers: processes; default: one per core, at most 4, and no more than fit the free memory.
+        threads: CPU threads of each; default: the cores (at most 4) shared out.
+    """
+
+    def __init__(
+        self, path: Path, *, workers: int | None = None, threads: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no bundle at {self.path}: make one with compress_model.py")
+        cores = min(os.cpu_count() or 1, 4)
+        free = available_memory()
+        fitting = cores if free is None else free // (WORKER_MEMORY * self.path.stat().st_size)
+        self.workers = workers or max(1, min(cores, fitting))
+        self.threads = threads or max(1, cores // self.workers)
+        self._peaks: dict[int, float] = {}
+        self._pool: Any = None
+
+    def __enter__(self) -> BundleWorkers:
+        # Spawned: forking a process whose libraries run threads can deadlock.
+        self._pool = ProcessPoolExecutor(
+            self.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self.path, self.threads),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def peak_rss_gb(self) -> float:
+        """Peak memory of all worker processes together, in GB of 10^9 bytes."""
+        return sum(self._peaks.values())
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
+        """(index, `Bundle.generate`'s answer) of each prompt, as they come."""
+        return self._map("generate", [(prompt, max_new_tokens) for prompt in prompts])
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
+        """(index, `Bundle.score`'s result) of each (context, targets), as they come."""
+        return self._map("score", pairs)
+
+    def _map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        pending = {
+            self._pool.submit(_work, method, *arguments): index
+            for index, arguments in enumerate(calls)
+        }
+        try:
+            for future in as_completed(pending):
+                result, process, peak = future.result()
+                self._peaks[process] = peak
+                yield pending[future], result
+        except BrokenProcessPool as error:
+            raise WorkError(
+                f"{self.path}: a process that ran the bundle was killed, most often because memory "
+                "ran out. Close other programs and run the same command again: finished answers "
+                "are kept."
+            ) from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+# What a worker process needs at its peak, as a multiple of the bundle's size.
+WORKER_MEMORY = 20
+_worker: Bundle | None = None
+
+
+def _start_worker(path: Path, threads: int) -> None:
+    """Prepares this process to run a bundle; it is opened by the first call, whose caller hears
+    of what goes wrong."""
+    global _worker
+    _worker = Bundle(path, threads=threads)
+
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # A killed parent cannot say so, and its workers would wait for work for ever.
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:
+    """(result of a method of this process's bundle, process id, peak memory in GB)."""
+    if not _worker.is_open:
+        _worker.__enter__()
+        multiprocessing.util.Finalize(None, _worker.__exit__, (None, None, None), exitpriority=10)
+    return getattr(_worker, method)(*arguments), os.getpid(), peak_rss_gb()
 
 
 @contextlib.contextmanager
