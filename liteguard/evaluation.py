@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from liteguard import datasets, metrics, models
+from liteguard import cleaning, datasets, metrics, models
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.training import balanced, peak_rss_gb
@@ -188,8 +188,13 @@ def open_answerer(config: Config, path: Path | None) -> Iterator[Answerer]:
             yield DeviceBundle(workers)
 
 
-def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows every model is measured on: test splits only, the same ones for every model."""
+def held_out(
+    config: Config, data_dir: Path, everything: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows every model is measured on: test splits only, the same ones for every model.
+
+    `everything`: all rows of the split, instead of as many as the `evaluate` section says.
+    """
     section = config.evaluate
     preferences = datasets.load_split(data_dir, "preference", section.split)
     by_kind = {
@@ -208,12 +213,94 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
         for row in datasets.load_split(data_dir, "instruction", section.split)
         if row.get("kind") != "refusal"
     ]
+    texts = datasets.load_split(data_dir, "domain", section.split)
+    if everything:
+        return {"texts": texts, "questions": questions, **by_kind}
     return {
-        "texts": datasets.load_split(data_dir, "domain", section.split)[: section.perplexity_rows],
+        "texts": texts[: section.perplexity_rows],
         "questions": balanced(questions, "kind", section.question_rows),
         "harmful": by_kind["harmful"][: section.harmful_rows],
         "ordinary": by_kind["ordinary"][: section.benign_rows],
         "borderline": by_kind["borderline"][: section.benign_rows],
+    }
+
+
+def training_dirs(data_dir: Path, record: dict[str, Any] | None) -> list[Path]:
+    """Prepared data that a model saw: the one at hand, and the one its record names if other."""
+    dirs = [data_dir]
+    own = Path(record["data_dir"]) if record else data_dir
+    if (own / "manifest.json").is_file() and train_files(own) != train_files(data_dir):
+        dirs.append(own)
+    return dirs
+
+
+def train_files(data_dir: Path) -> dict[str, str]:
+    """Train splits of prepared data and their sha256."""
+    files = datasets.read_manifest(data_dir)["files"]
+    return {name: digest for name, digest in files.items() if name.endswith("train.jsonl")}
+
+
+def contamination(
+    rows: dict[str, list[dict[str, Any]]],
+    measured: dict[str, list[dict[str, Any]]],
+    training_dirs: Sequence[Path],
+) -> dict[str, Any]:
+    """Which held-out rows stand in training data, by the rules of preparation.
+
+    A question is contaminated when a training row has the same one, or 13 words in a row of it; a
+    domain text when a training text does (answers are made from texts about the same diseases, so
+    they are not compared). The overlap rule is that of the GPT-3 paper, without set phrases.
+
+    Args:
+        rows: every row of the split, so that set phrases are known as such.
+        measured: those of them that models are measured on.
+        training_dirs: prepared data whose train splits the models saw.
+
+    Returns {"rows", "training_rows", "found": contaminated rows, "measured": those among them
+    that numbers were computed on, "by_set", "examples": up to 5 [set, question or text]}.
+    """
+    import numpy as np
+
+    size = cleaning.OVERLAP_WORDS
+    held = [(name, row) for name, found in rows.items() for row in found]
+    keys = [datasets.match_key(row.get("text") or row["prompt"]) for _, row in held]
+    is_text = [name == "texts" for name, _ in held]
+    exact: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        exact.setdefault(key, []).append(number)
+    known = {}
+    for kind in (True, False):
+        long = [
+            n for n, key in enumerate(keys) if is_text[n] == kind and key.count(" ") >= size - 1
+        ]
+        texts = [cleaning.windows(cleaning.word_numbers(keys[n].split()), size) for n in long]
+        hashes, origin = cleaning.distinctive(texts, size)
+        known[kind] = hashes, np.array(long, int)[origin]
+    hit: set[int] = set()
+    training_rows = 0
+    for directory in training_dirs:
+        for part, fields in datasets.FIELDS.items():
+            words: list[str] = []
+            for row in datasets.load_split(directory, part, "train"):
+                training_rows += 1
+                own = [datasets.match_key(row[field]) for field in fields[:2]]
+                hit.update(exact.get(own[0], ()))
+                for key in own:
+                    words += [*key.split(), ""]
+            hashes = cleaning.windows(cleaning.word_numbers(words), size)
+            for kind in (True, False) if part == "domain" else (False,):
+                looked_for, origin = known[kind]
+                hit.update(origin[np.isin(looked_for, hashes)].tolist())
+    found = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
+    used = {(name, r.get("text") or r["prompt"]) for name, own in measured.items() for r in own}
+    found.sort(key=lambda entry: (entry not in used, entry))
+    return {
+        "rows": len(held),
+        "training_rows": training_rows,
+        "found": len(found),
+        "measured": sum(entry in used for entry in found),
+        "by_set": {name: sum(n == name for n, _ in found) for name in rows},
+        "examples": [list(entry) for entry in found[:5]],
     }
 
 
@@ -238,14 +325,15 @@ class Journal:
     Args:
         path: the file; its directory exists.
         inputs: whatever the results depend on, as JSON.
+        overwrite: start over in any case.
     """
 
-    def __init__(self, path: Path, inputs: dict[str, Any]):
+    def __init__(self, path: Path, inputs: dict[str, Any], overwrite: bool = False):
         self.path = path
         self.found: dict[str, dict[int, Any]] = {"scores": {}, "answers": {}}
         header = json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
         kept = header
-        content = path.read_bytes() if path.is_file() else b""
+        content = path.read_bytes() if path.is_file() and not overwrite else b""
         if content.startswith(header):
             for line in content[len(header) :].splitlines(keepends=True):
                 if not line.endswith(b"\n"):
@@ -253,6 +341,8 @@ class Journal:
                 part, index, value = json.loads(line)
                 self.found[part][index] = value
                 kept += line
+        elif content:
+            print(f"  {path} was begun from other inputs: starting over")
         self._file = path.open("r+b" if content else "wb")
         if kept == header:
             self._file.write(header)
@@ -265,8 +355,10 @@ class Journal:
         self._file.write(json.dumps([part, index, value], ensure_ascii=False).encode() + b"\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def remove(self) -> None:
+        """Close and delete the file: its content is in a finished result."""
         self._file.close()
+        self.path.unlink()
 
 
 class Progress:
