@@ -257,6 +257,7 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     last = list(results.values())[-1]
     manifest_file = Path(last["model"]["data_dir"]) / "manifest.json"
     manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else None
+    sources = manifest["sources"] if manifest else []
     versions: dict[str, str] = {}
     for record in records.values():
         versions |= record.get("versions", {})
@@ -275,7 +276,7 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "samples": samples(results),
         "costs": {label: result["cost"] for label, result in results.items()},
         "manifest": manifest,
-        "licences": sorted({s["licence"] for s in manifest["sources"]}) if manifest else [],
+        "licences": sorted({source["licence"] for source in sources if source["licence"]}),
         "versions": versions,
         "base_model": last["model"]["name"],
         "base_licence": next(
