@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from liteguard import cleaning, datasets, metrics, models
@@ -57,32 +61,77 @@ class Checkpoint:
         self.prompt = config.prompt
         self.batch_size = config.evaluate.batch_size
         self.model, self.tokenizer = models.load_merged(config, adapter)
+        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        models.pack_linear_layers(self.model)
+        # Batches that are computed at a time.
+        self.lanes = min(os.cpu_count() or 1, 4) if self.model.device.type == "cpu" else 1
         vocabulary = self.tokenizer.get_vocab()
         self.stop_ids = [vocabulary[token] for token in self.prompt.stop_tokens]
 
     def peak_rss_gb(self) -> float:
         return peak_rss_gb()
 
-    def _batches(self, lengths: Sequence[int], largest: Callable[[int], int]) -> Iterator[Any]:
-        """Indices in batches of similar length, longest first: too little memory shows at once.
+    def _side_by_side(
+        self, batches: list[list[int]], work: Callable[[list[int]], Iterator[Any]]
+    ) -> Iterator[Any]:
+        """What `work` yields for each batch; on a CPU a batch per core (at most 4) at a time.
 
-        `largest` gives the rows that a batch of that length may have.
+        Threads that share one batch wait for each other after each of a thousand small operations
+        a step, and beside another busy process wait several times as long as they work. Threads
+        with a batch each hardly wait; they share the model.
         """
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        while order:
-            size = largest(lengths[order[0]])
-            yield order[:size]
-            order = order[size:]
+        import torch
+
+        threads = torch.get_num_threads()
+        lanes = min(self.lanes, len(batches))
+        if lanes < 2:
+            for batch in batches:
+                yield from work(batch)
+            return
+        todo, results = deque([*batches, *[()] * lanes]), SimpleQueue()
+
+        def run() -> None:
+            torch.set_num_threads(threads // lanes)  # of this thread only
+            try:
+                for batch in iter(todo.popleft, ()):
+                    for result in work(batch):
+                        results.put(result)
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+
+        for _ in range(lanes):
+            threading.Thread(target=run, daemon=True).start()
+        try:
+            while lanes:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    lanes -= 1
+                else:
+                    yield result
+        finally:
+            todo.clear()
+            torch.set_num_threads(threads)
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int
     ) -> Iterator[tuple[int, Generated]]:
         encoded = [models.encode(self.tokenizer, prompt) for prompt in prompts]
-        for batch in self._batches([len(ids) for ids in encoded], lambda length: self.batch_size):
+        # Longest first: too little memory shows at once. In equal batches, so that no core idles.
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        rounds = -(-len(order) // (self.batch_size * self.lanes))
+        size = max(1, -(-len(order) // max(1, rounds * self.lanes)))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def work(batch: list[int]) -> Iterator[tuple[int, Generated]]:
             for row, ids in self._generate_batch([encoded[i] for i in batch], max_new_tokens):
                 stopped = ids[-1] in self.stop_ids
                 text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
                 yield batch[row], Generated(text.strip(), len(ids), stopped)
+
+        return self._side_by_side(batches, work)
 
     def _generate_batch(
         self, encoded: list[list[int]], max_new_tokens: int
@@ -138,13 +187,21 @@ class Checkpoint:
 
         encoded = [[models.encode(self.tokenizer, part) for part in pair] for pair in pairs]
         lengths = [len(before) + len(after) for before, after in encoded]
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        device = self.model.device
-        for batch in self._batches(lengths, lambda n: max(1, LOGITS_PER_BATCH // (n * vocabulary))):
+        order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
+        batches = []
+        while order:
+            most = max(1, LOGITS_PER_BATCH // (lengths[order[0]] * self.vocabulary))
+            # Padding is computed too: no text that is much shorter.
+            batch = [i for i in order[:most] if lengths[i] > 0.8 * lengths[order[0]]]
+            batches.append(batch)
+            order = order[len(batch) :]
+
+        def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
             length = lengths[batch[0]]
             # Padding is on the right, where causal attention does not look: no mask is needed.
             sequences = [encoded[i][0] + encoded[i][1] for i in batch]
-            ids = torch.tensor([s + [0] * (length - len(s)) for s in sequences], device=device)
+            ids = torch.tensor([s + [0] * (length - len(s)) for s in sequences])
+            ids = ids.to(self.model.device)
             # Position i predicts token i + 1: the last context token predicts the first target.
             first = min(len(encoded[i][0]) for i in batch) - 1
             with torch.inference_mode():
@@ -155,6 +212,8 @@ class Checkpoint:
                 before, after = map(len, encoded[index])
                 begin = before - 1 - first
                 yield index, (float(chosen[row, begin : begin + after].double().sum()), after)
+
+        return self._side_by_side(batches, work)
 
 
 class DeviceBundle:
