@@ -131,14 +131,10 @@ def main() -> None:
     if args.bundle:
         for workers, threads in ((1, 2), (2, 1)):
             name = f"{workers} process{'es' * (workers > 1)}, {threads} thread{'s' * (threads > 1)}"
-            with runtime.BundleWorkers(
-                Path(args.bundle), workers=workers, threads=threads
-            ) as found:
-                list(found.generate(prompts[:2] * workers, 2))  # opens the bundle in each
-                bench.run("bundle", name, lambda: found.generate(prompts, limit))  # noqa: B023
-                list(found.score(pairs[:1] * 2 * workers))
-                bench.run("bundle texts", name, lambda: found.score(pairs))  # noqa: B023
-                print(f"{'':34}peak memory of the workers {found.peak_rss_gb():.2f} GB")
+            found = runtime.BundleWorkers(Path(args.bundle), workers=workers, threads=threads)
+            bench.run("bundle", name, lambda: found.generate(prompts, limit))  # noqa: B023
+            bench.run("bundle texts", name, lambda: found.score(pairs))  # noqa: B023
+            print(f"{'':34}peak memory of the workers {found.peak_rss_gb:.2f} GB")
     if args.json:
         kept = [{k: v for k, v in row.items() if k != "values"} for row in bench.rows]
         checkpoints.write_json(Path(args.json), {"rows": kept})

@@ -223,7 +223,7 @@ class DeviceBundle:
         self.workers = workers
 
     def peak_rss_gb(self) -> float:
-        return round(peak_rss_gb() + self.workers.peak_rss_gb(), 3)
+        return round(peak_rss_gb() + self.workers.peak_rss_gb, 3)
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int
@@ -243,8 +243,7 @@ def open_answerer(config: Config, path: Path | None) -> Iterator[Answerer]:
     else:
         from liteguard.runtime import BundleWorkers
 
-        with BundleWorkers(path) as workers:
-            yield DeviceBundle(workers)
+        yield DeviceBundle(BundleWorkers(path))
 
 
 def held_out(

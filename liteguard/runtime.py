@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import sys
 import threading
 import time
@@ -112,6 +113,10 @@ class Bundle:
         """Token ids of `text` as the device computes them; nothing is added."""
         return self._engine.tokenize(text)
 
+    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`tokenize` of each text."""
+        return [self.tokenize(text) for text in texts]
+
     def detokenize(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens included."""
         return self._engine.detokenize(ids)
@@ -203,10 +208,14 @@ class Bundle:
         Raises:
             WorkError: context and targets do not fit the KV cache.
         """
+        # Tokenized apart, as the device sees them: the prompt is prefilled, the answer follows.
+        return self.score_ids(self.tokenize(context), self.tokenize(targets))
+
+    def score_ids(self, context: list[int], targets: list[int]) -> tuple[float, int]:
+        """`score` of token ids; the engine need not be open."""
         if self._scorer is None:
             self._scorer = _Scorer(self.path, self.threads)
-        # Tokenized apart, as the device sees them: the prompt is prefilled, the answer follows.
-        return self._scorer.score(self.tokenize(context), self.tokenize(targets))
+        return self._scorer.score(context, targets)
 
     def benchmark(
         self, rendered: str | None = None, *, decode_tokens: int = 64
@@ -240,10 +249,10 @@ class Bundle:
 
 
 class BundleWorkers:
-    """The same bundle in several processes, for many prompts or texts; a context manager.
+    """The same bundle in several processes, for many prompts or texts.
 
-    A decode step reads every weight for one token and gives a second core little to do, so that
-    two engines with one thread each write more tokens per second than one with two
+    A decode step computes one token, and threads that share so little work mostly wait for each
+    other: engines with one thread each write more tokens per second together than one with all
     (benchmarks/bench_evaluation.py measures by how much).
 
     Args:
@@ -263,30 +272,7 @@ class BundleWorkers:
         fitting = cores if free is None else free // (WORKER_MEMORY * self.path.stat().st_size)
         self.workers = workers or max(1, min(cores, fitting))
         self.threads = threads or max(1, cores // self.workers)
-        self._peaks: dict[int, float] = {}
-        self._pool: Any = None
-
-    def __enter__(self) -> BundleWorkers:
-        # Spawned: forking a process whose libraries run threads can deadlock.
-        self._pool = ProcessPoolExecutor(
-            self.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(self.path, self.threads),
-        )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def peak_rss_gb(self) -> float:
-        """Peak memory of all worker processes together, in GB of 10^9 bytes."""
-        return sum(self._peaks.values())
+        self.peak_rss_gb = 0.0  # of all processes at a time, in GB of 10^9 bytes
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
         """(index, `Bundle.generate`'s answer) of each prompt, as they come."""
@@ -294,17 +280,30 @@ class BundleWorkers:
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
         """(index, `Bundle.score`'s result) of each (context, targets), as they come."""
-        return self._map("score", pairs)
+        parts = [part for pair in pairs for part in pair]
+        ids = dict(self._map("tokenize_all", [(parts,)]))[0]
+        return self._map("score_ids", list(zip(ids[::2], ids[1::2], strict=True)))
 
     def _map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """(index, result) of a method of `Bundle` for each call's arguments.
+
+        Processes live for one job: engines and models that score take gigabytes each, and of those
+        a process that has had both gives back only a part.
+        """
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(calls)) or 1,
+            # Forking a process whose libraries run threads can deadlock.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self.path, self.threads),
+        )
         pending = {
-            self._pool.submit(_work, method, *arguments): index
-            for index, arguments in enumerate(calls)
+            pool.submit(_work, method, *arguments): index for index, arguments in enumerate(calls)
         }
+        peaks: dict[int, float] = {}
         try:
             for future in as_completed(pending):
-                result, process, peak = future.result()
-                self._peaks[process] = peak
+                result, process, peaks[process] = future.result()
                 yield pending[future], result
         except BrokenProcessPool as error:
             raise WorkError(
@@ -313,12 +312,13 @@ class BundleWorkers:
                 "are kept."
             ) from error
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
+            self.peak_rss_gb = max(self.peak_rss_gb, sum(peaks.values()))
 
 
-# What a worker process needs at its peak, as a multiple of the bundle's size.
-WORKER_MEMORY = 20
+# What a worker process needs at its peak, as a multiple of the bundle's size: weights are unpacked
+# for each signature (measured: 2.5 GB for 142 MB of 8-bit weights computed in float32).
+WORKER_MEMORY = 18
 _worker: Bundle | None = None
 
 
@@ -327,20 +327,22 @@ def _start_worker(path: Path, threads: int) -> None:
     of what goes wrong."""
     global _worker
     _worker = Bundle(path, threads=threads)
+    multiprocessing.util.Finalize(None, _worker.__exit__, (None, None, None), exitpriority=10)
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    # Ctrl-C reaches the whole group; the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A killed parent cannot say so, and its workers would wait for work for ever.
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:
-    """(result of a method of this process's bundle, process id, peak memory in GB)."""
-    if not _worker.is_open:
+    """(result of a method of this process's bundle, process id, its peak memory in GB)."""
+    if method != "score_ids" and not _worker.is_open:
         _worker.__enter__()
-        multiprocessing.util.Finalize(None, _worker.__exit__, (None, None, None), exitpriority=10)
     return getattr(_worker, method)(*arguments), os.getpid(), peak_rss_gb()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -294,16 +295,17 @@ def test_workers_answer_as_one_bundle_does(pipeline):
         for organ in ("heart", "skin", "lung", "eye", "ear")
     ]
     pairs = [("The", f" {organ} affects the lung.") for organ in ("heart", "skin", "eye")]
-    with Bundle(path, threads=1) as single, BundleWorkers(path, workers=2, threads=1) as several:
+    several = BundleWorkers(path, workers=2, threads=1)
+    with Bundle(path, threads=1) as single:
         expected = [single.generate(prompt, 24) for prompt in prompts]
         found = dict(several.generate(prompts, 24))
         assert [(found[i].text, found[i].tokens) for i in range(5)] == [
             (answer.text, answer.tokens) for answer in expected
         ]
         assert dict(several.score(pairs)) == dict(enumerate(single.score(*p) for p in pairs))
-        assert several.peak_rss_gb() > 0.1
+        assert several.peak_rss_gb > 0.1
         with pytest.raises(WorkError, match="must fit the KV cache"):
             list(several.generate(["The heart " * 200], 4))
-        several._pool.submit(os._exit, 1)
         with pytest.raises(WorkError, match="was killed"):
-            list(several.generate(prompts, 24))
+            for _ in several.generate(prompts * 20, 24):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
