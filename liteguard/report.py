@@ -43,20 +43,21 @@ def _cell(result: dict[str, Any], key: str, form: str) -> str:
     return form.format(result[key]) if key in result else "-"
 
 
-# Rows of the comparison: key, title, form of a number, whether more is better (None: neither).
+# Rows of the comparison: key, title, form of a number, form of its interval's limits, whether more
+# is better (None: neither).
 METRICS = (
-    ("perplexity", "Perplexity", "{:.2f}", False),
-    ("bits_per_byte", "Bits per byte", "{:.3f}", False),
-    ("rouge1", "ROUGE-1", "{:.3f}", True),
-    ("rouge2", "ROUGE-2", "{:.3f}", True),
-    ("rougeL", "ROUGE-L", "{:.3f}", True),
-    ("bleu", "BLEU", "{:.2f}", True),
-    ("refused_harmful", "Harmful refused", "{:.0%}", True),
-    ("refused_benign", "Ordinary refused", "{:.0%}", False),
-    ("refused_borderline", "Borderline refused", "{:.0%}", False),
-    ("stopped", "Ended by itself", "{:.0%}", True),
-    ("repeated", "Repeats a sentence", "{:.0%}", False),
-    ("answer_words", "Words per answer", "{:.1f}", None),
+    ("perplexity", "Perplexity", "{:.2f}", "{:.1f}", False),
+    ("bits_per_byte", "Bits per byte", "{:.3f}", "{:.2f}", False),
+    ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
+    ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
+    ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
+    ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
+    ("refused_harmful", "Harmful refused", "{:.0%}", "{:.0%}", True),
+    ("refused_benign", "Ordinary refused", "{:.0%}", "{:.0%}", False),
+    ("refused_borderline", "Borderline refused", "{:.0%}", "{:.0%}", False),
+    ("stopped", "Ended by itself", "{:.0%}", "{:.0%}", True),
+    ("repeated", "Repeats a sentence", "{:.0%}", "{:.0%}", False),
+    ("answer_words", "Words per answer", "{:.1f}", "{:.0f}", None),
 )
 ORDER = ("base", "domain", "instruction", "final", "bundle")
 TITLES = {name: name.capitalize() for name in ORDER}
@@ -64,25 +65,22 @@ VERDICTS = ("refused", "answered", "unclear")
 REQUESTS = {"harmful": "Harmful", "ordinary": "Ordinary", "borderline": "Borderline"}
 
 
-def number_text(result: dict[str, Any], key: str, form: str) -> tuple[str, str]:
+def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
     """(number, its 95 % interval), e.g. ("75 %", "60-86"); a dash where there is none."""
     if key not in result:
         return "-", ""
 
-    def text(value: float) -> str:
-        return form.format(value).replace("%", " %")
-
-    interval = result.get("intervals", {}).get(key)
+    interval = result.get("intervals", {}).get(key) or ()
     # The unit stands once, and a minus sign never occurs in these numbers.
-    limits = "-".join(text(value).removesuffix(" %") for value in interval) if interval else ""
-    return text(result[key]), limits
+    limits = "-".join(limits_form.format(value).removesuffix("%") for value in interval)
+    return form.format(result[key]).replace("%", " %"), limits
 
 
 def comparison(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the table Metric | Base | Domain | ...: title and, per model, number and interval."""
     rows = []
-    for key, title, form, more_is_better in METRICS:
-        cells = {label: number_text(result, key, form) for label, result in results.items()}
+    for key, title, form, limits, more_is_better in METRICS:
+        cells = {label: number_text(result, key, form, limits) for label, result in results.items()}
         if any(number != "-" for number, _ in cells.values()):
             n = next(r["n"][key] for r in results.values() if key in r.get("n", {}))
             arrow = {True: "higher is better", False: "lower is better", None: ""}[more_is_better]
@@ -95,7 +93,7 @@ def comparison(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             cells[label] = (shown, "")
         if any(number != "-" for number, _ in cells.values()):
             n = max(sum(r["verdicts"][name].values()) for r in results.values())
-            title = f"{title}: refused / answered / unclear"
+            title = f"{title}: refused/answered/unclear"
             rows.append({"key": name, "title": title, "n": n, "arrow": "", "cells": cells})
     return rows
 

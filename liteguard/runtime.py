@@ -327,7 +327,7 @@ def _start_worker(path: Path, threads: int) -> None:
     of what goes wrong."""
     global _worker
     _worker = Bundle(path, threads=threads)
-    multiprocessing.util.Finalize(None, _worker.__exit__, (None, None, None), exitpriority=10)
+    multiprocessing.util.Finalize(None, _close_worker, exitpriority=10)
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
@@ -337,6 +337,12 @@ def _start_worker(path: Path, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A killed parent cannot say so, and its workers would wait for work for ever.
     threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _close_worker() -> None:
+    """Ends the bundle with the process, whose C++ libraries print to the last."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _worker.__exit__(None, None, None)
 
 
 def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:

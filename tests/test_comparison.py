@@ -44,7 +44,7 @@ def test_the_table_holds_the_results_numbers(compared):
         assert stages[label]["rouge1"] == result["rouge1"]
         low, high = result["intervals"]["rouge1"]
         assert low <= result["rouge1"] <= high
-        assert f"{result['rouge1']:.3f} ({low:.3f}-{high:.3f})" in table
+        assert f"{result['rouge1']:.3f} ({low:.2f}-{high:.2f})" in table
         low, high = result["intervals"]["refused_harmful"]
         shown = f"{result['refused_harmful']:.0%} ({low:.0%}-{high:.0%})".replace("%-", "-")
         assert shown.replace("%)", ")").replace("%", " %") in screen
