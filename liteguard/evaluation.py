@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -9,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -480,6 +482,7 @@ def collect(
     cost = {"scoring_s": 0.0, "scored_tokens": 0, "generation_s": 0.0, "generated_tokens": 0}
     if not any(todo.values()):
         return {**cost, "peak_rss_gb": peak_rss_gb()}
+    release_memory()
     with open_model() as model:
         begin = time.monotonic()
         progress = Progress("texts scored", len(pairs), known["scores"])
@@ -500,6 +503,13 @@ def collect(
         cost["generation_s"] = time.monotonic() - begin
         cost["peak_rss_gb"] = model.peak_rss_gb()
     return {k: round(v, 2) if isinstance(v, float) else v for k, v in cost.items()}
+
+
+def release_memory() -> None:
+    """Give back what the last model took; glibc would keep it for a next one."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def text_pairs(config: Config, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
