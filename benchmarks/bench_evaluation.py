@@ -5,8 +5,8 @@
         --bundle demo/liteguard_smollm2.task --json bench.json
 
 Same prompts and texts in every row of the table, on the embedded base model or a checkpoint, and
-on a bundle if one is given. `generate` is Transformers' own batched generation, which computes a
-row until the last one of its batch has ended. `same` counts answers equal to the first row's
+on a bundle if one is given. `generate` is Transformers' own batched generation, one batch at a time, in
+which a row is computed until the last one of its batch has ended. `same` counts answers equal to the first row's
 (floating-point sums depend on the batch, so that ties may fall the other way).
 """
 
@@ -113,9 +113,10 @@ def main() -> None:
 
     if not args.only_bundle:
         model = evaluation.Checkpoint(own, Path(args.checkpoint) if args.checkpoint else None)
-        model.batch_size = 1
+        lanes, model.lanes, model.batch_size = model.lanes, 1, 1
         list(model.generate(prompts[:1], 4))  # the first call sets things up
         bench.run("answers", "one by one", lambda: model.generate(prompts, limit))
+        model.lanes = lanes
         for size in args.batch_size:
             model.batch_size = size
             name = f"batches of {size}"
