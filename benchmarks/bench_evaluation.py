@@ -5,9 +5,10 @@
         --bundle demo/liteguard_smollm2.task --json bench.json
 
 Same prompts and texts in every row of the table, on the embedded base model or a checkpoint, and
-on a bundle if one is given. `generate` is Transformers' own batched generation, one batch at a time, in
-which a row is computed until the last one of its batch has ended. `same` counts answers equal to the first row's
-(floating-point sums depend on the batch, so that ties may fall the other way).
+on a bundle if one is given. `generate` is Transformers' own batched generation, one batch at a
+time, in which a row is computed until the last one of its batch has ended. `same` counts answers
+equal to the first row's (floating-point sums depend on the batch, so that ties may fall the other
+way). The start of the bundle's processes counts: give it enough prompts.
 """
 
 from __future__ import annotations
