@@ -562,7 +562,7 @@ def summarise(
     by_set = {name: [a for a in answers if a["set"] == name] for name in ("questions", *REQUESTS)}
     predictions = [a["answer"] for a in by_set["questions"]]
     references = [a["reference"] for a in by_set["questions"]]
-    overlap = metrics.rouge_rows(predictions, references)
+    overlap = metrics.rouge(predictions, references)
     bleu, signature = metrics.bleu(predictions, references)
     words = [len(a["answer"].split()) for a in answers]
     rates = {  # name -> (answers, key that is true or not)

@@ -23,7 +23,7 @@ def bits_per_byte(sum_log_likelihood: float, utf8_bytes: int) -> float:
     return -sum_log_likelihood / math.log(2) / utf8_bytes
 
 
-def rouge_rows(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each row, with stemming (rouge-score)."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -31,11 +31,6 @@ def rouge_rows(predictions: Sequence[str], references: Sequence[str]) -> dict[st
     scorer = RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
     return {kind: [s[kind].fmeasure for s in scores] for kind in kinds}
-
-
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming (rouge-score), between 0 and 1."""
-    return {kind: sum(f) / len(f) for kind, f in rouge_rows(predictions, references).items()}
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
