@@ -252,8 +252,9 @@ class BundleWorkers:
     """The same bundle in several processes, for many prompts or texts.
 
     A decode step computes one token, and threads that share so little work mostly wait for each
-    other: engines with one thread each write more tokens per second together than one with all
-    (benchmarks/bench_evaluation.py measures by how much).
+    other: one thread takes 12 to 26 % less processor time a token than two. What that gains on the
+    clock depends on the machine, and the processes' start (some seconds) and memory come off it
+    (benchmarks/bench_evaluation.py; docs/experiments.md).
 
     Args:
         path: the bundle.
