@@ -281,6 +281,8 @@ class BundleWorkers:
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
         """(index, `Bundle.score`'s result) of each (context, targets), as they come."""
+        if not pairs:
+            return iter(())  # not worth opening the bundle
         parts = [part for pair in pairs for part in pair]
         ids = dict(self._map("tokenize_all", [(parts,)]))[0]
         return self._map("score_ids", list(zip(ids[::2], ids[1::2], strict=True)))
