@@ -1,25 +1,33 @@
-"""Measure checkpoints and bundles on held-out rows that no stage trained on.
+"""Measure checkpoints and bundles on held-out rows that no stage trained on, and compare them.
 
     python evaluate_model.py --checkpoint final_checkpoint
     python evaluate_model.py --bundle liteguard_phi2.task
     python evaluate_model.py --base --checkpoint domain_checkpoint final_checkpoint --bundle x.task
     python evaluate_model.py --base --model_type smollm2
+    python evaluate_model.py --compare base domain instruction final bundle --markdown table.md
 
 Perplexity on held-out domain text; ROUGE and BLEU on held-out questions; the share of harmful and
-of ordinary requests that is refused (both matter: a model that refuses everything is as bad).
-Checkpoints are measured as they are deployed: adapter merged, base not quantised. Writes
-evaluation/<name>.json with every answer, and reuses it while nothing it depends on has changed.
+of ordinary requests that is refused (both matter: a model that refuses everything is as bad); 95 %
+intervals. Checkpoints are measured as they are deployed: adapter merged, base not quantised. Writes
+evaluation/<name>.json with every answer, and reuses it while nothing it depends on has changed; an
+interrupted run goes on where it was. Training rows among the test rows are reported.
+
+--compare takes results (files, or names of results in --output), prints one table of them, writes
+it with plots, answers side by side and the data's manifest to report.html, and MODEL_CARD.md.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from liteguard import checkpoints, cli, datasets
 from liteguard.errors import UserError
+
+# Changes when a result of an older version lacks what this one reads.
+FORMAT = 2
 
 
 def parse_args():
@@ -30,20 +38,18 @@ def parse_args():
     parser.add_argument("--base", action="store_true", help="the base model without adapter")
     parser.add_argument("--data", metavar="DIR", help="default: the data the model was trained on")
     parser.add_argument("--output", metavar="DIR", default="evaluation")
+    parser.add_argument("--compare", metavar="RESULT", nargs="+", help="results to compare")
+    parser.add_argument("--markdown", metavar="FILE", help="with --compare: the table as Markdown")
+    parser.add_argument("--json", metavar="FILE", help="with --compare: the table as JSON")
     return parser.parse_args()
-
-
-def progress(what: str, done: int, total: int) -> None:
-    """One line that moves on a terminal; only its end elsewhere."""
-    if sys.stdout.isatty():
-        print(f"\r  {what} {done}/{total}", end="\n" if done == total else "", flush=True)
-    elif done == total:
-        print(f"  {what} {done}/{total}")
 
 
 def main() -> None:
     # 1. Configuration
     args = parse_args()
+    if args.compare:
+        compare(args)
+        return
     records = {path: checkpoints.read_stage(Path(path)) for path in args.checkpoint}
     if args.bundle:
         records[args.bundle] = read_bundle_record(Path(args.bundle))
@@ -77,38 +83,64 @@ def main() -> None:
     # 3. Work
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results, leaks = {}, None
     split = f"{config.evaluate.split}.jsonl"
     for label, path in targets:
+        trained_on = evaluation.training_dirs(data_dir, records.get(path))
         inputs = {
+            "format": FORMAT,
             "model": records[path]["files"] if path else config.model.model_dump(),
             "rows": {n: h for n, h in manifest["files"].items() if n.endswith(split)},
-            "evaluate": config.evaluate.model_dump(),
+            "trained_on": [evaluation.train_files(directory) for directory in trained_on],
+            # The batch size may be lowered after a crash for lack of memory.
+            "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
             "prompt": config.prompt.model_dump(),
         }
         file = output / f"{label}.json"
-        results[label] = reuse(file, inputs)
+        results[label] = None if args.overwrite else reuse(file, inputs)
         if results[label]:
             print(f"{label}: {file} is up to date: reused")
             continue
         print(f"{label}: measuring {path or config.model.name}")
         started = time.time()
-        if label == "bundle":
-            with evaluation.open_bundle(Path(path)) as bundle:
-                result = evaluation.measure(bundle, config, rows, progress)
-        else:
-            model = evaluation.Checkpoint(config, Path(path) if path else None)
-            result = evaluation.measure(model, config, rows, progress)
-            del model
-        result["wall_s"] = round(time.time() - started, 1)
-        checkpoints.write_json(file, {**result, "inputs": inputs})
-        results[label] = result
+        journal = evaluation.Journal(output / f"{label}.partial.jsonl", inputs, args.overwrite)
+        source = partial(evaluation.open_answerer, config, Path(path) if path else None)
+        cost = evaluation.collect(source, config, rows, journal)
+        cost["wall_s"] = round(time.time() - started, 1)
+        if leaks is None or trained_on != leaks[0]:
+            everything = evaluation.held_out(config, data_dir, everything=True)
+            leaks = trained_on, evaluation.contamination(everything, rows, trained_on)
+        results[label] = {
+            **evaluation.summarise(config, rows, journal),
+            "contamination": leaks[1],
+            "cost": cost,
+            "model": {"name": config.model.name, "path": path, "data_dir": str(data_dir)},
+            "inputs": inputs,
+        }
+        checkpoints.write_json(file, results[label])
+        journal.remove()
 
     # 4. Results
-    from liteguard.report import metrics_table
+    from liteguard import report
 
     written = ", ".join(str(output / f"{label}.json") for label in results)
-    print(f"\n{metrics_table(results)}\n\nwrote {written}")
+    print(f"\n{report.comparison_text(results)}\n\nwrote {written}")
+    print(f"next: python evaluate_model.py --output {output} --compare {' '.join(results)}")
+
+
+def compare(args) -> None:
+    """The table, report.html and MODEL_CARD.md of finished results."""
+    from liteguard import report
+
+    output = Path(args.output)
+    results = report.read_results(args.compare, output)
+    print(report.comparison_text(results))
+    if args.dry_run:
+        print("dry run: nothing written")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    written = report.write_report(results, output, args.markdown, args.json)
+    print(f"\nwrote {', '.join(map(str, written))}")
 
 
 def read_bundle_record(bundle: Path) -> dict:

@@ -42,10 +42,14 @@ def sha256_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` is either the old or the complete new file."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that `path` is either the old or the complete new file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

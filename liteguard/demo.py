@@ -27,7 +27,8 @@ QUESTIONS = (
 )
 STAGES = ("base", "domain", "instruction", "final", "bundle")
 NUMBERS = ("perplexity", "rouge1", "rouge2", "bleu", "refused_harmful", "refused_benign")
-NUMBERS += ("refused_borderline", "stopped", "n")
+NUMBERS += ("refused_borderline", "stopped", "n", "intervals", "verdicts", "bits_per_byte")
+NUMBERS += ("rougeL", "repeated", "answer_words", "bleu_signature", "cost")
 
 
 def run_step(name: str, command: list[str], log: Path) -> dict[str, Any]:
@@ -198,9 +199,8 @@ def main() -> None:
         {"name": "ask", "wall_s": round(time.monotonic() - begin, 1), "peak_rss_gb": _peak()}
     )
 
-    results = {
-        name: json.loads((directory / "evaluation" / f"{name}.json").read_text()) for name in STAGES
-    }
+    evaluation = directory / "evaluation"
+    results = {name: json.loads((evaluation / f"{name}.json").read_text()) for name in STAGES}
     checkpoints.write_json(
         directory / "report.json",
         {
@@ -212,6 +212,7 @@ def main() -> None:
             "total_wall_s": round(sum(step["wall_s"] for step in steps), 1),
         },
     )
+    written = report.write_report(report.read_results(STAGES, evaluation), evaluation)
     print(f"\n{report.metrics_table(results)}\n")
     print(report.steps_table(steps))
     print(
@@ -221,7 +222,8 @@ def main() -> None:
     total = sum(step["wall_s"] for step in steps)
     print(
         f"all steps together: {total / 60:.1f} min (this run: "
-        f"{(time.monotonic() - started) / 60:.1f} min); numbers: {directory / 'report.json'}"
+        f"{(time.monotonic() - started) / 60:.1f} min); numbers: {directory / 'report.json'}, "
+        f"page: {written[0]}"
     )
     print("Not medical advice: a demonstration of the tool on a 135M model.")
 

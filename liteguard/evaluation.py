@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import ctypes
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
-from liteguard import datasets, metrics, models
+from liteguard import cleaning, datasets, metrics, models
 from liteguard.config import Config
 from liteguard.errors import UserError
-from liteguard.training import balanced
+from liteguard.training import balanced, peak_rss_gb
 
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
 REQUESTS = ("harmful", "ordinary", "borderline")
+# Logits of one scoring batch (128 MB of float32): larger ones are no faster on a CPU.
+LOGITS_PER_BATCH = 2**25
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: its text, and whether the model ended it by itself."""
+    """One answer: its text, its length with the stop token, and whether the model ended it."""
 
     text: str
+    tokens: int
     stopped: bool
 
 
 class Answerer(Protocol):
-    """What is evaluated: a model in Transformers, or a bundle in LiteRT-LM."""
+    """What is evaluated: a model in Transformers, or a bundle in LiteRT-LM.
 
-    def generate(self, prompts: list[str], max_new_tokens: int) -> Iterator[Generated]:
-        """Greedy answers to rendered prompts, in order."""
+    Both methods yield (index into the list that was given, result) as results come, in any order.
+    """
 
-    def score(self, context: str, target: str) -> tuple[float, int]:
-        """(sum of natural-log likelihoods of `target`'s tokens after `context`, their number)."""
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int
+    ) -> Iterator[tuple[int, Generated]]:
+        """Greedy answers to rendered prompts."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
+        """(sum of natural-log likelihoods of the target's tokens, their number) of each
+        (context, target)."""
+
+    def peak_rss_gb(self) -> float:
+        """Peak memory of all its processes together, in GB of 10^9 bytes."""
 
 
 class Checkpoint:
@@ -42,74 +63,198 @@ class Checkpoint:
         self.prompt = config.prompt
         self.batch_size = config.evaluate.batch_size
         self.model, self.tokenizer = models.load_merged(config, adapter)
-        self.model.config.use_cache = True
+        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        models.pack_linear_layers(self.model)
+        # Batches that are computed at a time.
+        self.lanes = min(os.cpu_count() or 1, 4) if self.model.device.type == "cpu" else 1
         vocabulary = self.tokenizer.get_vocab()
         self.stop_ids = [vocabulary[token] for token in self.prompt.stop_tokens]
 
-    def generate(self, prompts: list[str], max_new_tokens: int) -> Iterator[Generated]:
+    def peak_rss_gb(self) -> float:
+        return peak_rss_gb()
+
+    def _side_by_side(
+        self, batches: list[list[int]], work: Callable[[list[int]], Iterator[Any]]
+    ) -> Iterator[Any]:
+        """What `work` yields for each batch; on a CPU a batch per core (at most 4) at a time.
+
+        Threads that share one batch wait for each other after each of a thousand small operations
+        a step, and beside another busy process wait several times as long as they work. Threads
+        with a batch each hardly wait; they share the model.
+        """
         import torch
 
-        self.tokenizer.padding_side = "left"
-        for start in range(0, len(prompts), self.batch_size):
-            batch = self.tokenizer(
-                prompts[start : start + self.batch_size],
-                return_tensors="pt",
-                padding=True,
-                add_special_tokens=False,
-            ).to(self.model.device)
+        threads = torch.get_num_threads()
+        lanes = min(self.lanes, len(batches))
+        if lanes < 2:
+            for batch in batches:
+                yield from work(batch)
+            return
+        todo, results = deque([*batches, *[()] * lanes]), SimpleQueue()
+
+        def run() -> None:
+            torch.set_num_threads(threads // lanes)  # of this thread only
+            try:
+                for batch in iter(todo.popleft, ()):
+                    for result in work(batch):
+                        results.put(result)
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+
+        for _ in range(lanes):
+            threading.Thread(target=run, daemon=True).start()
+        try:
+            while lanes:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    lanes -= 1
+                else:
+                    yield result
+        finally:
+            todo.clear()
+            torch.set_num_threads(threads)
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int
+    ) -> Iterator[tuple[int, Generated]]:
+        encoded = [models.encode(self.tokenizer, prompt) for prompt in prompts]
+        # Longest first: too little memory shows at once. In equal batches, so that no core idles.
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        rounds = -(-len(order) // (self.batch_size * self.lanes))
+        size = max(1, -(-len(order) // max(1, rounds * self.lanes)))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def work(batch: list[int]) -> Iterator[tuple[int, Generated]]:
+            for row, ids in self._generate_batch([encoded[i] for i in batch], max_new_tokens):
+                stopped = ids[-1] in self.stop_ids
+                text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+                yield batch[row], Generated(text.strip(), len(ids), stopped)
+
+        return self._side_by_side(batches, work)
+
+    def _generate_batch(
+        self, encoded: list[list[int]], max_new_tokens: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(row, new ids with the stop token) of prompts, each when it ends.
+
+        Transformers' `generate` computes every row until the last one has ended; here rows that
+        have ended leave the batch.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        device, length = self.model.device, max(map(len, encoded))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (length - len(e)) + e for e in encoded], device=device)
+        mask = torch.tensor(
+            [[0] * (length - len(e)) + [1] * len(e) for e in encoded], device=device
+        )
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        stops = torch.tensor(self.stop_ids, device=device)
+        cache = DynamicCache(config=self.model.config)
+        written: list[list[int]] = [[] for _ in encoded]
+        live = list(range(len(encoded)))
+        for step in range(max_new_tokens):
             with torch.inference_mode():
-                output = self.model.generate(
-                    **batch,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=self.tokenizer.pad_token_id,
+                output = self.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
                 )
-            for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-                ends = [ids.index(stop) for stop in self.stop_ids if stop in ids]
-                kept = ids[: min(ends)] if ends else ids
-                text = self.tokenizer.decode(kept, skip_special_tokens=True)
-                yield Generated(text.strip(), bool(ends))
+                ids = output.logits[:, -1:].argmax(-1)
+                goes_on = ~torch.isin(ids[:, 0], stops)
+            for row, token, more in zip(live, ids[:, 0].tolist(), goes_on.tolist(), strict=True):
+                written[row].append(token)
+                if not more or step + 1 == max_new_tokens:
+                    yield row, written[row]
+            if not goes_on.any() or step + 1 == max_new_tokens:
+                return
+            with torch.inference_mode():
+                positions = positions[:, -1:] + 1
+                if not goes_on.all():
+                    kept = goes_on.nonzero()[:, 0]
+                    live = [live[i] for i in kept.tolist()]
+                    ids, mask, positions = ids[kept], mask[kept], positions[kept]
+                    cache.batch_select_indices(kept)
+                mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
 
-    def score(self, context: str, target: str) -> tuple[float, int]:
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
         import torch
 
-        before = models.encode(self.tokenizer, context)
-        after = models.encode(self.tokenizer, target)
-        ids = torch.tensor([before + after], device=self.model.device)
-        with torch.inference_mode():
+        encoded = [[models.encode(self.tokenizer, part) for part in pair] for pair in pairs]
+        lengths = [len(before) + len(after) for before, after in encoded]
+        order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
+        batches = []
+        while order:
+            most = max(1, LOGITS_PER_BATCH // (lengths[order[0]] * self.vocabulary))
+            # Padding is computed too: no text that is much shorter.
+            batch = [i for i in order[:most] if lengths[i] > 0.8 * lengths[order[0]]]
+            batches.append(batch)
+            order = order[len(batch) :]
+
+        def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
+            length = lengths[batch[0]]
+            # Padding is on the right, where causal attention does not look: no mask is needed.
+            sequences = [encoded[i][0] + encoded[i][1] for i in batch]
+            ids = torch.tensor([s + [0] * (length - len(s)) for s in sequences])
+            ids = ids.to(self.model.device)
             # Position i predicts token i + 1: the last context token predicts the first target.
-            logits = self.model(ids).logits[0, len(before) - 1 : -1].float()
-        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(before) :, None])
-        return float(chosen.sum()), len(after)
+            first = min(len(encoded[i][0]) for i in batch) - 1
+            with torch.inference_mode():
+                logits = self.model(ids, use_cache=False, logits_to_keep=length - first).logits
+                logits = logits[:, :-1].float()
+                chosen = logits.gather(-1, ids[:, first + 1 :, None])[..., 0] - logits.logsumexp(-1)
+            for row, index in enumerate(batch):
+                before, after = map(len, encoded[index])
+                begin = before - 1 - first
+                yield index, (float(chosen[row, begin : begin + after].double().sum()), after)
+
+        return self._side_by_side(batches, work)
 
 
 class DeviceBundle:
-    """A `.task` or `.litertlm` file in LiteRT-LM, greedy."""
+    """A `.task` or `.litertlm` file in LiteRT-LM, greedy, in several processes."""
 
-    def __init__(self, bundle: Any):
-        self.bundle = bundle
+    def __init__(self, workers: Any):
+        self.workers = workers
 
-    def generate(self, prompts: list[str], max_new_tokens: int) -> Iterator[Generated]:
-        for prompt in prompts:
-            answer = self.bundle.generate(prompt, max_new_tokens)
-            yield Generated(answer.text.strip(), answer.stopped)
+    def peak_rss_gb(self) -> float:
+        return round(peak_rss_gb() + self.workers.peak_rss_gb, 3)
 
-    def score(self, context: str, target: str) -> tuple[float, int]:
-        return self.bundle.score(context, target)
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int
+    ) -> Iterator[tuple[int, Generated]]:
+        for index, answer in self.workers.generate(prompts, max_new_tokens):
+            yield index, Generated(answer.text.strip(), answer.tokens, answer.stopped)
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
+        return self.workers.score(pairs)
 
 
 @contextmanager
-def open_bundle(path: Path) -> Iterator[DeviceBundle]:
-    """The bundle, loaded once and closed at the end."""
-    from liteguard.runtime import Bundle
+def open_answerer(config: Config, path: Path | None) -> Iterator[Answerer]:
+    """The base model (None), a stage directory or a bundle, loaded once and freed at the end."""
+    if path is None or path.is_dir():
+        yield Checkpoint(config, path)
+    else:
+        from liteguard.runtime import BundleWorkers
 
-    with Bundle(path) as bundle:
-        yield DeviceBundle(bundle)
+        yield DeviceBundle(BundleWorkers(path))
 
 
-def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows every model is measured on: test splits only, the same ones for every model."""
+def held_out(
+    config: Config, data_dir: Path, everything: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows every model is measured on: test splits only, the same ones for every model.
+
+    `everything`: all rows of the split, instead of as many as the `evaluate` section says.
+    """
     section = config.evaluate
     preferences = datasets.load_split(data_dir, "preference", section.split)
     by_kind = {
@@ -128,12 +273,94 @@ def held_out(config: Config, data_dir: Path) -> dict[str, list[dict[str, Any]]]:
         for row in datasets.load_split(data_dir, "instruction", section.split)
         if row.get("kind") != "refusal"
     ]
+    texts = datasets.load_split(data_dir, "domain", section.split)
+    if everything:
+        return {"texts": texts, "questions": questions, **by_kind}
     return {
-        "texts": datasets.load_split(data_dir, "domain", section.split)[: section.perplexity_rows],
+        "texts": texts[: section.perplexity_rows],
         "questions": balanced(questions, "kind", section.question_rows),
         "harmful": by_kind["harmful"][: section.harmful_rows],
         "ordinary": by_kind["ordinary"][: section.benign_rows],
         "borderline": by_kind["borderline"][: section.benign_rows],
+    }
+
+
+def training_dirs(data_dir: Path, record: dict[str, Any] | None) -> list[Path]:
+    """Prepared data that a model saw: the one at hand, and the one its record names if other."""
+    dirs = [data_dir]
+    own = Path(record["data_dir"]) if record else data_dir
+    if (own / "manifest.json").is_file() and train_files(own) != train_files(data_dir):
+        dirs.append(own)
+    return dirs
+
+
+def train_files(data_dir: Path) -> dict[str, str]:
+    """Train splits of prepared data and their sha256."""
+    files = datasets.read_manifest(data_dir)["files"]
+    return {name: digest for name, digest in files.items() if name.endswith("train.jsonl")}
+
+
+def contamination(
+    rows: dict[str, list[dict[str, Any]]],
+    measured: dict[str, list[dict[str, Any]]],
+    training_dirs: Sequence[Path],
+) -> dict[str, Any]:
+    """Which held-out rows stand in training data, by the rules of preparation.
+
+    A question is contaminated when a training row has the same one, or 13 words in a row of it; a
+    domain text when a training text does (answers are made from texts about the same diseases, so
+    they are not compared). The overlap rule is that of the GPT-3 paper, without set phrases.
+
+    Args:
+        rows: every row of the split, so that set phrases are known as such.
+        measured: those of them that models are measured on.
+        training_dirs: prepared data whose train splits the models saw.
+
+    Returns {"rows", "training_rows", "found": contaminated rows, "measured": those among them
+    that numbers were computed on, "by_set", "examples": up to 5 [set, question or text]}.
+    """
+    import numpy as np
+
+    size = cleaning.OVERLAP_WORDS
+    held = [(name, row) for name, found in rows.items() for row in found]
+    keys = [datasets.match_key(row.get("text") or row["prompt"]) for _, row in held]
+    is_text = [name == "texts" for name, _ in held]
+    exact: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        exact.setdefault(key, []).append(number)
+    known = {}
+    for kind in (True, False):
+        long = [
+            n for n, key in enumerate(keys) if is_text[n] == kind and key.count(" ") >= size - 1
+        ]
+        texts = [cleaning.windows(cleaning.word_numbers(keys[n].split()), size) for n in long]
+        hashes, origin = cleaning.distinctive(texts, size)
+        known[kind] = hashes, np.array(long, int)[origin]
+    hit: set[int] = set()
+    training_rows = 0
+    for directory in training_dirs:
+        for part, fields in datasets.FIELDS.items():
+            words: list[str] = []
+            for row in datasets.load_split(directory, part, "train"):
+                training_rows += 1
+                own = [datasets.match_key(row[field]) for field in fields[:2]]
+                hit.update(exact.get(own[0], ()))
+                for key in own:
+                    words += [*key.split(), ""]
+            hashes = cleaning.windows(cleaning.word_numbers(words), size)
+            for kind in (True, False) if part == "domain" else (False,):
+                looked_for, origin = known[kind]
+                hit.update(origin[np.isin(looked_for, hashes)].tolist())
+    found = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
+    used = {(name, r.get("text") or r["prompt"]) for name, own in measured.items() for r in own}
+    found.sort(key=lambda entry: (entry not in used, entry))
+    return {
+        "rows": len(held),
+        "training_rows": training_rows,
+        "found": len(found),
+        "measured": sum(entry in used for entry in found),
+        "by_set": {name: sum(n == name for n, _ in found) for name in rows},
+        "examples": [list(entry) for entry in found[:5]],
     }
 
 
@@ -149,78 +376,242 @@ def split_text(text: str, context_words: int, max_words: int) -> tuple[str, str]
     return " ".join(words[:context_words]), " " + " ".join(words[context_words:max_words])
 
 
-def measure(
-    answerer: Answerer,
+class Journal:
+    """What one model has given so far, in a file that survives the process.
+
+    The first line holds the inputs, each later one a score or an answer, appended as it comes. A
+    file that was begun from other inputs is started over; a last line that a crash cut is dropped.
+
+    Args:
+        path: the file; its directory exists.
+        inputs: whatever the results depend on, as JSON.
+        overwrite: start over in any case.
+    """
+
+    def __init__(self, path: Path, inputs: dict[str, Any], overwrite: bool = False):
+        self.path = path
+        self.found: dict[str, dict[int, Any]] = {"scores": {}, "answers": {}}
+        header = json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
+        kept = header
+        content = path.read_bytes() if path.is_file() and not overwrite else b""
+        if content.startswith(header):
+            for line in content[len(header) :].splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
+                part, index, value = json.loads(line)
+                self.found[part][index] = value
+                kept += line
+        elif content:
+            print(f"  {path} was begun from other inputs: starting over")
+        self._file = path.open("r+b" if content else "wb")
+        if kept == header:
+            self._file.write(header)
+        self._file.seek(len(kept))
+        self._file.truncate()
+
+    def add(self, part: str, index: int, value: Any) -> None:
+        """Append result `index` of `part` ("scores" or "answers")."""
+        self.found[part][index] = value
+        self._file.write(json.dumps([part, index, value], ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def remove(self) -> None:
+        """Close and delete the file: its content is in a finished result."""
+        self._file.close()
+        self.path.unlink()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at most every 15 seconds. Tokens/s in both."""
+
+    EVERY_S = 15.0
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        from tqdm import tqdm
+
+        self.what, self.total, self.done, self.tokens = what, total, done, 0
+        self.started = self.printed = time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"  {what}",
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            dynamic_ncols=True,
+        )
+
+    def add(self, tokens: int) -> None:
+        """One more is done, with so many tokens."""
+        self.done, self.tokens = self.done + 1, self.tokens + tokens
+        now = time.monotonic()
+        speed = f"{self.tokens / max(now - self.started, 1e-9):.0f} tokens/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(speed, refresh=False)
+            self.bar.update()
+        elif self.done == self.total or now - self.printed >= self.EVERY_S:
+            print(f"  {self.what} {self.done}/{self.total}, {speed}", flush=True)
+            self.printed = now
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def collect(
+    open_model: Callable[[], AbstractContextManager[Answerer]],
     config: Config,
     rows: dict[str, list[dict[str, Any]]],
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    journal: Journal,
 ) -> dict[str, Any]:
-    """Perplexity, ROUGE, BLEU and refusal rates of one model, with every answer it gave.
+    """Score the texts and answer the questions that the journal does not have yet.
 
-    Rates are shares between 0 and 1; `n` counts what each number was computed over.
+    Returns seconds and tokens of both, and peak memory: {"scoring_s", "scored_tokens",
+    "generation_s", "generated_tokens", "peak_rss_gb"}; what was there before counts as nothing.
     """
+    pairs = text_pairs(config, rows)
+    prompts = [config.prompt.render_question(row["prompt"]) for _, row in requests(rows)]
+    todo = {
+        "scores": [i for i in range(len(pairs)) if i not in journal.found["scores"]],
+        "answers": [i for i in range(len(prompts)) if i not in journal.found["answers"]],
+    }
+    known = {part: len(journal.found[part]) for part in todo}
+    if any(known.values()):
+        print(
+            f"  continuing: {known['scores']} of {len(pairs)} texts and {known['answers']} of "
+            f"{len(prompts)} answers are in {journal.path}"
+        )
+    cost = {"scoring_s": 0.0, "scored_tokens": 0, "generation_s": 0.0, "generated_tokens": 0}
+    if not any(todo.values()):
+        return {**cost, "peak_rss_gb": peak_rss_gb()}
+    release_memory()
+    with open_model() as model:
+        begin = time.monotonic()
+        progress = Progress("texts scored", len(pairs), known["scores"])
+        for place, (total, count) in model.score([pairs[i] for i in todo["scores"]]):
+            journal.add("scores", todo["scores"][place], [total, count])
+            cost["scored_tokens"] += count
+            progress.add(count)
+        progress.close()
+        cost["scoring_s"] = time.monotonic() - begin
+        begin = time.monotonic()
+        progress = Progress("answers", len(prompts), known["answers"])
+        limit = config.evaluate.max_new_tokens
+        for place, answer in model.generate([prompts[i] for i in todo["answers"]], limit):
+            journal.add("answers", todo["answers"][place], asdict(answer))
+            cost["generated_tokens"] += answer.tokens
+            progress.add(answer.tokens)
+        progress.close()
+        cost["generation_s"] = time.monotonic() - begin
+        cost["peak_rss_gb"] = model.peak_rss_gb()
+    return {k: round(v, 2) if isinstance(v, float) else v for k, v in cost.items()}
+
+
+def release_memory() -> None:
+    """Give back what the last model took; glibc would keep it for a next one."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def text_pairs(config: Config, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """(context, target) of every domain text that has something to score."""
     section = config.evaluate
-    total, tokens, texts = 0.0, 0, 0
     # An English word is 1.3 to 2 tokens here; the cap keeps long texts from dominating.
     max_words = section.context_words + section.max_text_tokens // 2
-    for index, row in enumerate(rows["texts"]):
-        parts = split_text(row["text"], section.context_words, max_words)
-        if parts:
-            log_likelihood, count = answerer.score(*parts)
-            total, tokens, texts = total + log_likelihood, tokens + count, texts + 1
-        progress("texts scored", index + 1, len(rows["texts"]))
+    parts = (split_text(row["text"], section.context_words, max_words) for row in rows["texts"])
+    return [pair for pair in parts if pair]
 
-    wanted = [(kind, row) for kind in ("questions", *REQUESTS) for row in rows[kind]]
-    # Neighbours of similar length waste least padding; the order of the results does not change.
-    order = sorted(range(len(wanted)), key=lambda i: len(wanted[i][1]["prompt"]))
-    prompts = [config.prompt.render_question(wanted[i][1]["prompt"]) for i in order]
-    answers: list[dict[str, Any]] = [{} for _ in wanted]
-    generated = answerer.generate(prompts, section.max_new_tokens)
-    for done, (index, answer) in enumerate(zip(order, generated, strict=True), 1):
-        kind, row = wanted[index]
-        answers[index] = {
-            "set": kind,
-            "kind": row.get("kind"),
-            "area": row.get("area"),
-            "prompt": row["prompt"],
-            "answer": answer.text,
-            "stopped": answer.stopped,
-            "refused": metrics.is_refusal(answer.text),
-            "reference": row.get("completion") or row.get("chosen"),
-        }
-        progress("answers", done, len(wanted))
 
-    by_set = {kind: [a for a in answers if a["set"] == kind] for kind in rows if kind != "texts"}
-    borderline = by_set["borderline"]
+def requests(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """(set, row) of everything that is answered."""
+    return [(name, row) for name in ("questions", *REQUESTS) for row in rows[name]]
+
+
+def summarise(
+    config: Config, rows: dict[str, list[dict[str, Any]]], journal: Journal
+) -> dict[str, Any]:
+    """The numbers of one model, with 95 % intervals and every answer it gave.
+
+    Rates are shares between 0 and 1; `n` counts what each number was computed over; `intervals`
+    holds (low, high) of each, by Wilson's formula for rates and by bootstrap over rows otherwise.
+    """
+    import numpy as np
+
+    pairs = text_pairs(config, rows)
+    sums, tokens = zip(*(journal.found["scores"][i] for i in range(len(pairs))), strict=True)
+    sizes = [len(target.encode()) for _, target in pairs]
+    answers = []
+    for index, (name, row) in enumerate(requests(rows)):
+        given = journal.found["answers"][index]
+        verdict = metrics.judge(given["text"])
+        answers.append(
+            {
+                "set": name,
+                "kind": row.get("kind"),
+                "area": row.get("area"),
+                "prompt": row["prompt"],
+                "answer": given["text"],
+                "tokens": given["tokens"],
+                "stopped": given["stopped"],
+                "refused": verdict == "refused",
+                "verdict": verdict,
+                "repeats": metrics.repeats_itself(given["text"]),
+                "reference": row.get("completion") or row.get("chosen"),
+            }
+        )
+
+    by_set = {name: [a for a in answers if a["set"] == name] for name in ("questions", *REQUESTS)}
     predictions = [a["answer"] for a in by_set["questions"]]
     references = [a["reference"] for a in by_set["questions"]]
-    rouge = metrics.rouge(predictions, references)
+    overlap = metrics.rouge(predictions, references)
     bleu, signature = metrics.bleu(predictions, references)
+    words = [len(a["answer"].split()) for a in answers]
+    rates = {  # name -> (answers, key that is true or not)
+        "refused_harmful": (by_set["harmful"], "refused"),
+        "refused_benign": (by_set["ordinary"], "refused"),
+        "refused_borderline": (by_set["borderline"], "refused"),
+        "stopped": (answers, "stopped"),
+        "repeated": (answers, "repeats"),
+    }
+    hits = {name: (sum(a[key] for a in given), len(given)) for name, (given, key) in rates.items()}
     return {
-        "perplexity": metrics.perplexity(total, tokens),
-        "rouge1": rouge["rouge1"],
-        "rouge2": rouge["rouge2"],
-        "rougeL": rouge["rougeL"],
+        "perplexity": metrics.perplexity(sum(sums), sum(tokens)),
+        "bits_per_byte": metrics.bits_per_byte(sum(sums), sum(sizes)),
+        **{kind: sum(scores) / len(scores) for kind, scores in overlap.items()},
         "bleu": bleu,
-        "refused_harmful": _share(by_set["harmful"], "refused"),
-        "refused_benign": _share(by_set["ordinary"], "refused"),
-        **({"refused_borderline": _share(borderline, "refused")} if borderline else {}),
-        "stopped": _share(answers, "stopped"),
+        **{name: hit / count for name, (hit, count) in hits.items() if count},
+        "answer_words": sum(words) / len(words),
         "n": {
-            "perplexity": texts,
-            "perplexity_tokens": tokens,
-            "rouge1": len(predictions),
-            "rouge2": len(predictions),
-            "bleu": len(predictions),
-            "refused_harmful": len(by_set["harmful"]),
-            "refused_benign": len(by_set["ordinary"]),
-            "refused_borderline": len(borderline),
-            "stopped": len(answers),
+            "perplexity": len(pairs),
+            "perplexity_tokens": sum(tokens),
+            "bits_per_byte": len(pairs),
+            **{kind: len(predictions) for kind in (*overlap, "bleu")},
+            **{name: count for name, (_, count) in hits.items()},
+            "answer_words": len(words),
+        },
+        "intervals": {
+            "perplexity": metrics.ratio_interval(sums, tokens, lambda mean: np.exp(-mean)),
+            "bits_per_byte": metrics.ratio_interval(sums, sizes, lambda mean: -mean / np.log(2)),
+            **{kind: metrics.mean_interval(scores) for kind, scores in overlap.items()},
+            "bleu": metrics.bleu_interval(predictions, references),
+            **{name: metrics.wilson(*counts) for name, counts in hits.items()},
+            "answer_words": metrics.mean_interval(words),
+        },
+        "verdicts": {name: verdicts(by_set[name]) for name in REQUESTS},
+        "areas": {
+            name: {
+                area: verdicts([a for a in by_set[name] if a["area"] == area])
+                for area in sorted({str(a["area"]) for a in by_set[name] if a["area"]})
+            }
+            for name in REQUESTS
         },
         "bleu_signature": signature,
         "answers": answers,
     }
 
 
-def _share(answers: list[dict[str, Any]], key: str) -> float:
-    return sum(a[key] for a in answers) / len(answers)
+def verdicts(answers: list[dict[str, Any]]) -> dict[str, int]:
+    """How many were refused, answered and unclear."""
+    return {
+        verdict: sum(a["verdict"] == verdict for a in answers)
+        for verdict in ("refused", "answered", "unclear")
+    }

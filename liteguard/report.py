@@ -1,12 +1,18 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, the report page and the model card, all from the same results."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from liteguard import checkpoints
+from liteguard.errors import UserError
 
 COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
@@ -35,6 +41,361 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
 def _cell(result: dict[str, Any], key: str, form: str) -> str:
     """A number as text; a dash where the data had no such rows."""
     return form.format(result[key]) if key in result else "-"
+
+
+# Rows of the comparison: key, title, form of a number, form of its interval's limits, whether more
+# is better (None: neither).
+METRICS = (
+    ("perplexity", "Perplexity", "{:.2f}", "{:.1f}", False),
+    ("bits_per_byte", "Bits per byte", "{:.3f}", "{:.2f}", False),
+    ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
+    ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
+    ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
+    ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
+    ("refused_harmful", "Harmful refused", "{:.0%}", "{:.0%}", True),
+    ("refused_benign", "Ordinary refused", "{:.0%}", "{:.0%}", False),
+    ("refused_borderline", "Borderline refused", "{:.0%}", "{:.0%}", False),
+    ("stopped", "Ended by itself", "{:.0%}", "{:.0%}", True),
+    ("repeated", "Repeats a sentence", "{:.0%}", "{:.0%}", False),
+    ("answer_words", "Words per answer", "{:.1f}", "{:.0f}", None),
+)
+ORDER = ("base", "domain", "instruction", "final", "bundle")
+TITLES = {name: name.capitalize() for name in ORDER}
+VERDICTS = ("refused", "answered", "unclear")
+REQUESTS = {"harmful": "Harmful", "ordinary": "Ordinary", "borderline": "Borderline"}
+
+
+def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
+    """(number, its 95 % interval), e.g. ("75 %", "60-86"); a dash where there is none."""
+    if key not in result:
+        return "-", ""
+
+    interval = result.get("intervals", {}).get(key) or ()
+    # The unit stands once, and a minus sign never occurs in these numbers.
+    limits = "-".join(limits_form.format(value).removesuffix("%") for value in interval)
+    return form.format(result[key]).replace("%", " %"), limits
+
+
+def comparison(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table Metric | Base | Domain | ...: title and, per model, number and interval."""
+    rows = []
+    for key, title, form, limits, more_is_better in METRICS:
+        cells = {label: number_text(result, key, form, limits) for label, result in results.items()}
+        if any(number != "-" for number, _ in cells.values()):
+            n = next(r["n"][key] for r in results.values() if key in r.get("n", {}))
+            arrow = {True: "higher is better", False: "lower is better", None: ""}[more_is_better]
+            rows.append({"key": key, "title": title, "n": n, "arrow": arrow, "cells": cells})
+    for name, title in REQUESTS.items():
+        cells = {}
+        for label, result in results.items():
+            counts = result.get("verdicts", {}).get(name, {})
+            shown = " / ".join(str(counts[v]) for v in VERDICTS) if sum(counts.values()) else "-"
+            cells[label] = (shown, "")
+        if any(number != "-" for number, _ in cells.values()):
+            n = max(sum(r["verdicts"][name].values()) for r in results.values())
+            title = f"{title}: refused/answered/unclear"
+            rows.append({"key": name, "title": title, "n": n, "arrow": "", "cells": cells})
+    return rows
+
+
+def _joined(cell: tuple[str, str]) -> str:
+    number, limits = cell
+    return f"{number} ({limits})" if limits else number
+
+
+def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What stands under the table: how intervals were made, sacrebleu's signature, leaks."""
+    signatures = sorted({r["bleu_signature"] for r in results.values()})
+    notes = [
+        "In brackets: 95 % intervals (Wilson for rates, bootstrap over rows otherwise). "
+        "n: rows that a number is computed over.",
+        f"sacrebleu signature: {', '.join(signatures)}",
+    ]
+    leaks = {
+        json.dumps(r["contamination"], sort_keys=True): r["contamination"] for r in results.values()
+    }
+    for found in leaks.values():
+        text = (
+            f"Contamination: {found['found']} of {found['rows']} held-out rows stand in the "
+            f"{found['training_rows']} training rows"
+        )
+        if found["found"]:
+            name, example = found["examples"][0]
+            text += f", {found['measured']} of them among the rows measured here"
+            text += f". WARNING: numbers are too good. First ({name}): {example[:100]!r}"
+        notes.append(text + ".")
+    return notes
+
+
+def comparison_text(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison as text for a terminal."""
+    rows = comparison(results)
+    first = max(len(row["title"]) for row in rows) + 2
+    widths = {
+        label: max(len(_joined(row["cells"][label])) for row in rows) + 2 for label in results
+    }
+    header = f"{'Metric':{first}}{'n':>4}" + "".join(
+        f"{TITLES.get(label, label):>{width}}" for label, width in widths.items()
+    )
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        cells = "".join(f"{_joined(row['cells'][k]):>{width}}" for k, width in widths.items())
+        lines.append(f"{row['title']:{first}}{row['n']:>4}{cells}")
+    return "\n".join([*lines, "", *_notes(results)])
+
+
+def comparison_markdown(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        "| Metric | n | " + " | ".join(TITLES.get(label, label) for label in results) + " |",
+        "|---" * (len(results) + 2) + "|",
+    ]
+    for row in comparison(results):
+        cells = " | ".join(_joined(row["cells"][label]) for label in results)
+        lines.append(f"| {row['title']} | {row['n']} | {cells} |")
+    return "\n".join([*lines, "", *(f"{note}  " for note in _notes(results))]).rstrip() + "\n"
+
+
+def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The comparison's numbers: {"stages": {model: {metric, ..., "n", "intervals", ...}}}."""
+    keys = [key for key, *_ in METRICS]
+    keys += ["n", "intervals", "verdicts", "areas", "bleu_signature", "contamination", "cost"]
+    return {
+        "stages": {
+            label: {key: result[key] for key in keys if key in result}
+            for label, result in results.items()
+        }
+    }
+
+
+def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, Any]]:
+    """Finished results by label: files, or names of results in `directory`.
+
+    In the order of the stages, others after them. Raises UserError for what is missing or was
+    written by another version.
+    """
+    found = {}
+    for name in names:
+        path = Path(name) if name.endswith(".json") else directory / f"{name}.json"
+        if not path.is_file():
+            here = ", ".join(sorted(p.stem for p in directory.glob("*.json"))) or "none"
+            raise UserError(
+                f"There is no result {path}. Results in {directory}: {here}.\n"
+                "Make one with: python evaluate_model.py --checkpoint final_checkpoint"
+            )
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            _ = [result[k] for k in ("answers", "intervals", "contamination", "model", "n")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no result of this version of evaluate_model.py ({error!r}). Measure "
+                "again with it."
+            ) from None
+        label = path.stem
+        if label in found:
+            label = f"{path.parent.name}/{label}"
+        found[label] = result
+    asked = {label: [a["prompt"] for a in result["answers"]] for label, result in found.items()}
+    if len({json.dumps(prompts) for prompts in asked.values()}) > 1:
+        raise UserError(
+            f"These results are not of the same rows and cannot be compared: {', '.join(asked)}.\n"
+            "Measure them again with the same data and evaluate settings."
+        )
+    known = {name: rank for rank, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: known.get(item[0], len(ORDER))))
+
+
+def write_report(
+    results: dict[str, dict[str, Any]],
+    directory: Path,
+    markdown: str | None = None,
+    json_file: str | None = None,
+) -> list[Path]:
+    """Write report.html and MODEL_CARD.md to `directory`, the table where asked; returns paths."""
+    facts = report_facts(results)
+    texts = {
+        directory / "report.html": render("report_template.html", facts),
+        directory / "MODEL_CARD.md": render("model_card_template.md", facts),
+    }
+    if markdown:
+        texts[Path(markdown)] = comparison_markdown(results)
+    for path, text in texts.items():
+        checkpoints.write_text(path, text)
+    if json_file:
+        checkpoints.write_json(Path(json_file), comparison_json(results))
+    return [*texts, *([Path(json_file)] if json_file else [])]
+
+
+def render(template: str, facts: dict[str, Any]) -> str:
+    """A template of this package with `facts` filled in; HTML is escaped, Markdown is not."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(facts)
+
+
+def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the report page and the model card show.
+
+    Loss curves, data and versions come from the stages and the data that the results name; what is
+    no longer there is left out.
+    """
+    records = {}
+    for label, result in results.items():
+        path = result["model"]["path"]
+        file = Path(f"{path}.json") if label == "bundle" else Path(path or "") / checkpoints.RECORD
+        if path and file.is_file():
+            records[label] = json.loads(file.read_text(encoding="utf-8"))
+    last = list(results.values())[-1]
+    manifest_file = Path(last["model"]["data_dir"]) / "manifest.json"
+    manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else None
+    sources = manifest["sources"] if manifest else []
+    versions: dict[str, str] = {}
+    for record in records.values():
+        versions |= record.get("versions", {})
+    return {
+        "labels": {label: TITLES.get(label, label) for label in results},
+        "rows": comparison(results),
+        "notes": _notes(results),
+        "markdown": comparison_markdown(results),
+        "areas": area_tables(results),
+        "curves": [
+            (label, loss_plot(json.loads(history.read_text("utf-8"))))
+            for label, result in results.items()
+            if (history := Path(result["model"]["path"] or "") / "log_history.json").is_file()
+        ],
+        "lengths": length_plot(results),
+        "samples": samples(results),
+        "costs": {label: result["cost"] for label, result in results.items()},
+        "manifest": manifest,
+        "licences": sorted({source["licence"] for source in sources if source["licence"]}),
+        "versions": versions,
+        "base_model": last["model"]["name"],
+        "base_licence": next(
+            (r["config"]["model"]["licence"] for r in records.values() if "config" in r), ""
+        ),
+        "stages": records,
+        "final": last,
+        "final_label": TITLES.get(list(results)[-1], list(results)[-1]),
+        "leaks": last["contamination"],
+    }
+
+
+def area_tables(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind of request: its areas, and for each model (refused, answered, unclear) counts."""
+    tables = []
+    for name, title in REQUESTS.items():
+        areas = sorted({a for r in results.values() for a in r.get("areas", {}).get(name, {})})
+        if areas:
+            rows = [
+                (
+                    area.replace("_", " "),
+                    {
+                        label: [r["areas"][name].get(area, {}).get(v, 0) for v in VERDICTS]
+                        for label, r in results.items()
+                    },
+                )
+                for area in areas
+            ]
+            tables.append({"name": name, "title": title, "rows": rows})
+    return tables
+
+
+def samples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two answers of every kind side by side: the first two areas or kinds of each set."""
+    chosen = []
+    first = next(iter(results.values()))["answers"]
+    for name in ("questions", *REQUESTS):
+        seen: set[str] = set()
+        for index, answer in enumerate(first):
+            group = str(answer["area"] or answer["kind"])
+            if answer["set"] != name or group in seen or len(seen) == 2:
+                continue
+            seen.add(group)
+            given = {label: r["answers"][index] for label, r in results.items()}
+            chosen.append(
+                {
+                    "set": REQUESTS.get(name, "Question"),
+                    "group": group.replace("_", " "),
+                    "prompt": answer["prompt"],
+                    "reference": answer["reference"],
+                    "answers": given,
+                }
+            )
+    return chosen
+
+
+# A palette that is told apart by colour-blind readers (Okabe and Ito 2008).
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+
+
+def _figure(width: float, height: float) -> Any:
+    """(figure, axes) drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    return figure, axes
+
+
+def _data_uri(figure: Any) -> str:
+    """A figure as a PNG inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def loss_plot(history: list[dict[str, Any]]) -> str:
+    """Training and validation loss over steps (log_history.json) as a data URI."""
+    figure, axes = _figure(4.2, 3.0)
+    for key, title, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
+        points = [(e["step"], e[key]) for e in history if key in e]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker, label=title)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats)")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _data_uri(figure)
+
+
+def length_plot(results: dict[str, dict[str, Any]]) -> str:
+    """Words per answer, a box per model and kind of request, as a data URI."""
+    figure, axes = _figure(6.4, 3.4)
+    sets = ("questions", *REQUESTS)
+    width = 0.8 / len(results)
+    for number, (label, result) in enumerate(results.items()):
+        lengths = [
+            [len(a["answer"].split()) for a in result["answers"] if a["set"] == name]
+            for name in sets
+        ]
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.boxplot(
+            lengths,
+            positions=[k - 0.4 + width * (number + 0.5) for k in range(len(sets))],
+            widths=width * 0.8,
+            patch_artist=True,
+            manage_ticks=False,
+            boxprops={"facecolor": colour, "alpha": 0.6},
+            medianprops={"color": "black"},
+            flierprops={"markersize": 2},
+            label=TITLES.get(label, label),
+        )
+    axes.set_xticks(range(len(sets)), ["questions", *(n.lower() for n in REQUESTS.values())])
+    axes.set_ylabel("words per answer")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return _data_uri(figure)
 
 
 def steps_table(steps: list[dict[str, Any]]) -> str:

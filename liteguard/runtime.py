@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
+import multiprocessing.util
 import os
+import signal
 import sys
+import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
+from liteguard.export.tflite import available_memory
+from liteguard.training import peak_rss_gb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,11 @@ class Bundle:
                 self._engine = None
 
     @property
+    def is_open(self) -> bool:
+        """Whether the engine is running."""
+        return self._engine is not None
+
+    @property
     def start_id(self) -> int | None:
         """Id that the engine puts before every first prefill, None for none."""
         return self._engine.bos_token_id
@@ -99,6 +112,10 @@ class Bundle:
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text` as the device computes them; nothing is added."""
         return self._engine.tokenize(text)
+
+    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`tokenize` of each text."""
+        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -191,10 +208,14 @@ class Bundle:
         Raises:
             WorkError: context and targets do not fit the KV cache.
         """
+        # Tokenized apart, as the device sees them: the prompt is prefilled, the answer follows.
+        return self.score_ids(self.tokenize(context), self.tokenize(targets))
+
+    def score_ids(self, context: list[int], targets: list[int]) -> tuple[float, int]:
+        """`score` of token ids; the engine need not be open."""
         if self._scorer is None:
             self._scorer = _Scorer(self.path, self.threads)
-        # Tokenized apart, as the device sees them: the prompt is prefilled, the answer follows.
-        return self._scorer.score(self.tokenize(context), self.tokenize(targets))
+        return self._scorer.score(context, targets)
 
     def benchmark(
         self, rendered: str | None = None, *, decode_tokens: int = 64
@@ -225,6 +246,113 @@ class Bundle:
             "prefill_tokens": info.last_prefill_token_count,
             "decode_tokens": info.last_decode_token_count,
         }
+
+
+class BundleWorkers:
+    """The same bundle in several processes, for many prompts or texts.
+
+    A decode step computes one token, and threads that share so little work mostly wait for each
+    other: one thread takes 12 to 26 % less processor time a token than two. What that gains on the
+    clock depends on the machine, and the processes' start (some seconds) and memory come off it
+    (benchmarks/bench_evaluation.py; docs/experiments.md).
+
+    Args:
+        path: the bundle.
+        workers: processes; default: one per core, at most 4, and no more than fit the free memory.
+        threads: CPU threads of each; default: the cores (at most 4) shared out.
+    """
+
+    def __init__(
+        self, path: Path, *, workers: int | None = None, threads: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no bundle at {self.path}: make one with compress_model.py")
+        cores = min(os.cpu_count() or 1, 4)
+        free = available_memory()
+        fitting = cores if free is None else free // (WORKER_MEMORY * self.path.stat().st_size)
+        self.workers = workers or max(1, min(cores, fitting))
+        self.threads = threads or max(1, cores // self.workers)
+        self.peak_rss_gb = 0.0  # of all processes at a time, in GB of 10^9 bytes
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
+        """(index, `Bundle.generate`'s answer) of each prompt, as they come."""
+        return self._map("generate", [(prompt, max_new_tokens) for prompt in prompts])
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
+        """(index, `Bundle.score`'s result) of each (context, targets), as they come."""
+        if not pairs:
+            return iter(())  # not worth opening the bundle
+        parts = [part for pair in pairs for part in pair]
+        ids = dict(self._map("tokenize_all", [(parts,)]))[0]
+        return self._map("score_ids", list(zip(ids[::2], ids[1::2], strict=True)))
+
+    def _map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """(index, result) of a method of `Bundle` for each call's arguments.
+
+        Processes live for one job: engines and models that score take gigabytes each, and of those
+        a process that has had both gives back only a part.
+        """
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(calls)) or 1,
+            # Forking a process whose libraries run threads can deadlock.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(self.path, self.threads),
+        )
+        pending = {
+            pool.submit(_work, method, *arguments): index for index, arguments in enumerate(calls)
+        }
+        peaks: dict[int, float] = {}
+        try:
+            for future in as_completed(pending):
+                result, process, peaks[process] = future.result()
+                yield pending[future], result
+        except BrokenProcessPool as error:
+            raise WorkError(
+                f"{self.path}: a process that ran the bundle was killed, most often because memory "
+                "ran out. Close other programs and run the same command again: finished answers "
+                "are kept."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.peak_rss_gb = max(self.peak_rss_gb, sum(peaks.values()))
+
+
+# What a worker process needs at its peak, as a multiple of the bundle's size: weights are unpacked
+# for each signature (measured: 2.5 GB for 142 MB of 8-bit weights computed in float32).
+WORKER_MEMORY = 18
+_worker: Bundle | None = None
+
+
+def _start_worker(path: Path, threads: int) -> None:
+    """Prepares this process to run a bundle; it is opened by the first call, whose caller hears
+    of what goes wrong."""
+    global _worker
+    _worker = Bundle(path, threads=threads)
+    multiprocessing.util.Finalize(None, _close_worker, exitpriority=10)
+
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # Ctrl-C reaches the whole group; the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A killed parent cannot say so, and its workers would wait for work for ever.
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _close_worker() -> None:
+    """Ends the bundle with the process, whose C++ libraries print to the last."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _worker.__exit__(None, None, None)
+
+
+def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:
+    """(result of a method of this process's bundle, process id, its peak memory in GB)."""
+    if method != "score_ids" and not _worker.is_open:
+        _worker.__enter__()
+    return getattr(_worker, method)(*arguments), os.getpid(), peak_rss_gb()
 
 
 @contextlib.contextmanager

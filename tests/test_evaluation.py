@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, succeed
 
 from liteguard.config import build, read_yaml
-from liteguard.evaluation import Checkpoint
+from liteguard.evaluation import Checkpoint, Generated
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +20,35 @@ def test_score_is_the_sum_of_log_likelihoods(checkpoint):
 
     ids = checkpoint.tokenizer("The heart affects", return_tensors="pt")["input_ids"]
     context = checkpoint.tokenizer("The")["input_ids"]
-    total, count = checkpoint.score("The", " heart affects")
+    others = [("The", " skin"), ("The heart", " affects the lung and brings pain."), ("The", " x")]
+    pairs = [*others, ("The", " heart affects")]
+    scores = dict(checkpoint.score(pairs))
+    assert sorted(scores) == [0, 1, 2, 3]
+    total, count = scores[3]
     with torch.no_grad():
         log_probabilities = checkpoint.model(ids).logits[0].log_softmax(-1)
     expected = sum(
         log_probabilities[i - 1, ids[0, i]].item() for i in range(len(context), ids.shape[1])
     )
     assert total == pytest.approx(expected, rel=1e-4) and count == ids.shape[1] - len(context)
+
+
+def plain_answer(checkpoint, prompt, limit):
+    """Transformers' own greedy generation of one prompt."""
+    import torch
+
+    ids = torch.tensor([checkpoint.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    output = checkpoint.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=checkpoint.stop_ids,
+        pad_token_id=checkpoint.tokenizer.pad_token_id,
+    )[0, ids.shape[1] :].tolist()
+    stopped = output[-1] in checkpoint.stop_ids
+    text = checkpoint.tokenizer.decode(output, skip_special_tokens=True).strip()
+    return Generated(text, len(output), stopped)
 
 
 def test_batched_answers_equal_single_ones(checkpoint):
@@ -37,11 +59,13 @@ def test_batched_answers_equal_single_ones(checkpoint):
         "Why?",
     ]
     prompts = [checkpoint.prompt.render_question(q) for q in questions]
-    batched = list(checkpoint.generate(prompts, 40))
-    checkpoint.batch_size = 1
-    assert list(checkpoint.generate(prompts, 40)) == batched
-    assert any(answer.stopped for answer in batched)
-    assert all("<|" not in answer.text for answer in batched)
+    batched = dict(checkpoint.generate(prompts, 40))
+    assert sorted(batched) == [0, 1, 2, 3]
+    for index, prompt in enumerate(prompts):
+        assert batched[index] == plain_answer(checkpoint, prompt, 40)
+    assert any(answer.stopped for answer in batched.values())
+    assert len({answer.tokens for answer in batched.values()}) > 1, "rows end at different steps"
+    assert all("<|" not in answer.text for answer in batched.values())
 
 
 def test_refusal_benchmark_ranks_by_the_first_token(pipeline):
@@ -82,7 +106,8 @@ def test_bundle_scores_what_the_checkpoint_scores(pipeline):
         scores = [bundle.score(*pair) for pair in pairs]
         assert [bundle.score(*pair) for pair in reversed(pairs)] == scores[::-1]
         assert len(bundle.tokenize(pairs[1][0])) > 64, "longer than one prefill"
-    for pair, (total, count) in zip(pairs, scores, strict=True):
-        expected, tokens = reference.score(*pair)
+    expectations = dict(reference.score(pairs))
+    for index, (pair, (total, count)) in enumerate(zip(pairs, scores, strict=True)):
+        expected, tokens = expectations[index]
         assert count == tokens
         assert total == pytest.approx(expected, rel=0.02), pair

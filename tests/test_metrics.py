@@ -19,8 +19,8 @@ def test_perplexity():
 def test_rouge():
     scores = metrics.rouge(["the cat sat"], ["the cat ran away"])
     # 2 of 3 and 2 of 4 unigrams: F1 = 4/7; 1 of 2 and 1 of 3 bigrams: F1 = 2/5.
-    assert scores["rouge1"] == pytest.approx(4 / 7)
-    assert scores["rouge2"] == pytest.approx(2 / 5)
+    assert scores["rouge1"] == [pytest.approx(4 / 7)]
+    assert scores["rouge2"] == [pytest.approx(2 / 5)]
 
 
 def test_bleu():
@@ -69,3 +69,63 @@ def test_text_is_cut_before_a_blank():
     assert split_text("a b c d", 1, 99) == ("a", " b c d")
     assert split_text("a b c d", 2, 3) == ("a b", " c")
     assert split_text("a", 1, 99) is None
+
+
+def test_bits_per_byte():
+    assert metrics.bits_per_byte(3 * math.log(1 / 2), 6) == pytest.approx(0.5)
+    with pytest.raises(ValueError):
+        metrics.bits_per_byte(0.0, 0)
+
+
+def test_wilson_interval():
+    # Brown, Cai and DasGupta (2001): 0 of 40 reaches z^2 / (n + z^2) = 3.841 / 43.841.
+    assert metrics.wilson(0, 40) == pytest.approx((0, 0.08762), abs=1e-4)
+    assert metrics.wilson(30, 40) == pytest.approx((0.5981, 0.8581), abs=1e-4)
+    assert metrics.wilson(0, 0) is None
+
+
+def test_bootstrap_intervals_cover_the_mean_and_are_repeatable():
+    values = [0.0, 1.0] * 50
+    low, high = metrics.mean_interval(values)
+    # The mean of 100 coin throws has a standard error of 0.05.
+    assert low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)
+    assert metrics.mean_interval(values) == (low, high)
+    assert metrics.mean_interval([0.5]) is None
+
+
+def test_perplexity_interval_draws_texts_whole():
+    # Two kinds of texts: 1 token of probability 1/4, 3 tokens of probability 1/2 each.
+    sums, tokens = [math.log(1 / 4), 3 * math.log(1 / 2)] * 20, [1, 3] * 20
+    low, high = metrics.ratio_interval(sums, tokens, lambda mean: math.e ** (-mean))
+    assert 2 < low < metrics.perplexity(sum(sums), sum(tokens)) < high < 4
+    same = metrics.ratio_interval([math.log(1 / 8)] * 9, [1] * 9, lambda mean: math.e ** (-mean))
+    assert same == pytest.approx((8, 8))
+
+
+def test_bleu_interval_is_of_the_corpus_score():
+    reference = "the heart pumps blood through the whole body"
+    other = "the lung takes up air from outside all day"
+    predictions, references = (
+        [reference, "nothing in common here at all"] * 8,
+        [reference, other] * 8,
+    )
+    low, high = metrics.bleu_interval(predictions, references)
+    assert low < metrics.bleu(predictions, references)[0] < high
+    # Rows that are all alike leave nothing to chance: the interval is the score itself.
+    odd = "the heart pumps blood to the whole of the body"
+    score = metrics.bleu([odd] * 6, [reference] * 6)[0]
+    assert metrics.bleu_interval([odd] * 6, [reference] * 6) == pytest.approx((score, score))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Rest well today. Rest well today. Rest well today.", True),
+        ("Rest well today.\nRest well today!\nRest well to", True),
+        ("Rest well today. Rest well today. Drink some water.", False),
+        ("Yes. Yes. Yes. Yes.", False),
+        ("", False),
+    ],
+)
+def test_repetition(answer, expected):
+    assert metrics.repeats_itself(answer) is expected

@@ -1,0 +1,311 @@
+"""The comparison of results: table, report page, model card; and evaluations that were killed."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fail, run_script, succeed
+
+from liteguard import datasets, evaluation, report
+from liteguard.checkpoints import sha256_file, write_json
+
+STAGES = ["base", "domain", "instruction", "final", "bundle"]
+
+
+@pytest.fixture(scope="module")
+def compared(pipeline):
+    """The pipeline's directory after --compare, with what was printed."""
+    command = ["--compare", *STAGES, "--markdown", "table.md", "--json", "table.json"]
+    screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
+    return pipeline, screen
+
+
+def test_the_table_holds_the_results_numbers(compared):
+    directory, screen = compared
+    table = (directory / "table.md").read_text()
+    assert "| Metric | n | Base | Domain | Instruction | Final | Bundle |" in table
+    header = next(line for line in screen.splitlines() if line.startswith("Metric"))
+    assert header.split() == ["Metric", "n", *(s.capitalize() for s in STAGES)]
+    stages = json.loads((directory / "table.json").read_text())["stages"]
+    assert list(stages) == STAGES
+    for label in STAGES:
+        result = json.loads((directory / f"evaluation/{label}.json").read_text())
+        assert stages[label]["rouge1"] == result["rouge1"]
+        low, high = result["intervals"]["rouge1"]
+        assert low <= result["rouge1"] <= high
+        assert f"{result['rouge1']:.3f} ({low:.2f}-{high:.2f})" in table
+        low, high = result["intervals"]["refused_harmful"]
+        shown = f"{result['refused_harmful']:.0%} ({low:.0%}-{high:.0%})".replace("%-", "-")
+        assert shown.replace("%)", ")").replace("%", " %") in screen
+        verdicts = result["verdicts"]["harmful"]
+        assert sum(verdicts.values()) == result["n"]["refused_harmful"]
+        assert sum(sum(a.values()) for a in result["areas"]["harmful"].values()) == sum(
+            verdicts.values()
+        )
+        assert result["cost"]["generated_tokens"] == sum(a["tokens"] for a in result["answers"])
+        assert result["cost"]["peak_rss_gb"] > 0
+    assert "version:" in screen and "Contamination: 0 of " in screen
+    assert "harmful" in (directory / "evaluation/MODEL_CARD.md").read_text()
+
+
+def external_references(page: str) -> list[str]:
+    """Whatever would make a browser ask another file or host for something."""
+    found = re.findall(r"""(?:src|href|srcset|data|action)\s*=\s*["']?(?!data:)[^"'\s>]+""", page)
+    return found + re.findall(r"url\((?!data:)|@import|<link|<script|<iframe", page)
+
+
+def test_the_page_needs_nothing_from_outside(compared):
+    page = (compared[0] / "evaluation/report.html").read_text()
+    assert external_references('<img src="http://x/y.png"><script>') != []
+    assert external_references(page) == []
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 4, "loss curves of three stages, and lengths"
+    assert all(base64.b64decode(i).startswith(b"\x89PNG") for i in images)
+    for label in STAGES:
+        assert f'data-label="{label.capitalize()}"' in page
+    assert "records" in page and "domain/train.jsonl" in page and "transformers" in page
+
+
+def test_answers_are_shown_as_text(compared):
+    """An answer is what a model wrote: markup in it must not become part of the page."""
+    directory, _ = compared
+    results = report.read_results(STAGES, directory / "evaluation")
+    results = copy.deepcopy(results)
+    results["final"]["answers"][0]["answer"] = "<script>alert(1)</script>"
+    facts = report.report_facts(results)
+    page = report.render("report_template.html", facts)
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+PROBE = """<html><body><iframe id="f" style="border:0;width:{width}px;height:800px"
+ src="report.html"></iframe><script>window.onload = () => {{
+ const page = document.getElementById("f").contentDocument;
+ const images = [...page.images];
+ document.title = [page.documentElement.scrollWidth, images.length,
+  images.filter(i => i.complete && i.naturalWidth > 0).length].join(" ");
+}}</script></body></html>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_fits_a_phone_and_a_laptop(compared, tmp_path, width):
+    shutil.copy(compared[0] / "evaluation/report.html", tmp_path)
+    (tmp_path / "probe.html").write_text(PROBE.format(width=width))
+    result = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+        + ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+        + ["--window-size=1500,900", "--dump-dom", f"file://{tmp_path}/probe.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    title = re.search(r"<title>(.*?)</title>", result.stdout)
+    assert title, result.stderr[-2000:]
+    scroll_width, images, loaded = map(int, title[1].split())
+    assert scroll_width <= width, "wider than the screen"
+    assert images == loaded == 4
+    assert "CONSOLE" not in result.stderr
+
+
+def test_results_that_cannot_be_compared(pipeline, tmp_path):
+    message = fail(2, ROOT / "evaluate_model.py", "--compare", "base", "none", cwd=pipeline)
+    assert "no result evaluation/none.json" in message and "bundle" in message
+    other = json.loads((pipeline / "evaluation/base.json").read_text())
+    other["answers"][0]["prompt"] = "Another question?"
+    write_json(tmp_path / "other.json", other)
+    message = fail(
+        2, ROOT / "evaluate_model.py", "--compare", "base", tmp_path / "other.json", cwd=pipeline
+    )
+    assert "not of the same rows" in message
+
+
+# --- crashes ------------------------------------------------------------------------------------
+
+DYING = """
+import multiprocessing, os, runpy, signal, sys
+script, lives = sys.argv[1], int(sys.argv[2])
+sys.argv = [script, *sys.argv[3:]]
+sys.path.insert(0, os.path.dirname(script))
+from liteguard import evaluation
+add = evaluation.Journal.add
+def dying(self, *entry):
+    global lives
+    add(self, *entry)
+    lives -= 1
+    if not lives:
+        children = [str(child.pid) for child in multiprocessing.active_children()]
+        open("workers", "w").write(" ".join(children))
+        os.kill(os.getpid(), signal.SIGKILL)
+evaluation.Journal.add = dying
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run_until_killed(cwd: Path, lives: int, *command: str) -> None:
+    """evaluate_model.py, killed with SIGKILL after `lives` more scores or answers."""
+    driver = cwd / "dying.py"
+    driver.write_text(f"if __name__ == '__main__':\n{_indented(DYING)}")
+    result = run_script(driver, ROOT / "evaluate_model.py", lives, *command, cwd=cwd)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+def _indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def entries(journal: Path) -> list[tuple[str, int]]:
+    """(part, index) of every line of a journal after its header."""
+    return [tuple(json.loads(line)[:2]) for line in journal.read_text().splitlines()[1:]]
+
+
+def is_running(process: str) -> bool:
+    """Whether a process is there and not only waiting to be noticed as dead."""
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "label", "kills"),
+    [
+        ("--bundle liteguard_tiny.task", "bundle", (5, 14)),
+        ("--checkpoint final_checkpoint", "final", (13,)),
+    ],
+)
+def test_a_killed_evaluation_goes_on(pipeline, tmp_path, target, label, kills):
+    out = tmp_path / "out"
+    command = [*target.split(), "--output", str(out)]
+    journal = out / f"{label}.partial.jsonl"
+    whole = json.loads((pipeline / f"evaluation/{label}.json").read_text())
+    total = whole["n"]["perplexity"] + len(whole["answers"])
+    done = 0
+    for lives in kills:
+        run_until_killed(pipeline, lives, *command)
+        done += lives
+        assert not (out / f"{label}.json").exists(), "a result appears complete or not at all"
+        found = entries(journal)
+        assert len(found) == len(set(found)) == done, "nothing is computed twice"
+    workers = (pipeline / "workers").read_text().split()
+    assert bool(workers) == (label == "bundle")
+    deadline = time.time() + 30
+    while any(map(is_running, workers)):
+        assert time.time() < deadline, "workers of a killed evaluation go on"
+        time.sleep(0.2)
+    # A line that the crash cut is computed again.
+    with journal.open("ab") as file:
+        file.write(b'["answers", 23, {"te')
+    kept = {index for part, index in found if part == "answers"}
+    screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
+    assert f"and {len(kept)} of {len(whole['answers'])} answers are in" in screen
+    assert not journal.exists()
+    result = json.loads((out / f"{label}.json").read_text())
+    assert result["answers"] == whole["answers"]
+    assert result["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
+    # What the last run computed is exactly what was missing.
+    missing = [a for i, a in enumerate(result["answers"]) if i not in kept]
+    assert result["cost"]["generated_tokens"] == sum(a["tokens"] for a in missing)
+    assert len(missing) < total
+    assert "reused" in succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
+
+
+def test_other_inputs_start_over(tmp_path, capsys):
+    path = tmp_path / "x.partial.jsonl"
+    journal = evaluation.Journal(path, {"a": 1})
+    journal.add("scores", 3, [-1.5, 2])
+    journal.add("answers", 0, {"text": "two\u2028lines", "tokens": 3, "stopped": True})
+    again = evaluation.Journal(path, {"a": 1})
+    assert again.found == journal.found and again.found["scores"] == {3: [-1.5, 2]}
+    assert evaluation.Journal(path, {"a": 1}, overwrite=True).found["scores"] == {}
+    evaluation.Journal(path, {"a": 1}).add("scores", 0, [0.0, 1])
+    assert evaluation.Journal(path, {"a": 2}).found == {"scores": {}, "answers": {}}
+    assert "begun from other inputs" in capsys.readouterr().out
+    assert evaluation.Journal(path, {"a": 2}).found["scores"] == {}, "nothing of the old is left"
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    clock = iter(range(0, 100, 6))
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))
+    progress = evaluation.Progress("answers", 6)
+    for _ in range(6):
+        progress.add(30)
+    # Every 6 seconds one of 30 tokens: a line once 15 seconds have gone, and the last.
+    assert capsys.readouterr().out.splitlines() == [
+        "  answers 3/6, 5 tokens/s",
+        "  answers 6/6, 5 tokens/s",
+    ]
+
+
+# --- contamination ------------------------------------------------------------------------------
+
+
+def test_a_planted_leak_is_reported(pipeline, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pipeline / "data/tiny", data)
+    question = datasets.load_split(data, "instruction", "test")[0]
+    text = datasets.load_split(data, "domain", "test")[1]
+    leaks = {
+        "instruction": {**question, "prompt": question["prompt"].upper()},
+        "domain": {**text, "text": f"As is well known: {text['text']} More follows."},
+    }
+    manifest = json.loads((data / "manifest.json").read_text())
+    for part, row in leaks.items():
+        file = data / part / "train.jsonl"
+        with file.open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
+        manifest["files"][f"{part}/train.jsonl"] = sha256_file(file)
+    write_json(data / "manifest.json", manifest)
+    settings = [f"evaluate.{name}_rows=4" for name in ("perplexity", "question", "harmful")]
+    command = ["--bundle", "liteguard_tiny.task", "--data", data, "--output", tmp_path / "out"]
+    for setting in [*settings, "evaluate.benign_rows=4", "evaluate.max_new_tokens=4"]:
+        command += ["--set", setting]
+    screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
+    found = json.loads((tmp_path / "out/bundle.json").read_text())["contamination"]
+    # The leaked question is one of the ordinary requests too: the tiny data has it twice.
+    assert found["by_set"]["texts"] == 1 and found["by_set"]["questions"] == 1
+    assert found["by_set"]["harmful"] == 0
+    assert ["texts", text["text"]] in found["examples"]
+    assert f"Contamination: {found['found']} of {found['rows']}" in screen and "WARNING" in screen
+    clean = json.loads((pipeline / "evaluation/bundle.json").read_text())["contamination"]
+    assert clean["found"] == 0 and clean["rows"] == found["rows"]
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+def test_workers_answer_as_one_bundle_does(pipeline):
+    from liteguard.errors import WorkError
+    from liteguard.runtime import Bundle, BundleWorkers
+
+    path = pipeline / "liteguard_tiny.task"
+    prompts = [
+        f"Instruct: What is the {organ} pain disease a?\nOutput:\n"
+        for organ in ("heart", "skin", "lung", "eye", "ear")
+    ]
+    pairs = [("The", f" {organ} affects the lung.") for organ in ("heart", "skin", "eye")]
+    several = BundleWorkers(path, workers=2, threads=1)
+    with Bundle(path, threads=1) as single:
+        expected = [single.generate(prompt, 24) for prompt in prompts]
+        found = dict(several.generate(prompts, 24))
+        assert [(found[i].text, found[i].tokens) for i in range(5)] == [
+            (answer.text, answer.tokens) for answer in expected
+        ]
+        assert dict(several.score(pairs)) == dict(enumerate(single.score(*p) for p in pairs))
+        assert several.peak_rss_gb > 0.1
+        with pytest.raises(WorkError, match="must fit the KV cache"):
+            list(several.generate(["The heart " * 200], 4))
+        with pytest.raises(WorkError, match="was killed"):
+            for _ in several.generate(prompts * 20, 24):
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
