@@ -119,8 +119,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except LiteGuardError as error:
-        if distributed.is_main() or error.exit_code == 1:
-            print(f"\nerror: {error}", file=sys.stderr)
+        # Every process says it: the launcher ends the others as soon as one has ended.
+        place = "" if distributed.is_main() else f" in process {distributed.rank()}"
+        print(f"\nerror{place}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)

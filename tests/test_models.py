@@ -72,6 +72,33 @@ def test_the_base_is_nf4_and_frozen_and_only_lora_trains(tiny_phi):
     assert all("lora_" in name for name in trainable)
 
 
+def test_an_evaluation_leaves_nf4_gradients_as_they_were(tiny_phi):
+    import torch
+
+    c = config(tiny_phi, domain={"lora_rank": 4})
+    base = models.load_base(c, str(tiny_phi), None, torch.float32, quantize=True)
+    # On CPUs with AVX512-BF16 units this is what changed them; elsewhere only the flag can tell.
+    flags = [getattr(m, "support_avx512bf16_for_cpu", False) for m in base.modules()]
+    assert not any(flags)
+    model = models.add_adapter(base, c)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(5, 500, (1, 32), generator=torch.Generator().manual_seed(0))
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    for found, expected in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_fresh_adapter_follows_the_seed(tiny_phi):
     import torch
 
