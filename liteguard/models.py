@@ -161,12 +161,6 @@ def load_base(
     model.config.use_cache = False
     keep_gradients_after_evaluation(model)
     fuse_gelu(model)
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit matrix at the first evaluation for a
-        # kernel without a gradient, and stays with it: training then goes on with wrong gradients,
-        # or stops with an error where the layer has a bias.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return model
 
 

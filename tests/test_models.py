@@ -186,28 +186,3 @@ def test_a_reference_that_is_not_the_parent_is_found(tiny_phi, tmp_path):
     next(p for n, p in parameters.items() if ".ref." in n).requires_grad_(True)
     with pytest.raises(WorkError, match="not frozen"):
         training.check_reference(model, stage)
-
-
-def test_gradients_pass_through_4_bit_layers_after_an_evaluation(tiny_phi):
-    """bitsandbytes repacks weights for inference on some CPUs, without a derivative."""
-    import torch
-
-    config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml"))])
-    model = models.load_base(config, str(tiny_phi), None, torch.float32, quantize=True)
-    layer = model.model.layers[0].mlp.fc1
-    assert type(layer).__name__ == "Linear4bit"
-
-    def gradient():
-        inputs = torch.ones(1, 3, 64, requires_grad=True)
-        layer.train()
-        outputs = layer(inputs)
-        outputs.pow(2).sum().backward()
-        return outputs.detach(), inputs.grad
-
-    before = gradient()
-    layer.eval()
-    with torch.no_grad():
-        evaluated = layer(torch.ones(1, 3, 64))
-    after = gradient()
-    assert torch.equal(evaluated, before[0]), "evaluation computed in another precision"
-    assert after[1] is not None and torch.equal(before[1], after[1])
