@@ -33,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import cli, memory, models, training
+from liteguard import cli, memory, models, packing, training
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 
 YAML = {"phi-1_5": "phi-1_5.yaml", "phi-2": "phi-2_8gb.yaml", "tiny": "phi-2_8gb.yaml"}
@@ -168,38 +168,6 @@ def targets(sequence: dict) -> int:
     return sum(label != -100 for label in sequence["labels"][1:])
 
 
-def packed_batches(rows: list[list[dict]], max_tokens: int, device: str) -> list[dict[str, Any]]:
-    """Micro-batches of one flattened sequence each, of at most `max_tokens` tokens.
-
-    `rows` are groups of sequences that have to stay together (a preference pair). Positions start
-    again with every sequence, which is how transformers' attention mask keeps them apart; no
-    sequence's first token is a target of the one before. `segments` are the sequences' lengths.
-    """
-    import torch
-
-    batches: list[list[dict]] = []
-    room = 0
-    for group in rows:
-        size = sum(len(s["input_ids"]) for s in group)
-        if not batches or size > room:
-            batches.append([])
-            room = max_tokens
-        batches[-1] += group
-        room -= size
-
-    def flatten(batch: list[dict]) -> dict[str, Any]:
-        ids, labels, positions = [], [], []
-        for s in batch:
-            ids += s["input_ids"]
-            labels += [-100, *s["labels"][1:]]
-            positions += range(len(s["input_ids"]))
-        tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        found = {k: torch.tensor(v, device=device)[None] for k, v in tensors.items()}
-        return {**found, "segments": [len(s["input_ids"]) for s in batch]}
-
-    return [flatten(batch) for batch in batches]
-
-
 def padded_batches(
     rows: list[list[dict]], batch_size: int, padding: int, device: str
 ) -> list[dict[str, Any]]:
@@ -285,12 +253,16 @@ class Ours(Recipe):
         super().__init__(*args)
         from trl.trainer.utils import add_fused_lm_head
 
-        add_fused_lm_head(self.model.get_base_model())
+        model = self.model.get_base_model()
+        add_fused_lm_head(model)
         training.score_targets_only(
             SimpleNamespace(
                 model=self.model, accelerator=SimpleNamespace(unwrap_model=lambda model: model)
             )
         )
+        packing.use_segment_attention(model)
+        packing.pack_forward(model)
+        packing.check_isolation(self.model, model.config.vocab_size)
         self.checkpoint(self.section.gradient_checkpointing)
         self.note = "checkpointing" if self.section.gradient_checkpointing else "no checkpointing"
 
@@ -305,22 +277,28 @@ class Ours(Recipe):
         return bitsandbytes.optim.PagedAdamW8bit(self.trained, **options)
 
     def step(self, rows: list[list[dict]]) -> float:
+        import numpy as np
         import torch
 
         # A pair is two sequences of the longest length.
         longest = self.section.max_length * self.section.batch_size
         longest *= 2 if self.stage == "safety" else 1
-        batches = packed_batches(rows, longest, self.device)
-        scored = sum(int((b["labels"] != -100).sum()) for b in batches)
+        sizes = np.array([sum(len(s["input_ids"]) for s in group) for group in rows])
+        groups, _ = packing.micro_batches([list(range(len(rows)))], sizes, longest)
+        # Padded here, and taken out again by `pack_forward`, as in the trainers.
+        batches = [
+            padded_batches([rows[i] for i in group], len(group), 0, self.device)[0]
+            for group in groups
+        ]
+        scored = sum(targets(sequence) for group in rows for sequence in group)
         total = 0.0
-        for batch in batches:
-            segments = batch.pop("segments")
+        for group, batch in zip(groups, batches, strict=True):
             with self.autocast():
                 if self.stage == "safety":
                     with self.reference():
-                        before = self.sums(batch, segments)
-                    loss = self.dpo_loss(self.sums(batch, segments), before)
-                    loss = loss * len(segments) / sum(len(group) for group in rows)
+                        before = self.sums(batch)
+                    loss = self.dpo_loss(self.sums(batch), before)
+                    loss = loss * len(group) / len(rows)
                 else:
                     loss = self.model(
                         **batch, fused_lm_head=True, num_items_in_batch=torch.tensor(scored)
@@ -330,14 +308,9 @@ class Ours(Recipe):
         self.update()
         return total
 
-    def sums(self, batch: dict, segments: list[int]) -> Any:
-        """Summed log-probability of every segment's targets, shape (segments,)."""
-        import torch
-
-        found = self.model(**batch, fused_lm_head=True).log_probs[0]
-        # The log-probability at place t is that of token t + 1.
-        parts = torch.split(torch.nn.functional.pad(found, (1, 0)), segments)
-        return torch.stack([part.sum() for part in parts])
+    def sums(self, batch: dict) -> Any:
+        """Summed log-probability of every row's targets, shape (rows,)."""
+        return self.model(**batch, fused_lm_head=True).log_probs.sum(1)
 
 
 class Plain(Recipe):

@@ -143,7 +143,7 @@ class TrainSection(Section):
     warmup_steps: int = Field(30, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: str = Field("adamw_torch", description="A transformers `optim` name.")
+    optimizer: str = Field("adamw_torch_fused", description="A transformers `optim` name.")
     gradient_checkpointing: bool = False
     eval_steps: int = Field(100, ge=1)
     save_steps: int = Field(100, ge=1)

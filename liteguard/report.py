@@ -448,6 +448,30 @@ def data_markdown(report: dict[str, Any]) -> str:
     )
 
 
+def training_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/training_report.json: speed and memory of each recipe."""
+    runs = {name: run for name, run in report.items() if "peak_rss_gb" in run}
+    lines = [
+        "| | supervised tokens/s | tokens/s | padding | peak GB | GFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {run['supervised_tokens_per_s']:.0f} | {run['tokens_per_s']:.0f} | "
+        f"{run['padding_share']:.0%} | {run['peak_rss_gb']:.2f} | {run['gflops']:.0f} |"
+        for name, run in runs.items()
+    ]
+    ours, plain = report["LiteGuard"], report["plain recipe, padded to longest"]
+    best = {name: run["gflops"] for name, run in report.items() if name.startswith("matrix")}
+    return "\n".join(lines) + (
+        "\n\nAgainst rows padded to the longest of their batch: "
+        f"{ours['supervised_tokens_per_s'] / plain['supervised_tokens_per_s']:.1f} times the "
+        f"supervised tokens a second in {ours['peak_rss_gb'] / plain['peak_rss_gb']:.2f} of the "
+        "memory. The machine's best matrix products: "
+        + ", ".join(f"{name.split(', ')[1]} {rate:.0f} GFLOP/s" for name, rate in best.items())
+        + "."
+    )
+
+
 def main() -> None:
     """Keep demo/report.json, when it is there, and render the README's numbers from benchmarks/."""
     root = Path(__file__).resolve().parent.parent
@@ -455,7 +479,8 @@ def main() -> None:
         shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, render in (("demo", demo_markdown), ("data", data_markdown)):
+    blocks = {"demo": demo_markdown, "data": data_markdown, "training": training_markdown}
+    for name, render in blocks.items():
         numbers = json.loads((root / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
         block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
         pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"

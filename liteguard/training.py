@@ -432,8 +432,9 @@ def score_targets_only(trainer: Any) -> bool:
     included, through the vocabulary in its own tiles, which took about half of a stage-2 step on
     two cores. Same loss and gradients: tests/test_training.py compares them.
     """
-    import torch
     from trl.trainer.utils import FusedCausalLMOutput
+
+    from liteguard.head import TargetScores
 
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
     text_config = model.config.get_text_config()
@@ -454,14 +455,10 @@ def score_targets_only(trainer: Any) -> bool:
         kwargs["use_cache"] = False
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != -100
-        logits = model.get_output_embeddings()(hidden[mask]).float()
-        log_softmax = logits.log_softmax(-1)
-        targets = labels[:, 1:][mask]
-        log_probs = log_softmax.gather(-1, targets[:, None])[:, 0]
-        with torch.no_grad():
-            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-            is_top1 = log_softmax.argmax(-1) == targets
-            mean_logits = logits.mean(-1)
+        head = model.get_output_embeddings()
+        log_probs, entropy, mean_logits, is_top1 = TargetScores.apply(
+            hidden[mask], head.weight, head.bias, labels[:, 1:][mask]
+        )
 
         def spread(values: Any) -> Any:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -81,23 +81,6 @@ def test_random_base_is_nf4_of_the_exact_shape(gpu_check):
     assert type(base.lm_head) is torch.nn.Linear
 
 
-def test_a_packed_row_does_not_see_the_one_before(gpu_check):
-    base = gpu_check.random_base(gpu_check.architecture("tiny"), torch.float32, "cpu")
-    rows = gpu_check.make_rows("instruction", 5, 40, 600)
-    batches = gpu_check.packed_batches([[row] for row in rows], 80, "cpu")
-    assert len(batches) > 1 and sum(len(b["segments"]) for b in batches) == 5
-    alone = [base(torch.tensor([row["input_ids"]])).logits[0] for row in rows]
-    packed = []
-    for batch in batches:
-        assert sum(batch["segments"]) == batch["input_ids"].shape[1] <= 80
-        logits = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
-        packed += torch.split(logits, batch["segments"])
-    for expected, found in zip(alone, packed, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    targets = sum(int((b["labels"] != -100).sum()) for b in batches)
-    assert targets == sum(map(gpu_check.targets, rows))
-
-
 def test_flops_by_hand(gpu_check):
     shapes = memory.read_shapes(gpu_check.architecture("tiny"))
     row = {"input_ids": [1] * 10, "labels": [-100] * 4 + [1] * 6}

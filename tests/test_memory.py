@@ -300,7 +300,7 @@ def test_what_a_step_holds_all_the_time(bases):
         states = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimizer.state.values())
         assert found["adapter, float32"] == sum(p.nbytes for p in trained)
         assert found["gradients, float32"] == sum(p.grad.nbytes for p in trained)
-        assert found["optimizer states (adamw_torch)"] == states
+        assert found["optimizer states (adamw_torch_fused)"] == states
 
 
 def test_8bit_optimizer_states():
