@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-# Rows of logits at a time: 64 x 50,000 float32 are 13 MB, which stays near the cores while it is
-# reduced; all rows of a micro-batch at once are read from memory in every pass.
-CHUNK = 64
+# Rows of logits at a time. 512 supervised tokens of SmolLM2 on two cores took 1.79 s a step with
+# chunks of 64, 1.57 with 256 and 1.61 with 512 (1.96 with all logits kept for the backward pass).
+CHUNK = 256
 
 
 class TargetScores(torch.autograd.Function):

@@ -248,7 +248,7 @@ def pair_counts(stage: Stage, pairs: Any) -> Counts:
 
 
 # Enough for full speed of the matrix products on a CPU; more only costs memory there.
-CPU_MICRO_BATCH_TOKENS = 512
+CPU_MICRO_BATCH_TOKENS = 1024
 
 
 def micro_batch_tokens(stage: Stage, lengths: np.ndarray) -> int:

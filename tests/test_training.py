@@ -50,7 +50,7 @@ def run(trainer, inputs):
     return outputs, gradients
 
 
-@pytest.mark.parametrize("chunk", [64, 4])
+@pytest.mark.parametrize("chunk", [256, 4])
 def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, chunk, monkeypatch):
     import torch
 
