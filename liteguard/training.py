@@ -614,7 +614,6 @@ def progress(stage: Stage, counts: Counts) -> Any:
             from tqdm import tqdm
 
             self.clock, self.step = time.monotonic(), state.global_step
-            self.last: dict[str, float] = {}
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -633,10 +632,11 @@ def progress(stage: Stage, counts: Counts) -> Any:
             logs = logs or {}
             if "train_runtime" in logs:
                 return
+            speeds: dict[str, float] = {}
             if "loss" in logs:
                 now = time.monotonic()
                 span, seconds = slice(self.step, state.global_step), now - self.clock
-                self.last = {
+                speeds = {
                     "tokens_per_second": counts.tokens[span].sum() / seconds,
                     "supervised_per_second": counts.supervised[span].sum() / seconds,
                 }
@@ -648,7 +648,8 @@ def progress(stage: Stage, counts: Counts) -> Any:
                 "rewards/accuracies": "accuracy",
             }
             shown = {name: float(logs[key]) for key, name in names.items() if key in logs}
-            shown |= {"gpu_memory": _gpu_memory_gb(), **self.last}
+            shown["gpu_memory"] = _gpu_memory_gb()
+            shown |= speeds
             # An evaluation's time is not the steps'.
             self.clock, self.step = time.monotonic(), state.global_step
             if self.wandb:
