@@ -117,6 +117,7 @@ def random_base(config_: Any, dtype: Any, device: str, seed: int = 0) -> Any:
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False
+    models.keep_gradients_after_evaluation(model)
     model.is_loaded_in_4bit = True  # PEFT then takes its 4-bit LoRA layer
     return model
 

@@ -293,9 +293,8 @@ def head_bytes(
 ) -> int:
     """Bytes of the output head at its peak, logits and their gradient included.
 
-    supervised: float32 logits of the supervised positions only, their log-softmax, and two
-    temporaries of the same size for the entropy (the backward pass needs less):
-    `training.score_targets_only`. tiled: TRL's fused head, which recomputes tiles of the logits in
+    supervised: float32 logits and softmax of a chunk of the supervised positions
+    (`liteguard/head.py`). tiled: TRL's fused head, which recomputes tiles of the logits in
     the backward pass and accumulates float32 gradients of the hidden states. all: transformers' own
     loss on every position: 16-bit logits, float32 copy, log-softmax, gradient.
     """
@@ -303,7 +302,11 @@ def head_bytes(
     if head == "all":
         return tokens * v * (12 + (2 * c if precision.mixed else 0))
     if head == "supervised":
-        return supervised * 4 * 4 * v
+        # Logits and softmax of a chunk; of all supervised rows a copy and the gradient.
+        from liteguard.head import CHUNK
+
+        chunk = min(supervised, CHUNK) * v * (8 + (c if precision.mixed else 0))
+        return chunk + 2 * stream_bytes(shapes, precision) * supervised * shapes.hidden
     rows = supervised if precision.cuda else tokens
     tile = min(rows, TILE_TOKENS) * TILE_VOCABULARY
     # Hidden states of the scored rows: a copy, its 16-bit form, the float32 gradient.

@@ -260,6 +260,31 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert losses(output) == pytest.approx(same, rel=0.03), "the effective batch changed"
 
 
+def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path, monkeypatch):
+    """DPO may lower both answers of a pair; the guard sees it in what TRL logs at evaluations."""
+    from types import SimpleNamespace
+
+    from transformers import TrainerControl
+
+    from liteguard import training
+    from liteguard.config import build, read_yaml
+
+    history = json.loads((pipeline / "final_checkpoint/log_history.json").read_text())
+    assert any("eval_rewards/chosen" in entry for entry in history)
+    monkeypatch.chdir(pipeline)
+    config = build([("tiny", read_yaml(tiny_config))])
+    parent = Path("instruction_checkpoint")
+    stage = training.plan("safety", config, tmp_path / "x", Path("data/tiny"), parent)
+    stage.work = tmp_path
+    guard = training.callbacks(stage)[0]
+    # beta is 0.1: a reward of -2.9 is a loss of 29 nats, the limit is 30.
+    for reward, stops in ((-2.9, False), (-3.1, True)):
+        control, metrics = TrainerControl(), {"eval_loss": 0.1, "eval_rewards/chosen": reward}
+        guard.on_evaluate(None, SimpleNamespace(global_step=3), control, metrics=metrics)
+        assert control.should_training_stop is stops
+        assert math.isinf(metrics["eval_loss"]) is stops, "it must not be kept as the best"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(pipeline, tmp_path):
     output = tmp_path / "hot"
     command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--output")
