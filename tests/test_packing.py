@@ -130,6 +130,24 @@ def test_generation_still_sees_the_whole_prompt(tiny_phi):
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_whose_loss_is_not_finite_is_handed_over(tiny_phi):
+    import torch
+
+    model, kept = packed(adapted(tiny_phi, "sdpa")), []
+    packing.watch_losses(model.get_base_model(), kept.append)
+    inputs = batch()
+    model(**inputs, fused_lm_head=True)
+    assert not kept
+    broken = (p for n, p in model.named_parameters() if "fc2.lora_B" in n)
+    next(broken).data.fill_(torch.nan)
+    with torch.no_grad():
+        model(**inputs, fused_lm_head=True)
+    assert not kept, "an evaluation is not training"
+    model(**inputs, fused_lm_head=True)
+    [found] = kept
+    assert all(found[name].equal(inputs[name]) for name in inputs) and len(found) == len(inputs)
+
+
 def rows_of(lengths, prompts=None) -> TokenRows:
     ends = np.cumsum(lengths)
     prompts = np.zeros(len(lengths), np.int64) if prompts is None else np.array(prompts)
