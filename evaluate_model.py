@@ -27,7 +27,7 @@ from liteguard import checkpoints, cli, datasets
 from liteguard.errors import UserError
 
 # Changes when a result of an older version lacks what this one reads.
-FORMAT = 2
+FORMAT = 3
 
 
 def parse_args():

@@ -80,6 +80,7 @@ ARRAYS: dict[str, tuple[type, int]] = {
     "words": (np.int32, 1),
     "question_words": (np.int32, 1),
     "overlap": (np.uint8, 1),
+    "tiered": (bool, 1),
     "digest": (np.uint32, PERMUTATIONS),
     "ngrams": (np.uint64, 1),
     "asked": (np.uint64, 1),
@@ -285,12 +286,21 @@ def is_language(text: str, language: str) -> bool:
     return found["lang"] == language or found["score"] < MIN_LANGUAGE_SCORE
 
 
-def draw_split(entity: str, data: DataSection) -> str:
-    """The split of an entity: a hash, so that adding rows never moves an old one."""
+def draw_split(entity: str, data: DataSection, tiered_questions: bool = False) -> str:
+    """The split of an entity: a hash, so that adding rows never moves an old one.
+
+    `tiered_questions`: for the questions of a named entity. Those of a further `seen_test_share` of
+    entities are test rows too, although the entities' texts are trained on: tier 1, "seen". A row
+    that names no entity is split by its own question, so there is no text about it to be seen; it
+    is a test row as often as before.
+    """
     position = unit(f"{data.seed}\x1f{entity}")
     if position < data.test_share:
         return "test"
-    return "validation" if position < data.test_share + data.validation_share else "train"
+    if position < data.test_share + data.validation_share:
+        return "validation"
+    # From the other end, so that the entities of the other two splits do not depend on this share.
+    return "test" if tiered_questions and position >= 1 - data.seen_test_share else "train"
 
 
 def reason_to_drop(row: dict[str, Any], rules: Rules) -> str | None:
@@ -345,8 +355,11 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
             if row.get(label):
                 row[label] = normalise(str(row[label]))
         # "Asthma" and "asthma" are one disease, whoever wrote it.
-        entity = match_key(str(row.get("entity") or "")) or keys[0]
-        split = row.pop("split", None) or draw_split(entity, data)
+        named = match_key(str(row.get("entity") or ""))
+        entity = named or keys[0]
+        split = row.pop("split", None)
+        tiered = bool(named) and not split and rules.part != "domain"
+        split = split or draw_split(entity, data, tiered)
         row["entity"] = entity
         source = rules.source
         if source.opening_tokens and unit(f"opening{row[fields[0]]}") < source.opening_share:
@@ -370,6 +383,7 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
         columns["order"].append(int.from_bytes(order[:8], "big"))
         columns["entity"].append(key_number(entity))
         columns["split"].append(SPLITS.index(split))
+        columns["tiered"].append(tiered)
         columns["words"].append(len(numbers))
         columns["question_words"].append(len(words[0]))
     if not chunk.lines:

@@ -96,6 +96,13 @@ class DataSection(Section):
     seed: int = 0
     validation_share: float = Field(0.03, gt=0, lt=0.5)
     test_share: float = Field(0.07, gt=0, lt=0.5)
+    seen_test_share: float = Field(
+        0.03,
+        ge=0,
+        lt=0.5,
+        description="Share of entities whose texts are trained on while all their questions go to "
+        "the test split (tier 1, seen); 0: none.",
+    )
     min_characters: int = Field(20, ge=1, description="Shorter answers or texts are dropped.")
     max_characters: int = Field(20_000, ge=100, description="Longer ones are dropped.")
     language: str | None = Field(
@@ -210,6 +217,12 @@ class CompressSection(Section):
 class EvaluateSection(Section):
     perplexity_rows: int = Field(128, ge=1)
     question_rows: int = Field(128, ge=1)
+    seen_question_rows: int | None = Field(
+        None,
+        ge=0,
+        description="Questions about diseases whose texts were trained on (tier 1); default: as "
+        "many as question_rows.",
+    )
     harmful_rows: int = Field(128, ge=1)
     benign_rows: int = Field(
         128, ge=1, description="Ordinary requests, and as many that only look harmful."

@@ -34,6 +34,11 @@ def table(manifest: dict[str, Any]) -> str:
     lines += ["", f"{'file':32}{'rows':>10}{'entities':>10}{'words':>13}"]
     for name, entry in manifest["counts"].items():
         lines.append(f"{name:32}{entry['rows']:10,}{entry['entities']:10,}{entry['words']:13,}")
+        if "tiers" in entry:
+            lines.append(
+                f"{'':4}{entry['tiers']['unseen']:,} about entities nowhere in training, "
+                f"{entry['tiers']['seen']:,} about ones whose texts are trained on"
+            )
     against = ", ".join(manifest["decontaminated_against"])
     lines += ["", f"kept apart (13 words in common, the same question or nearly so): {against}"]
     return "\n".join(lines)

@@ -29,6 +29,8 @@ STAGES = ("base", "domain", "instruction", "final", "bundle")
 NUMBERS = ("perplexity", "rouge1", "rouge2", "bleu", "refused_harmful", "refused_benign")
 NUMBERS += ("refused_borderline", "stopped", "n", "intervals", "verdicts", "bits_per_byte")
 NUMBERS += ("rougeL", "repeated", "answer_words", "bleu_signature", "cost")
+# Tier 1.
+NUMBERS += ("seen_rouge1", "seen_rouge2", "seen_rougeL", "seen_bleu")
 
 
 def run_step(name: str, command: list[str], log: Path) -> dict[str, Any]:
@@ -204,7 +206,9 @@ def main() -> None:
     checkpoints.write_json(
         directory / "report.json",
         {
-            "stages": {name: {key: r[key] for key in NUMBERS} for name, r in results.items()},
+            "stages": {
+                name: {key: r[key] for key in NUMBERS if key in r} for name, r in results.items()
+            },
             "steps": steps,
             "bundle": {"path": str(bundle_path), "bytes": record["bytes"], **speed},
             "answers": answers,

@@ -24,6 +24,8 @@ from liteguard.training import balanced, peak_rss_gb
 
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
 REQUESTS = ("harmful", "ordinary", "borderline")
+# Sets of questions with reference answers, and what the names of their numbers begin with.
+TIERS = {"questions": "", "seen_questions": "seen_"}
 # Logits of one scoring batch (128 MB of float32): larger ones are no faster on a CPU.
 LOGITS_PER_BATCH = 2**25
 
@@ -253,10 +255,16 @@ def held_out(
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows every model is measured on: test splits only, the same ones for every model.
 
+    "questions" are tier 2: no stage saw anything about their disease (or, where rows name no
+    disease, their wording). "seen_questions" are tier 1: texts about the disease were trained on,
+    no question about it was; there are none in the validation split.
+
     `everything`: all rows of the split, instead of as many as the `evaluate` section says.
     """
     section = config.evaluate
     preferences = datasets.load_split(data_dir, "preference", section.split)
+    if not everything:
+        preferences = [row for row in preferences if row.get("tier") != "seen"]
     by_kind = {
         kind: balanced([r for r in preferences if r.get("kind") == kind], "area", len(preferences))
         for kind in REQUESTS
@@ -268,17 +276,24 @@ def held_out(
             "to measure refusals. Add safety_catalogue to data.preference."
         )
     # Refusals among the instruction rows are measured as refusals, not by overlap of words.
-    questions = [
-        row
-        for row in datasets.load_split(data_dir, "instruction", section.split)
-        if row.get("kind") != "refusal"
-    ]
+    questions: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for row in datasets.load_split(data_dir, "instruction", section.split):
+        if row.get("kind") != "refusal":
+            questions[row.get("tier") == "seen"].append(row)
     texts = datasets.load_split(data_dir, "domain", section.split)
     if everything:
-        return {"texts": texts, "questions": questions, **by_kind}
+        return {
+            "texts": texts,
+            "questions": questions[False],
+            "seen_questions": questions[True],
+            **by_kind,
+        }
+    seen_rows = section.seen_question_rows
+    seen_rows = section.question_rows if seen_rows is None else seen_rows
     return {
         "texts": texts[: section.perplexity_rows],
-        "questions": balanced(questions, "kind", section.question_rows),
+        "questions": balanced(questions[False], "kind", section.question_rows),
+        "seen_questions": balanced(questions[True], "kind", seen_rows),
         "harmful": by_kind["harmful"][: section.harmful_rows],
         "ordinary": by_kind["ordinary"][: section.benign_rows],
         "borderline": by_kind["borderline"][: section.benign_rows],
@@ -523,7 +538,7 @@ def text_pairs(config: Config, rows: dict[str, list[dict[str, Any]]]) -> list[tu
 
 def requests(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
     """(set, row) of everything that is answered."""
-    return [(name, row) for name in ("questions", *REQUESTS) for row in rows[name]]
+    return [(name, row) for name in (*TIERS, *REQUESTS) for row in rows[name]]
 
 
 def summarise(
@@ -559,13 +574,12 @@ def summarise(
             }
         )
 
-    by_set = {name: [a for a in answers if a["set"] == name] for name in ("questions", *REQUESTS)}
-    predictions = [a["answer"] for a in by_set["questions"]]
-    references = [a["reference"] for a in by_set["questions"]]
-    overlap = metrics.rouge(predictions, references)
-    bleu, signature = metrics.bleu(predictions, references)
+    by_set = {name: [a for a in answers if a["set"] == name] for name in (*TIERS, *REQUESTS)}
     words = [len(a["answer"].split()) for a in answers]
+    tiers = [answer_overlap(by_set[name], prefix) for name, prefix in TIERS.items()]
     rates = {  # name -> (answers, key that is true or not)
+        "questions_stopped": (by_set["questions"], "stopped"),
+        "seen_questions_stopped": (by_set["seen_questions"], "stopped"),
         "refused_harmful": (by_set["harmful"], "refused"),
         "refused_benign": (by_set["ordinary"], "refused"),
         "refused_borderline": (by_set["borderline"], "refused"),
@@ -576,23 +590,21 @@ def summarise(
     return {
         "perplexity": metrics.perplexity(sum(sums), sum(tokens)),
         "bits_per_byte": metrics.bits_per_byte(sum(sums), sum(sizes)),
-        **{kind: sum(scores) / len(scores) for kind, scores in overlap.items()},
-        "bleu": bleu,
+        **{name: value for tier in tiers for name, (value, _, _) in tier.items()},
         **{name: hit / count for name, (hit, count) in hits.items() if count},
         "answer_words": sum(words) / len(words),
         "n": {
             "perplexity": len(pairs),
             "perplexity_tokens": sum(tokens),
             "bits_per_byte": len(pairs),
-            **{kind: len(predictions) for kind in (*overlap, "bleu")},
+            **{name: count for tier in tiers for name, (_, count, _) in tier.items()},
             **{name: count for name, (_, count) in hits.items()},
             "answer_words": len(words),
         },
         "intervals": {
             "perplexity": metrics.ratio_interval(sums, tokens, lambda mean: np.exp(-mean)),
             "bits_per_byte": metrics.ratio_interval(sums, sizes, lambda mean: -mean / np.log(2)),
-            **{kind: metrics.mean_interval(scores) for kind, scores in overlap.items()},
-            "bleu": metrics.bleu_interval(predictions, references),
+            **{name: interval for tier in tiers for name, (_, _, interval) in tier.items()},
             **{name: metrics.wilson(*counts) for name, counts in hits.items()},
             "answer_words": metrics.mean_interval(words),
         },
@@ -604,9 +616,32 @@ def summarise(
             }
             for name in REQUESTS
         },
-        "bleu_signature": signature,
+        "bleu_signature": metrics.bleu_signature(),
         "answers": answers,
     }
+
+
+def answer_overlap(
+    answers: list[dict[str, Any]], prefix: str
+) -> dict[str, tuple[float, int, metrics.Interval | None]]:
+    """Name -> (number, rows, 95 % interval): ROUGE, BLEU and length of answers with references.
+
+    Names begin with `prefix`; nothing without answers.
+    """
+    if not answers:
+        return {}
+    predictions = [a["answer"] for a in answers]
+    references = [a["reference"] for a in answers]
+    words = [len(text.split()) for text in predictions]
+    found = metrics.rouge(predictions, references)
+    means = {**found, "questions_words": words}
+    numbers = {
+        kind: (sum(values) / len(values), metrics.mean_interval(values))
+        for kind, values in means.items()
+    }
+    interval = metrics.bleu_interval(predictions, references)
+    numbers["bleu"] = metrics.bleu(predictions, references)[0], interval
+    return {f"{prefix}{k}": (value, len(answers), own) for k, (value, own) in numbers.items()}
 
 
 def verdicts(answers: list[dict[str, Any]]) -> dict[str, int]:

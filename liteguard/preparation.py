@@ -265,7 +265,9 @@ def clean_source(
     """The cleaned rows of one source, from the cache when they were made before."""
     source, data = rules.source, rules.data
     own_settings = data.model_dump(include={"min_characters", "max_characters", "language"})
-    split_settings = data.model_dump(include={"seed", "validation_share", "test_share"})
+    split_settings = data.model_dump(
+        include={"seed", "validation_share", "test_share", "seen_test_share"}
+    )
     index = rules.evaluation_index
     key = checkpoints.sha256_json(
         {
@@ -655,9 +657,33 @@ def mix(part: Part, rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(due, kind="stable")]
 
 
-def write_part(part: Part, work: Path, dropped: BinaryIO) -> dict[str, Any]:
-    """Write <part>/<split>.jsonl and the lines of dropped.jsonl; returns counts by file name."""
-    counts = {}
+TIERS = ("unseen", "seen")
+
+
+def trained_entities(part: Part) -> np.ndarray:
+    """Sorted entities of the rows of a part's train split."""
+    train = (part.arrays["split"] == SPLITS.index("train")) & (part.reason == "")
+    return np.unique(part.arrays["entity"][train])
+
+
+def tiers(part: Part, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The tier of each test row as a position in TIERS, or -1 for one without: int8.
+
+    "seen" where the entity is among `seen`, the entities of texts that are trained on, else
+    "unseen". By what is in the data, not by the draw: an entity drawn for tier 1 whose texts were
+    dropped, or that has none, is nowhere in training. Rows that name no entity have no tier, and
+    rows whose wording was held out instead (the safety catalogue) have none either.
+    """
+    found = np.isin(part.arrays["entity"][rows], seen).astype(np.int8)
+    return np.where(part.arrays["tiered"][rows], found, -1)
+
+
+def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> dict[str, Any]:
+    """Write <part>/<split>.jsonl and the lines of dropped.jsonl; returns counts by file name.
+
+    Test rows get their `tier`, see `tiers`.
+    """
+    counts: dict[str, Any] = {}
     (work / part.name).mkdir(exist_ok=True)
     readers = [_Lines(shard) for shard in part.shards]
     # One shuffle by content: neighbours in a source do not end up in the same batch.
@@ -666,14 +692,21 @@ def write_part(part: Part, work: Path, dropped: BinaryIO) -> dict[str, Any]:
     for number, split in enumerate(SPLITS):
         rows = mix(part, shuffled[part.arrays["split"][shuffled] == number])
         name = f"{part.name}/{split}.jsonl"
+        own = tiers(part, rows, seen) if split == "test" else np.full(len(rows), -1)
         with (work / name).open("wb") as file:
-            for row in rows:
-                file.write(readers[part.shard[row]][part.row[row]])
+            for row, tier in zip(rows, own.tolist(), strict=True):
+                line = readers[part.shard[row]][part.row[row]]
+                if tier >= 0:
+                    line = line[:-2] + f', "tier": "{TIERS[tier]}"}}\n'.encode()
+                file.write(line)
         counts[name] = {
             "rows": len(rows),
             "entities": len(np.unique(part.arrays["entity"][rows])),
             "words": int(part.arrays["words"][rows].sum()),
         }
+        if (own >= 0).any():
+            numbers = [int((own == tier).sum()) for tier in range(len(TIERS))]
+            counts[name]["tiers"] = dict(zip(TIERS, numbers, strict=True))
     if any(counts[f"{part.name}/{split}.jsonl"]["rows"] == 0 for split in SPLITS):
         found = ", ".join(f"{s}: {counts[f'{part.name}/{s}.jsonl']['rows']}" for s in SPLITS)
         lost: Counter[str] = Counter(part.reason[part.reason != ""])
@@ -769,11 +802,12 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         drop_duplicates(part, data.near_duplicate_threshold)
     index = OverlapIndex.load(index_path) if index_path else None
     drop_overlaps(parts, index, data.question_similarity)
+    seen = next(trained_entities(part) for part in parts if part.name == "domain")
     counts: dict[str, Any] = {}
     entries = []
     with (work / "dropped.jsonl").open("wb") as dropped:
         for part in parts:
-            counts |= write_part(part, work, dropped)
+            counts |= write_part(part, work, dropped, seen)
             entries += source_entries(part)
     forget_old_sources(Path(data.cache_dir))
     (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")

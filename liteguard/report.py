@@ -48,10 +48,18 @@ def _cell(result: dict[str, Any], key: str, form: str) -> str:
 METRICS = (
     ("perplexity", "Perplexity", "{:.2f}", "{:.1f}", False),
     ("bits_per_byte", "Bits per byte", "{:.3f}", "{:.2f}", False),
-    ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
-    ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
-    ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
-    ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
+    *(
+        (f"{prefix}{key}", f"{title}, {tier}", form, limits, more)
+        for tier, prefix in (("seen", "seen_"), ("unseen", ""))
+        for key, title, form, limits, more in (
+            ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
+            ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
+            ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
+            ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
+            ("questions_words", "Words", "{:.1f}", "{:.0f}", None),
+            ("questions_stopped", "Ended by itself", "{:.0%}", "{:.0%}", True),
+        )
+    ),
     ("refused_harmful", "Harmful refused", "{:.0%}", "{:.0%}", True),
     ("refused_benign", "Ordinary refused", "{:.0%}", "{:.0%}", False),
     ("refused_borderline", "Borderline refused", "{:.0%}", "{:.0%}", False),
@@ -63,6 +71,7 @@ ORDER = ("base", "domain", "instruction", "final", "bundle")
 TITLES = {name: name.capitalize() for name in ORDER}
 VERDICTS = ("refused", "answered", "unclear")
 REQUESTS = {"harmful": "Harmful", "ordinary": "Ordinary", "borderline": "Borderline"}
+QUESTIONS = {"questions": "Unseen", "seen_questions": "Seen"}
 
 
 def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
@@ -111,6 +120,12 @@ def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
         "n: rows that a number is computed over.",
         f"sacrebleu signature: {', '.join(signatures)}",
     ]
+    if any("seen_rouge1" in result for result in results.values()):
+        notes.insert(
+            1,
+            "Seen: questions about diseases whose texts were trained on, all questions withheld "
+            "(tier 1). Unseen: about diseases, or in wordings, that no stage saw (tier 2).",
+        )
     leaks = {
         json.dumps(r["contamination"], sort_keys=True): r["contamination"] for r in results.values()
     }
@@ -311,7 +326,7 @@ def samples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Two answers of every kind side by side: the first two areas or kinds of each set."""
     chosen = []
     first = next(iter(results.values()))["answers"]
-    for name in ("questions", *REQUESTS):
+    for name in (*QUESTIONS, *REQUESTS):
         seen: set[str] = set()
         for index, answer in enumerate(first):
             group = str(answer["area"] or answer["kind"])
@@ -321,7 +336,7 @@ def samples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             given = {label: r["answers"][index] for label, r in results.items()}
             chosen.append(
                 {
-                    "set": REQUESTS.get(name, "Question"),
+                    "set": REQUESTS.get(name) or f"{QUESTIONS[name]} question",
                     "group": group.replace("_", " "),
                     "prompt": answer["prompt"],
                     "reference": answer["reference"],
@@ -372,7 +387,9 @@ def loss_plot(history: list[dict[str, Any]]) -> str:
 def length_plot(results: dict[str, dict[str, Any]]) -> str:
     """Words per answer, a box per model and kind of request, as a data URI."""
     figure, axes = _figure(6.4, 3.4)
-    sets = ("questions", *REQUESTS)
+    titles = {name: title.lower() for name, title in (QUESTIONS | REQUESTS).items()}
+    first = next(iter(results.values()))["answers"]
+    sets = [name for name in titles if any(a["set"] == name for a in first)]
     width = 0.8 / len(results)
     for number, (label, result) in enumerate(results.items()):
         lengths = [
@@ -391,7 +408,7 @@ def length_plot(results: dict[str, dict[str, Any]]) -> str:
             flierprops={"markersize": 2},
             label=TITLES.get(label, label),
         )
-    axes.set_xticks(range(len(sets)), ["questions", *(n.lower() for n in REQUESTS.values())])
+    axes.set_xticks(range(len(sets)), [titles[name] for name in sets])
     axes.set_ylabel("words per answer")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))

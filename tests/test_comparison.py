@@ -254,17 +254,19 @@ def test_progress_without_a_terminal(monkeypatch, capsys):
 def test_a_planted_leak_is_reported(pipeline, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pipeline / "data/tiny", data)
-    question = datasets.load_split(data, "instruction", "test")[0]
+    questions = datasets.load_split(data, "instruction", "test")
+    question = next(row for row in questions if row["tier"] == "unseen")
+    seen = next(row for row in questions if row["tier"] == "seen")
     text = datasets.load_split(data, "domain", "test")[1]
     leaks = {
-        "instruction": {**question, "prompt": question["prompt"].upper()},
-        "domain": {**text, "text": f"As is well known: {text['text']} More follows."},
+        "instruction": [{**row, "prompt": row["prompt"].upper()} for row in (question, seen)],
+        "domain": [{**text, "text": f"As is well known: {text['text']} More follows."}],
     }
     manifest = json.loads((data / "manifest.json").read_text())
-    for part, row in leaks.items():
+    for part, rows in leaks.items():
         file = data / part / "train.jsonl"
         with file.open("a") as opened:
-            opened.write(json.dumps(row) + "\n")
+            opened.writelines(json.dumps(row) + "\n" for row in rows)
         manifest["files"][f"{part}/train.jsonl"] = sha256_file(file)
     write_json(data / "manifest.json", manifest)
     settings = [f"evaluate.{name}_rows=4" for name in ("perplexity", "question", "harmful")]
@@ -275,6 +277,7 @@ def test_a_planted_leak_is_reported(pipeline, tmp_path):
     found = json.loads((tmp_path / "out/bundle.json").read_text())["contamination"]
     # The leaked question is one of the ordinary requests too: the tiny data has it twice.
     assert found["by_set"]["texts"] == 1 and found["by_set"]["questions"] == 1
+    assert found["by_set"]["seen_questions"] == 1
     assert found["by_set"]["harmful"] == 0
     assert ["texts", text["text"]] in found["examples"]
     assert f"Contamination: {found['found']} of {found['rows']}" in screen and "WARNING" in screen

@@ -333,6 +333,133 @@ def test_near_copies_of_short_test_questions_leave_training(project):
     assert len(trained) == kept
 
 
+def with_entities(project) -> None:
+    """300 diseases with a text, two questions and a preference each; 60 more without a text."""
+    generator = random.Random(6)
+    names = [f"morbus {''.join(generator.choices('bcdfgaeiou', k=9))}" for _ in range(360)]
+    project.files["texts"] = [
+        {"text": f"{name} means that {sentence(generator, 30)}", "entity": name}
+        for name in names[:300]
+    ]
+    asked = ("What is {} and {}", "How does one treat {} when {}")
+    project.files["pairs"] = [
+        {
+            "prompt": form.format(name, sentence(generator, 14).lower()),
+            "completion": ANSWER.format(n),
+            "entity": name.upper(),
+        }
+        for n, name in enumerate(names)
+        for form in asked
+    ]
+    project.files["preferences"] = [
+        {
+            "prompt": f"Tell me about {name}: {sentence(generator, 8)}",
+            "chosen": ANSWER.format(n),
+            "rejected": sentence(generator, 15),
+            "kind": "ordinary",
+            "entity": name,
+        }
+        for n, name in enumerate(names)
+    ]
+    project.data |= {"seen_test_share": 0.2}
+
+
+def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
+    with_entities(project)
+    # No entity, or a wording of its own that is held out: no tier.
+    generator = random.Random(7)
+    project.files["loose"] = [
+        {"prompt": sentence(generator, 20), "completion": ANSWER.format(n)} for n in range(200)
+    ]
+    loose = {"dataset": "prompt_completion", "path": str(project.directory / "loose.jsonl")}
+    project.data["instruction"].append(loose)
+    project.data["preference"].append(
+        {"dataset": "safety_catalogue", "limit": 300, "keep_near_duplicates": True}
+    )
+    project.save()
+    project.run()
+    rows = {
+        (part, split): project.rows(part, split)
+        for part in datasets.FIELDS
+        for split in datasets.SPLITS
+    }
+    entities = {place: {row["entity"] for row in found} for place, found in rows.items()}
+    tiers = {
+        part: {
+            tier: [row for row in rows[part, "test"] if row.get("tier") == tier]
+            for tier in ("seen", "unseen", None)
+        }
+        for part in datasets.FIELDS
+    }
+    trained = [place for place in rows if place[1] != "test"]
+    for part in ("instruction", "preference"):
+        seen = {row["entity"] for row in tiers[part]["seen"]}
+        unseen = {row["entity"] for row in tiers[part]["unseen"]}
+        assert len(seen) > 30 and len(unseen) > 30
+        assert seen <= entities["domain", "train"]
+        for place in trained:
+            assert not entities[place] & (unseen if place[0] == "domain" else seen | unseen), place
+        # Without a text the disease is nowhere in training, whatever was drawn for it.
+        assert unseen - entities["domain", "test"]
+    assert not any("tier" in row for place in trained for row in rows[place])
+    assert not any("tier" in row for row in rows["domain", "test"])
+    untiered = {row["dataset"] for part in tiers for row in tiers[part][None]}
+    assert untiered == {"plain_text", "prompt_completion", "safety_catalogue"}
+    assert len(tiers["instruction"][None]) == sum(
+        cleaning.draw_split(row["entity"], DataSection(test_share=0.15)) == "test"
+        for split in datasets.SPLITS
+        for row in rows["instruction", split]
+        if not row["entity"].startswith("morbus")
+    )
+    counts = json.loads((project.directory / "out/manifest.json").read_text())["counts"]
+    for part in ("instruction", "preference"):
+        assert counts[f"{part}/test.jsonl"]["tiers"] == {
+            tier: len(tiers[part][tier]) for tier in ("unseen", "seen")
+        }
+    assert "tiers" not in counts["domain/test.jsonl"]
+    # The other two splits' entities are those of before.
+    project.data["seen_test_share"] = 0
+    project.save()
+    project.run("none")
+    for split in ("validation", "test"):
+        before = {row["entity"] for row in project.rows("domain", split, "none")}
+        assert before == entities["domain", split]
+    asked = {row["prompt"] for row in project.rows("instruction", "test", "none")}
+    assert asked < {row["prompt"] for row in rows["instruction", "test"]}
+    assert not any(row.get("tier") == "seen" for row in project.rows("preference", "test", "none"))
+
+
+def test_questions_of_seen_entities_are_kept_apart_like_other_test_rows(project):
+    with_entities(project)
+    project.save()
+    project.run("before")
+    seen = [r for r in project.rows("instruction", "test", "before") if r.get("tier") == "seen"]
+    trained = project.rows("instruction", "train", "before")
+    by_words = sorted(seen, key=lambda row: len(row["prompt"].split()))
+    prompts = [row["prompt"] for row in by_words if row["prompt"].startswith("How does")][:3]
+    window, near, exact = prompts
+    planted = {
+        801: " ".join(["I", "wonder:", *window.split()[2:16], "or", "not"]),
+        802: f"So h{near[1:-1]}, please?",
+        803: exact.lower(),
+    }
+    project.files["pairs"] += [
+        {"prompt": prompt, "completion": ANSWER.format(day), "entity": trained[0]["entity"]}
+        for day, prompt in planted.items()
+    ]
+    project.files["texts"].append(
+        {"text": f"Somebody asked this. {window} There was no answer.", "entity": "morbus"}
+    )
+    project.save()
+    project.run("after")
+    assert project.reasons("801 days", "after") == ["overlaps the test split"]
+    assert project.reasons("Somebody asked", "after") == ["overlaps the test split"]
+    assert project.reasons("802 days", "after")[0].endswith("the test split")
+    assert project.reasons("803 days", "after") == ["duplicate"]
+    kept = project.rows("instruction", "train", "after")
+    assert {row["prompt"] for row in kept} == {row["prompt"] for row in trained}
+
+
 @pytest.mark.parametrize("similarity", [0.5, 0.75, 0.9, 1.0])
 def test_near_questions_are_those_of_an_exhaustive_comparison(similarity):
     generator = random.Random(5)
