@@ -1,13 +1,19 @@
-"""Turn the final checkpoint into a bundle for a phone, and prove that the bundle answers.
+"""Turn the final checkpoint into a bundle for a phone, and prove that it answers like its model.
 
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task
+    python compress_model.py --input final_checkpoint --output liteguard_phi2.task --also
+    python compress_model.py --input final_checkpoint --quantize mixed --verify full
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task --dry_run
 
-Merges the adapter into the 16-bit base model on the CPU, converts to TFLite with 8-bit weights
-(litert-torch), builds a SentencePiece model with the same token ids, bundles both as a MediaPipe
-.task file, opens the bundle in LiteRT-LM and asks it held-out questions. The bundle gets its final
-name only if it can be opened, stops by itself and answers with plain text. Writes the bundle and
-a record beside it (NAME.task.json).
+Merges the adapter into the 16-bit base model on the CPU, converts to TFLite and quantises it
+(litert-torch, in child processes), makes the tokenizer, and bundles all as a MediaPipe .task
+(SentencePiece with the same token ids) or a LiteRT-LM .litertlm (the original tokenizer). Then it
+opens the bundle in LiteRT-LM and compares it with the merged model on held-out rows: token ids,
+perplexity, answers, where they stop, who is refused. The first step that leaves its tolerance is
+named, and only a bundle that passes gets its name. An interrupted run goes on where it was.
+
+Writes the bundle, a record beside it (NAME.task.json) and what an app needs to know
+(NAME.deploy.json: prompt, stop tokens, lengths, sha256, licence).
 """
 
 from __future__ import annotations
@@ -18,14 +24,21 @@ import shutil
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, models, sources, training
+from liteguard import checkpoints, cli, models, sources, training
 from liteguard.errors import UserError
+
+SUFFIXES = (".task", ".litertlm")
 
 
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--input", metavar="DIR", required=True, help="a final checkpoint")
-    parser.add_argument("--output", metavar="FILE", help="default: liteguard_<model_type>.task")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: liteguard_<model_type>.task; or a .litertlm"
+    )
+    parser.add_argument("--also", action="store_true", help="write the other container as well")
+    parser.add_argument("--quantize", metavar="RECIPE", help="int8 (default), mixed, none, ...")
+    parser.add_argument("--verify", metavar="LEVEL", help="quick (default), full or none")
     return parser.parse_args()
 
 
@@ -35,104 +48,119 @@ def main() -> None:
     started = time.time()
     source = Path(args.input)
     record = checkpoints.read_stage(source, "safety")
-    config = cli.resolve_config(args, parent=record)
+    flags = {"compress.quantize": args.quantize, "compress.verify.level": args.verify}
+    config = cli.resolve_config(args, flags, parent=record)
     section = config.compress
     output = Path(args.output or f"liteguard_{config.model_type}.task")
-    if output.suffix != ".task":
-        raise UserError(f"--output {output}: the bundle's name must end in .task")
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"--output {output}: the bundle's name must end in .task or .litertlm")
+    other = output.with_suffix(SUFFIXES[1 - SUFFIXES.index(output.suffix)])
+    outputs = [output, other] if args.also else [output]
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
+    from liteguard.export import bundle, merge, tflite, tokenizer, verify
+
+    tflite.check_recipe(section.quantize)
     base, _ = sources.base_model(config)
-    identity = models.base_identity(base, models.model_config(config)[2])
+    architecture = models.model_config(config)[2]
+    identity = models.base_identity(base, architecture)
     if identity != record["base_identity"]:
         raise UserError(f"{source} was trained on another base model than {config.model.name}.")
     if config.prompt.model_dump() != record["prompt"]:
         raise UserError(f"{source} was trained with another prompt than the configuration in use.")
-    test = datasets.load_split(Path(record["data_dir"]), "instruction", "test")
-    questions = [r["prompt"] for r in training.balanced(test, "kind", section.verify_questions)]
+    proof = section.verify.level != "none"
+    samples = verify.collect_samples(config, Path(record["data_dir"])) if proof else None
     inputs = {
         "adapter": record["files"]["adapter_model.safetensors"],
         "base": identity,
         "prompt": record["prompt"],
+        "bundles": [path.name for path in outputs],
         **{f"compress.{key}": value for key, value in section.model_dump().items()},
     }
-    record_name = f"{output.name}.json"
+    if not args.overwrite and reuse(outputs, inputs):
+        print(f"{output} is finished and was made from the same inputs: reused")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    converter = tflite.choose_converter(section.converter)
+    tflite.require_resources(models.count_parameters(architecture), converter, output.parent)
     if args.dry_run:
         print(
-            f"would merge, convert ({section.recipe}) and verify {output}\ndry run: nothing written"
+            f"would merge, convert ({converter}, {section.quantize}) and write "
+            f"{', '.join(map(str, outputs))}; proof: {section.verify.level}\n"
+            "dry run: nothing written"
         )
-        return
-    if not args.overwrite and reuse(output, record_name, inputs):
-        print(f"{output} is finished and was made from the same inputs: reused")
         return
     work = start_work(output, inputs, args.overwrite)
 
     # 3. Work
-    from liteguard.export import bundle, merge, tflite, tokenizer, verify
-
-    timings = {}
+    timings, peaks = {}, {}
 
     def step(name, function, *positional, **named):
+        """Do a step unless an interrupted run has finished it: its facts are NAME.json."""
+        kept = work / f"{name}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
         print(f"{name} ...")
         begin = time.time()
         result = function(*positional, **named)
         timings[name] = round(time.time() - begin, 1)
+        peaks[name] = training.peak_rss_gb()
         print(f"  {name}: {timings[name]:.0f} s")
+        checkpoints.write_json(kept, result)
         return result
 
-    # Steps that an interrupted run finished are complete files under their own names.
-    merged_dir, tflite_file = work / "merged", work / "model.tflite"
-    if not (merged_dir / "export.json").is_file():
-        shutil.rmtree(merged_dir, ignore_errors=True)
-        merged = step("merge", merge.merge_adapter, base, source, merged_dir, config.prompt)
-        vocabulary = step(
-            "tokenizer", tokenizer.build_sentencepiece, merged_dir, work / "tokenizer.model"
-        )
+    merged, sentencepiece = work / "merged", work / "tokenizer.model"
+    exact, quantized = work / "float.tflite", work / "model.tflite"
+
+    def make_merged():
+        shutil.rmtree(merged, ignore_errors=True)
+        facts = {"merge": merge.merge_adapter(base, source, merged, config.prompt)}
+        vocabulary = tokenizer.build_sentencepiece(merged, sentencepiece)
         # Tokens that the device cannot show as text must never be written.
-        silenced = step(
-            "silence",
-            merge.silence_tokens,
-            merged_dir,
-            vocabulary.silenced,
-            vocabulary.single_bytes,
-        )
-        facts = {"merge": merged, "tokenizer": vocabulary.to_dict(), "silence": silenced}
-        checkpoints.write_json(merged_dir / "export.json", facts)
-    facts = json.loads((merged_dir / "export.json").read_text(encoding="utf-8"))
-    if not (work / "conversion.json").is_file():
-        facts["conversion"] = step(
-            "convert",
-            tflite.convert,
-            merged_dir,
-            tflite_file,
-            recipe=section.recipe,
-            prefill_lengths=section.prefill_lengths,
-            kv_cache_length=section.kv_cache_length,
-            converter=section.converter,
-        )
-        checkpoints.write_json(work / "conversion.json", facts["conversion"])
-    facts["conversion"] = json.loads((work / "conversion.json").read_text(encoding="utf-8"))
-    bundled = step(
-        "bundle",
-        bundle.write_task,
-        tflite_file,
-        work / "tokenizer.model",
-        config.prompt,
-        work / output.name,
+        silenced = vocabulary.silenced, vocabulary.single_bytes
+        silent = merge.silence_tokens(merged, *silenced)
+        return {**facts, "tokenizer": vocabulary.to_dict(), "silence": silent}
+
+    def write_bundle(model, path):
+        if path.suffix == ".task":
+            return bundle.write_task(model, sentencepiece, config.prompt, path)
+        return bundle.write_litertlm(model, merged, config.prompt, path, section.kv_cache_length)
+
+    def make_bundles():
+        if section.verify.level == "full":
+            write_bundle(exact, work / f"float{output.suffix}")
+        return {path.name: write_bundle(quantized, work / path.name) for path in outputs}
+
+    facts = step("merge", make_merged)
+    facts["export"] = step(
+        "export",
+        tflite.export,
+        merged,
+        exact,
+        prefill_lengths=section.prefill_lengths,
+        kv_cache_length=section.kv_cache_length,
+        converter=converter,
     )
-    verified = step(
-        "verify",
-        verify.verify_bundle,
-        work / output.name,
-        config.prompt,
-        questions,
-        max_new_tokens=section.verify_max_new_tokens,
-        tokenizer_dir=merged_dir,
+    facts["quantize"] = step(
+        "quantize", tflite.quantize, exact, quantized, section.quantize, merged
     )
+    facts["bundles"] = step("bundle", make_bundles)
+    if proof:
+        facts["verify"] = step(
+            "verify",
+            verify.verify_bundle,
+            work / output.name,
+            merged,
+            config,
+            samples,
+            replaced=facts["tokenizer"]["replaced"],
+            work=work,
+            float_bundle=work / f"float{output.suffix}" if section.verify.level == "full" else None,
+            also=work / other.name if args.also else None,
+        )
 
     # 4. Results
-    digest = checkpoints.sha256_file(work / output.name)
     result = {
         "stage": "bundle",
         "base_model": config.model.name,
@@ -142,50 +170,55 @@ def main() -> None:
         "prompt": config.prompt.model_dump(),
         "config": config.model_dump(),
         "inputs": inputs,
-        "files": {output.name: digest},
-        "bytes": (work / output.name).stat().st_size,
+        "files": {path.name: checkpoints.sha256_file(work / path.name) for path in outputs},
+        "bytes": {path.name: (work / path.name).stat().st_size for path in outputs},
         **facts,
-        "bundle": bundled,
-        "verify": verified,
         "timings_s": timings,
         "wall_s": round(time.time() - started, 1),
-        "peak_rss_gb": training.peak_rss_gb(),
+        "peak_rss_gb": peaks,
     }
-    publish(work, output, record_name, result)
-    print(f"wrote {output} ({result['bytes'] / 1e6:.0f} MB) and {record_name}")
+    publish(work, outputs, result, bundle.deployment(result))
+    for path in outputs:
+        print(f"wrote {path} ({result['bytes'][path.name] / 1e6:.0f} MB) and {path.name}.json")
     print(f"next: python evaluate_model.py --bundle {output}")
 
 
-def reuse(output: Path, record_name: str, inputs: dict) -> bool:
-    """Whether `output` is a complete bundle made from `inputs`; other inputs are an error."""
-    record_path = output.with_name(record_name)
-    if not output.exists():
+def reuse(outputs: list[Path], inputs: dict) -> bool:
+    """Whether `outputs` are complete bundles made from `inputs`; other inputs are an error."""
+    if not any(path.exists() for path in outputs):
         return False
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        whole = checkpoints.sha256_file(output) == record["files"][output.name]
-    except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{output} exists, but is not a bundle that {record_name} describes. Choose another "
-            "--output, or pass --overwrite to replace it."
-        )
-    changes = checkpoints.describe_changes(record["inputs"], json.loads(json.dumps(inputs)))
-    if changes:
-        raise UserError(
-            f"{output} was made from other inputs:\n"
-            + "\n".join(changes)
-            + "\nChoose another --output, or pass --overwrite to replace it."
-        )
+    for output in outputs:
+        record_path = output.with_name(f"{output.name}.json")
+        try:
+            record = json.loads(record_path.read_text(encoding="utf-8"))
+            whole = checkpoints.sha256_file(output) == record["files"][output.name]
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            missing = not output.exists()
+            raise UserError(
+                f"{output} {'is missing' if missing else 'exists'}, but is not a bundle that "
+                f"{record_path.name} describes. Choose another --output, or pass --overwrite to "
+                "replace what is there."
+            )
+        changes = checkpoints.describe_changes(record["inputs"], json.loads(json.dumps(inputs)))
+        if changes:
+            raise UserError(
+                f"{output} was made from other inputs:\n"
+                + "\n".join(changes)
+                + "\nChoose another --output, or pass --overwrite to replace it."
+            )
     return True
 
 
 def start_work(output: Path, inputs: dict, overwrite: bool) -> Path:
-    """The work directory; what an interrupted run left there is kept if its inputs were these."""
+    """The work directory; what an interrupted run left there is kept if its inputs were these.
+
+    Other tolerances of the proof change no file, so they do not count.
+    """
     work = checkpoints.work_directory(output)
     known = work / checkpoints.INPUTS
-    inputs = json.loads(json.dumps(inputs))
+    inputs = json.loads(json.dumps({k: v for k, v in inputs.items() if k != "compress.verify"}))
     if overwrite or not known.is_file() or json.loads(known.read_text()) != inputs:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -193,14 +226,17 @@ def start_work(output: Path, inputs: dict, overwrite: bool) -> Path:
     return work
 
 
-def publish(work: Path, output: Path, record_name: str, record: dict) -> None:
-    """Give the record, then the bundle, its final name, and drop the intermediate files.
+def publish(work: Path, outputs: list[Path], record: dict, deployment: dict) -> None:
+    """Give records, then bundles, their final names, and drop the intermediate files.
 
-    The old bundle goes first: a new record never stands beside an old bundle.
+    Old bundles go first: a new record never stands beside an old bundle.
     """
-    output.unlink(missing_ok=True)
-    checkpoints.write_json(output.with_name(record_name), record)
-    os.replace(work / output.name, output)
+    for output in outputs:
+        output.unlink(missing_ok=True)
+        checkpoints.write_json(output.with_name(f"{output.name}.json"), record)
+    checkpoints.write_json(outputs[0].with_name(f"{outputs[0].stem}.deploy.json"), deployment)
+    for output in outputs:
+        os.replace(work / output.name, output)
     shutil.rmtree(work)
 
 

@@ -79,7 +79,7 @@ def resolve_config(
         layers.append((str(_relative(path)), configuration.read_yaml(path)))
     for name, value in (flags or {}).items():
         if value is not None:
-            flag = f"--{name.rsplit('.', 1)[-1]}"
+            flag = f"--{name.removesuffix('.level').rsplit('.', 1)[-1]}"
             layers.append((flag, configuration.parse_setting(f"{name}={value}")[1]))
     for setting in args.settings:
         layers.append(("--set", configuration.parse_setting(setting)[1]))

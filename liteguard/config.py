@@ -205,13 +205,55 @@ class SafetySection(TrainSection):
     )
 
 
+class VerifySection(Section):
+    """How a finished bundle is compared with the merged model, and what may differ."""
+
+    level: Literal["quick", "full", "none"] = Field(
+        "quick", description="full measures the float32 TFLite as well; none proves nothing."
+    )
+    questions: int = Field(12, ge=1, description="Held-out questions to answer.")
+    requests: int = Field(24, ge=1, description="Harmful, ordinary and borderline ones to answer.")
+    texts: int = Field(10, ge=1, description="Held-out texts, and as many answers, to score.")
+    max_new_tokens: int = Field(160, ge=8)
+    max_text_tokens: int = Field(64, ge=8)
+    tokenizer_texts: int = Field(3000, ge=1, description="Held-out texts to tokenize twice.")
+    perplexity_change: float | None = Field(
+        None,
+        gt=0,
+        description="Largest change against the merged model; default: 0.01 with weights of 8 bits "
+        "and more, 0.1 with 4-bit ones.",
+    )
+    identical_ids: float = Field(
+        0.999, gt=0, le=1, description="Share of texts with the ids of the model's tokenizer."
+    )
+    agreement: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of answers whose first 16 tokens are the merged model's.",
+    )
+    stopped: float = Field(1.0, ge=0, le=1, description="Share of answers that end by themselves.")
+    refusal_change: float = Field(
+        0.02, ge=0, le=1, description="Change of the refusal rate; one request is always allowed."
+    )
+
+    def perplexity_limit(self, recipe: str) -> float:
+        """`perplexity_change`, or the default for a recipe."""
+        return self.perplexity_change or (0.1 if recipe.startswith(("int4", "mixed")) else 0.01)
+
+
 class CompressSection(Section):
-    recipe: str = Field("dynamic_wi8_afp32", description="ai-edge-quantizer recipe name.")
-    prefill_lengths: list[int] = Field(default_factory=lambda: [1024], min_length=1)
+    quantize: str = Field(
+        "int8", description="int8, int8_weight_only, mixed, int4_block32, int4_block64, fp16, none."
+    )
+    prefill_lengths: list[int] = Field(
+        default_factory=lambda: [1024],
+        min_length=1,
+        description="A prompt is padded to one of these; short ones make short questions fast.",
+    )
     kv_cache_length: int = Field(1280, ge=16)
     converter: Literal["auto", "v1", "v2"] = "auto"
-    verify_questions: int = Field(6, ge=1, description="Questions the finished bundle must answer.")
-    verify_max_new_tokens: int = Field(160, ge=8)
+    verify: VerifySection = Field(default_factory=VerifySection)
 
 
 class EvaluateSection(Section):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from liteguard import cleaning, datasets, metrics, models
 from liteguard.config import Config
 from liteguard.errors import UserError
+from liteguard.prompts import Prompt
 from liteguard.training import balanced, peak_rss_gb
 
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
@@ -62,9 +63,22 @@ class Checkpoint:
     """The base model, with an adapter merged in where there is one, without quantisation."""
 
     def __init__(self, config: Config, adapter: Path | None):
-        self.prompt = config.prompt
-        self.batch_size = config.evaluate.batch_size
-        self.model, self.tokenizer = models.load_merged(config, adapter)
+        self._use(config.prompt, config.evaluate.batch_size, *models.load_merged(config, adapter))
+
+    @classmethod
+    def merged(cls, model_dir: Path, prompt: Prompt) -> Checkpoint:
+        """A merged model's directory, in float32 on the CPU."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self = cls.__new__(cls)
+        self._use(prompt, 16, model.eval(), AutoTokenizer.from_pretrained(model_dir))
+        return self
+
+    def _use(self, prompt: Prompt, batch_size: int, model: Any, tokenizer: Any) -> None:
+        self.prompt, self.batch_size = prompt, batch_size
+        self.model, self.tokenizer = model, tokenizer
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         models.pack_linear_layers(self.model)
         # Batches that are computed at a time.
@@ -95,8 +109,8 @@ class Checkpoint:
         todo, results = deque([*batches, *[()] * lanes]), SimpleQueue()
 
         def run() -> None:
-            torch.set_num_threads(threads // lanes)  # of this thread only
             try:
+                torch.set_num_threads(max(1, threads // lanes))  # of this thread only
                 for batch in iter(todo.popleft, ()):
                     for result in work(batch):
                         results.put(result)

@@ -112,6 +112,13 @@ def model_config(config: Config) -> tuple[str, str | None, Any]:
     return directory, revision, loaded
 
 
+def count_parameters(architecture: Any) -> int:
+    """Parameters of a transformers config's causal language model, tied ones once; no data."""
+    from liteguard.memory import meta_model
+
+    return sum(parameter.numel() for parameter in meta_model(architecture).parameters())
+
+
 def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with the configured prompt's tokens; no weights are loaded."""
     directory, _, loaded = model_config(config)

@@ -75,21 +75,31 @@ class Prompt(BaseModel):
         return "".join(parts)
 
     def chat_template(self) -> str:
-        """Jinja chat template that renders `messages` exactly as `render_conversation` does."""
+        """Jinja chat template that renders `messages` exactly as `render_conversation` does.
+
+        Transformers passes a message's content as text, LiteRT-LM as a list of parts: both are
+        read. (Most models' own templates join content with "+" and fail on the device.)
+        """
 
         def literal(text: str) -> str:
             return "{{ " + repr(text) + " }}" if text else ""
 
+        def content(message: str) -> str:
+            return (
+                f"{{% if {message}['content'] is string %}}{{{{ {message}['content'] }}}}"
+                f"{{% else %}}{{% for part in {message}['content'] %}}{{{{ part['text'] }}}}"
+                "{% endfor %}{% endif %}"
+            )
+
         return (
             "{% if messages[0]['role'] == 'system' %}"
-            f"{literal(self.system_prefix)}{{{{ messages[0]['content'] }}}}"
-            f"{literal(self.system_suffix)}"
+            f"{literal(self.system_prefix)}{content('messages[0]')}{literal(self.system_suffix)}"
             f"{{% else %}}{literal(self.system_block)}{{% endif %}}"
             "{% for message in messages %}"
             "{% if message['role'] == 'user' %}"
-            f"{literal(self.user_prefix)}{{{{ message['content'] }}}}{literal(self.user_suffix)}"
+            f"{literal(self.user_prefix)}{content('message')}{literal(self.user_suffix)}"
             "{% elif message['role'] == 'assistant' %}"
-            f"{literal(self.model_prefix)}{{{{ message['content'] }}}}{literal(self.end_token)}"
+            f"{literal(self.model_prefix)}{content('message')}{literal(self.end_token)}"
             f"{{% if not loop.last %}}{literal(self.turn_separator)}{{% endif %}}"
             "{% endif %}{% endfor %}"
             f"{{% if add_generation_prompt %}}{literal(self.model_prefix)}{{% endif %}}"

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -179,14 +178,20 @@ class Bundle:
 
     def chat(self, question: str, max_new_tokens: int = 256) -> str:
         """Greedy answer through the bundle's own prompt template, as an app asks."""
+        return self.converse([question], max_new_tokens)[0]
+
+    def converse(self, questions: Sequence[str], max_new_tokens: int = 256) -> list[str]:
+        """Greedy answers to questions asked one after the other in one conversation."""
+        answers = []
         with self._engine.create_conversation(
             sampler_config=self._greedy, max_output_tokens=max_new_tokens
         ) as conversation:
-            message = conversation.send_message(question).to_json()
-        content = message["content"]
-        if isinstance(content, str):
-            return content
-        return "".join(part.get("text", "") for part in content)
+            for question in questions:
+                content = conversation.send_message(question).to_json()["content"]
+                if not isinstance(content, str):
+                    content = "".join(part.get("text", "") for part in content)
+                answers.append(content)
+        return answers
 
     def score(self, context: str, targets: str) -> tuple[float, int]:
         """Log-likelihood of `targets` after `context`, by the weights inside the bundle.
@@ -287,6 +292,14 @@ class BundleWorkers:
         ids = dict(self._map("tokenize_all", [(parts,)]))[0]
         return self._map("score_ids", list(zip(ids[::2], ids[1::2], strict=True)))
 
+    def benchmark(self, prompt: str, times: int = 3) -> dict[str, float]:
+        """Best of several `Bundle.benchmark` of one prompt, after a first that warms up."""
+        runs = [run for _, run in sorted(self._map("benchmark", [(prompt,)] * (times + 1)))][1:]
+        return {
+            key: (min if key == "first_token_s" else max)(run[key] for run in runs)
+            for key in runs[0]
+        }
+
     def _map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """(index, result) of a method of `Bundle` for each call's arguments.
 
@@ -384,11 +397,9 @@ class _Scorer:
         from ai_edge_litert.compiled_model import CompiledModel
         from ai_edge_litert.options import CpuOptions, Options
 
-        try:
-            with zipfile.ZipFile(path) as archive:
-                content = archive.read("TF_LITE_PREFILL_DECODE")
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(f"{path} is not a .task file; only these can be scored") from error
+        from liteguard.export.bundle import tflite_model
+
+        content = bytes(tflite_model(path))
         with _quiet_stderr():
             self._model = CompiledModel.from_buffer(
                 content, options=Options(cpu_options=CpuOptions(num_threads=threads))

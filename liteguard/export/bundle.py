@@ -1,6 +1,9 @@
-"""TFLite + SentencePiece + prompt -> MediaPipe `.task`.
+"""TFLite + tokenizer + prompt -> MediaPipe `.task`, or LiteRT-LM's own `.litertlm`.
 
-What LiteRT-LM (0.18.1) does with the metadata, found by experiment:
+Both hold the same TFLite model. A `.task` is a zip file with a SentencePiece model and prefixes and
+suffixes; a `.litertlm` has the original tokenizer.json and a chat template in Jinja.
+
+What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 
 - `start_token` is put before the first prefill, with and without templates. No prompt here has a
   start token, so the field is left out. An empty string is not the same: it aborts the process.
@@ -10,10 +13,14 @@ What LiteRT-LM (0.18.1) does with the metadata, found by experiment:
 - prefixes and suffixes of the user and the model are joined, and the model's prefix ends the
   prompt. They are pasted into a Jinja template whose tags strip the whitespace that follows, so
   that "\\n" after a question gets lost: a character that the tokenizer deletes guards it.
+- what follows the model's end token (`turn_separator`) is lost between turns, however it is
+  written: from the second question on, a conversation differs from `Prompt.render_conversation`
+  by that text. In a `.litertlm` it does not.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import zipfile
@@ -25,6 +32,8 @@ from liteguard.errors import UserError, WorkError
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
 
+SUFFIXES = (".task", ".litertlm")
+TASK_MODEL = "TF_LITE_PREFILL_DECODE"
 # Number of `start_token` in odml.infra.proto.LlmParameters.
 _START_TOKEN_FIELD = 6
 
@@ -136,7 +145,7 @@ def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     members = {
-        "TF_LITE_PREFILL_DECODE": tflite.read_bytes(),
+        TASK_MODEL: tflite.read_bytes(),
         "TOKENIZER_MODEL": sentencepiece.read_bytes(),
         "METADATA": bundle_metadata(sentencepiece, prompt),
     }
@@ -151,3 +160,160 @@ def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) 
         "stop_tokens": stops,
         "prompt_tokens": len(tokenizer.encode(prompt.render_question(""))),
     }
+
+
+def write_litertlm(
+    tflite: Path, tokenizer_dir: Path, prompt: Prompt, output: Path, kv_cache_length: int
+) -> dict[str, Any]:
+    """Write a `.litertlm` with the original tokenizer and the prompt's chat template.
+
+    Args:
+        tflite: the converted model.
+        tokenizer_dir: directory with tokenizer.json.
+        prompt: stop tokens and chat template.
+        output: the file to write, with the ending `.litertlm`.
+        kv_cache_length: tokens of prompt and answer together, as the model was exported.
+
+    Returns:
+        ``bytes`` (of the bundle), ``stop_tokens`` (token -> id), ``prompt_tokens`` (tokens that
+        the prompt adds to a question).
+
+    Raises:
+        UserError: a file is missing, or a stop token is not one token.
+        WorkError: the bundle could not be written.
+    """
+    import tokenizers
+    from litert_lm_builder import litertlm_builder
+    from litert_lm_builder.runtime.proto import llm_metadata_pb2
+
+    tflite, output = Path(tflite), Path(output)
+    tokenizer_file = Path(tokenizer_dir) / "tokenizer.json"
+    for path in (tflite, tokenizer_file):
+        if not path.is_file():
+            raise UserError(f"no file {path}")
+    if output.suffix != ".litertlm":
+        raise UserError(f"the bundle must be called *.litertlm, not {output.name}")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    metadata = llm_metadata_pb2.LlmMetadata()
+    stops = {}
+    for token in prompt.stop_tokens:
+        stops[token] = tokenizer.token_to_id(token)
+        if stops[token] is None:
+            raise UserError(f"stop token {token!r} is not in {tokenizer_file}")
+        metadata.stop_tokens.add().token_ids.ids.append(stops[token])
+    pad = tokenizer.token_to_id(prompt.pad_token)
+    if pad is not None:
+        metadata.pad_token.token_ids.ids.append(pad)
+    metadata.jinja_prompt_template = prompt.chat_template()
+    metadata.max_num_tokens = kv_cache_length
+    metadata.llm_model_type.generic_model.SetInParent()
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    with tempfile.TemporaryDirectory() as folder:
+        description = Path(folder) / "metadata.pb"
+        description.write_bytes(metadata.SerializeToString())
+        builder = litertlm_builder.LitertLmFileBuilder()
+        builder.add_system_metadata(
+            litertlm_builder.Metadata(
+                key="Authors", value="LiteGuard", dtype=litertlm_builder.DType.STRING
+            )
+        )
+        builder.add_llm_metadata(str(description))
+        builder.add_hf_tokenizer(str(tokenizer_file))
+        builder.add_tflite_model(str(tflite), litertlm_builder.TfLiteModelType.PREFILL_DECODE)
+        try:
+            with partial.open("wb") as stream:
+                builder.build(stream)
+            os.replace(partial, output)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise WorkError(f"{output} could not be written: {error}") from error
+    question = tokenizer.encode(prompt.render_question(""), add_special_tokens=False)
+    return {
+        "bytes": output.stat().st_size,
+        "stop_tokens": stops,
+        "prompt_tokens": len(question.ids),
+    }
+
+
+def deployment(record: dict[str, Any]) -> dict[str, Any]:
+    """What an app must know of a bundle, from the record that compress_model.py writes.
+
+    Lengths are tokens; `context_length` is prompt and answer together. The sampler is the one that
+    the proof was made with: greedy.
+    """
+    prompt = Prompt(**record["prompt"])
+    exported, first = record["export"], next(iter(record["bundles"]))
+    return {
+        "bundles": {
+            name: {"sha256": digest, "bytes": record["bytes"][name]}
+            for name, digest in record["files"].items()
+        },
+        "base_model": record["base_model"],
+        "licence": record["base_licence"],
+        "quantize": record["quantize"]["recipe"],
+        "context_length": exported["kv_cache_length"],
+        "kv_cache_length": exported["kv_cache_length"],
+        "prefill_lengths": exported["prefill_lengths"],
+        "prompt": record["prompt"],
+        "prompt_example": prompt.render_question("QUESTION"),
+        "prompt_tokens": record["bundles"][first]["prompt_tokens"],
+        "start_token": None,
+        "stop_tokens": record["bundles"][first]["stop_tokens"],
+        "sampler": {"top_k": 1, "top_p": 1.0, "temperature": 1.0},
+        "replaced_characters": record["tokenizer"]["replaced"],
+        "proof": [step for step in record.get("verify", {}).get("steps", [])],
+    }
+
+
+def tflite_model(bundle: Path) -> memoryview:
+    """The TFLite model inside a `.task` or `.litertlm`, mapped into memory.
+
+    Raises:
+        UserError: not a bundle of these kinds, or without a prefill and decode model.
+    """
+    bundle = Path(bundle)
+    start = size = None
+    if bundle.suffix == ".litertlm":
+        start, size = _litertlm_section(bundle)
+    else:
+        try:
+            with zipfile.ZipFile(bundle) as archive:
+                member = archive.getinfo(TASK_MODEL)
+                if member.compress_type == zipfile.ZIP_STORED:
+                    with archive.open(member):
+                        # 30 bytes, the name and an extra field stand before the content.
+                        archive.fp.seek(member.header_offset + 26)
+                        name, extra = (
+                            int.from_bytes(archive.fp.read(2), "little") for _ in range(2)
+                        )
+                    start, size = member.header_offset + 30 + name + extra, member.file_size
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{bundle} is not a .task file: {error}") from error
+    if start is None:
+        raise UserError(f"{bundle} holds no uncompressed prefill and decode model")
+    with bundle.open("rb") as handle:
+        content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    return memoryview(content)[start : start + size]
+
+
+def _litertlm_section(bundle: Path) -> tuple[int | None, int | None]:
+    """(offset, size) of the prefill and decode model in a `.litertlm`, None where there is none."""
+    from litert_lm_builder import litertlm_core
+    from litert_lm_builder import litertlm_header_schema_py_generated as schema
+
+    with bundle.open("rb") as handle:
+        start = handle.read(litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
+        if not start.startswith(b"LITERTLM"):
+            raise UserError(f"{bundle} is not a .litertlm file")
+        handle.seek(litertlm_core.HEADER_END_LOCATION_BYTE_OFFSET)
+        end = int.from_bytes(handle.read(8), "little")
+        handle.seek(litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
+        header = handle.read(end - litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
+    objects = schema.LiteRTLMMetaData.GetRootAs(header, 0).SectionMetadata()
+    for index in range(objects.ObjectsLength()):
+        section = objects.Objects(index)
+        if section.DataType() == schema.AnySectionDataType.TFLiteModel:
+            return section.BeginOffset(), section.EndOffset() - section.BeginOffset()
+    return None, None

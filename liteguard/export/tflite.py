@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import mmap
+import math
 import os
 import re
 import shutil
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from liteguard.errors import UserError, WorkError
+from liteguard.export import quantization
 
 # Peak memory in GB = fixed + slope * billions of parameters, fitted to measured conversions
 # (0.135, 1.42 and 2.78 billion parameters); v1 keeps two float32 copies, v2 streams the weights.
@@ -49,20 +50,33 @@ def converter_available() -> Literal["v1", "v2"]:
     return "v2" if "def convert_mlir_bytecode" in text else "v1"
 
 
-def count_parameters(model_dir: Path) -> int:
-    """Number of parameters in the safetensors files of a directory (headers only are read)."""
+def choose_converter(wanted: Literal["auto", "v1", "v2"]) -> Literal["v1", "v2"]:
+    """`wanted`, or the best one installed; UserError for a v2 that is not there."""
+    available = converter_available()
+    if wanted == "v2" and available == "v1":
+        raise UserError(
+            "converter v2 needs a TensorFlow with convert_mlir_bytecode (tf-nightly "
+            ">= 2.23.0.dev20261026); install one, or choose compress.converter: v1"
+        )
+    return available if wanted == "auto" else wanted
+
+
+def count_parameters(model_dir: Path) -> tuple[int, int]:
+    """(parameters, entries of matrices among them) in a directory's safetensors files.
+
+    Only the files' headers are read.
+    """
     from safetensors import safe_open
 
-    total = 0
+    total = matrices = 0
     for path in sorted(Path(model_dir).glob("*.safetensors")):
         with safe_open(str(path), framework="numpy") as tensors:
             # keys(): the handle is not iterable
             for name in tensors.keys():  # noqa: SIM118
-                size = 1
-                for dimension in tensors.get_slice(name).get_shape():
-                    size *= dimension
-                total += size
-    return total
+                shape = tensors.get_slice(name).get_shape()
+                total += math.prod(shape)
+                matrices += math.prod(shape) if len(shape) > 1 else 0
+    return total, matrices
 
 
 def available_memory() -> int | None:
@@ -89,9 +103,7 @@ def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple
     return int((fixed + slope * parameters / 1e9) * 1e9), parameters * _DISK_BYTES_PER_PARAMETER
 
 
-def _check(
-    merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: int, recipe: str
-) -> None:
+def _check(merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: int) -> None:
     """Everything that would otherwise fail minutes later or, worse, not fail."""
     if not list(merged_dir.glob("*.safetensors")):
         raise UserError(f"no *.safetensors in {merged_dir}: merge the adapter first")
@@ -115,108 +127,173 @@ def _check(
             f"kv_cache_length {kv_cache_length} exceeds the model's max_position_embeddings "
             f"{longest}"
         )
-    from ai_edge_quantizer import recipe as recipes
-
-    if recipe != "none" and not callable(getattr(recipes, recipe, None)):
-        known = sorted(n for n in dir(recipes) if "_w" in n and callable(getattr(recipes, n)))
-        raise UserError(f"unknown quantisation recipe {recipe!r}; known: none, {', '.join(known)}")
 
 
-def convert(
+def export(
     merged_dir: Path,
     output: Path,
     *,
-    recipe: str = "dynamic_wi8_afp32",
     prefill_lengths: Sequence[int] = (1024,),
     kv_cache_length: int = 1280,
     converter: Literal["auto", "v1", "v2"] = "auto",
     check_resources: bool = True,
     progress: Callable[[str], None] | None = print,
 ) -> dict[str, Any]:
-    """Convert a merged model to one TFLite file, embedder inside.
+    """Convert a merged model to one float32 TFLite file, embedder inside.
 
     Args:
         merged_dir: 16-bit safetensors, config, tokenizer, generation_config with eos_token_id.
         output: the `.tflite` file to write; written under another name first.
-        recipe: an `ai_edge_quantizer.recipe` name (int8 weights, float activations by default),
-            or "none" for float32.
-        prefill_lengths: prompt lengths in tokens; a prompt is padded to one of them, so a short
-            one makes short questions fast.
+        prefill_lengths: prompt lengths in tokens, one signature each; a prompt is padded to one of
+            them, so short ones make short questions fast.
         kv_cache_length: tokens of prompt and answer together.
         converter: v2 streams the weights (half the memory); auto takes it where it works.
         check_resources: refuse to start without enough free memory and disk.
         progress: receives one line per step; None for silence.
 
     Returns:
-        ``converter``, ``recipe``, ``prefill_lengths``, ``kv_cache_length``, ``parameters``,
-        ``bytes`` (of the file), ``seconds``, ``peak_memory_bytes`` (of the child).
+        ``converter``, ``prefill_lengths``, ``kv_cache_length``, ``parameters``, ``matrices``
+        (entries of the weight matrices), ``bytes`` (of the file), ``seconds``,
+        ``peak_memory_bytes`` (of the child).
 
     Raises:
-        UserError: the model or an argument cannot be converted.
-        WorkError: not enough memory or disk, or the conversion failed; names the log.
+        UserError: the model or an argument cannot be converted, or memory or disk do not suffice.
+        WorkError: the conversion failed; names the log.
     """
     merged_dir, output = Path(merged_dir).resolve(), Path(output).resolve()
     say = progress or (lambda line: None)
-    _check(merged_dir, prefill_lengths, kv_cache_length, recipe)
-    chosen = converter_available() if converter == "auto" else converter
-    if chosen == "v2" and converter_available() == "v1":
-        raise UserError(
-            "converter v2 needs a TensorFlow with convert_mlir_bytecode (tf-nightly "
-            ">= 2.23.0.dev20261026); install one, or choose converter: v1"
-        )
-    parameters = count_parameters(merged_dir)
+    _check(merged_dir, prefill_lengths, kv_cache_length)
+    chosen = choose_converter(converter)
+    parameters, matrices = count_parameters(merged_dir)
     memory, disk = required_resources(parameters, chosen)
     output.parent.mkdir(parents=True, exist_ok=True)
     if check_resources:
-        free_memory = available_memory()
-        if free_memory is not None and free_memory < memory:
-            raise WorkError(
-                f"converting {parameters / 1e9:.2f} billion parameters with converter {chosen} "
-                f"needs about {memory / 1e9:.1f} GB of memory, and {free_memory / 1e9:.1f} GB is "
-                "free. Close other programs, add swap, or convert on a larger machine"
-                + (" (converter v2 needs half of that)" if chosen == "v1" else "")
-            )
-        free_disk = shutil.disk_usage(output.parent).free
-        if free_disk < disk:
-            raise WorkError(
-                f"the conversion needs about {disk / 1e9:.1f} GB of disk in {output.parent} for "
-                f"intermediate files, and {free_disk / 1e9:.1f} GB is free"
-            )
-    work = output.with_name(f".{output.name}.work")
-    log = output.with_name(f"{output.name}.log")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+        require_resources(parameters, chosen, output.parent)
+    say(
+        f"converting {parameters / 1e6:.1f} million parameters ({chosen}); expect up to "
+        f"{memory / 1e9:.1f} GB of memory and {disk / 1e9:.1f} GB of disk"
+    )
     arguments = {
         "model": str(merged_dir),
-        "output_dir": str(work),
-        "recipe": recipe,
         "prefill_lengths": list(prefill_lengths),
         "cache_length": kv_cache_length,
         "use_v2": chosen == "v2",
     }
-    say(
-        f"converting {parameters / 1e6:.1f} million parameters ({chosen}, {recipe}); expect up to "
-        f"{memory / 1e9:.1f} GB of memory; log: {log}"
-    )
+    return {
+        "converter": chosen,
+        "prefill_lengths": list(prefill_lengths),
+        "kv_cache_length": kv_cache_length,
+        "parameters": parameters,
+        "matrices": matrices,
+        **_in_child("export", arguments, output, memory, say),
+    }
+
+
+def quantize(
+    source: Path,
+    output: Path,
+    recipe: str,
+    merged_dir: Path,
+    *,
+    progress: Callable[[str], None] | None = print,
+) -> dict[str, Any]:
+    """Write a float32 TFLite file of `export` with its weights in a recipe of RECIPES.
+
+    Args:
+        source: the float32 file; kept.
+        output: the `.tflite` file to write; written under another name first.
+        recipe: a name in `quantization.RECIPES`; "none" makes a second name for `source`.
+        merged_dir: the model that `source` was made from.
+        progress: receives one line per step; None for silence.
+
+    Returns:
+        ``recipe``, ``bytes``, ``seconds``, ``peak_memory_bytes`` (of the child), and what
+        `quantization.stored_weights` finds.
+
+    Raises:
+        UserError: unknown recipe.
+        WorkError: the quantiser failed, or a weight is stored twice.
+    """
+    source, output = Path(source).resolve(), Path(output).resolve()
+    say = progress or (lambda line: None)
+    check_recipe(recipe)
+    if recipe == "none":
+        output.unlink(missing_ok=True)
+        os.link(source, output)
+        made = {"bytes": output.stat().st_size, "seconds": 0.0, "peak_memory_bytes": 0}
+    else:
+        say(f"quantising to {recipe}: {quantization.RECIPES[recipe]}")
+        arguments = {
+            "source": str(source),
+            "recipe": recipe,
+            "architecture": json.loads((Path(merged_dir) / "config.json").read_text()),
+        }
+        # The float32 file is mapped; its pages can be given back.
+        made = _in_child("quantize", arguments, output, source.stat().st_size, say)
+    matrices = count_parameters(Path(merged_dir))[1]
+    return {"recipe": recipe, **made, **quantization.check_stored_once(output, matrices, say)}
+
+
+def check_recipe(recipe: str) -> None:
+    """Raise UserError for a name that is not in RECIPES."""
+    if recipe not in quantization.RECIPES:
+        raise UserError(
+            f"compress.quantize: unknown recipe {recipe!r}. Allowed:\n"
+            + "\n".join(f"  {name:17} {what}" for name, what in quantization.RECIPES.items())
+        )
+
+
+def require_resources(parameters: int, converter: Literal["v1", "v2"], folder: Path) -> None:
+    """Raise UserError where memory or disk do not suffice for a conversion, with both numbers."""
+    memory, disk = required_resources(parameters, converter)
+    free_memory = available_memory()
+    if free_memory is not None and free_memory < memory:
+        raise UserError(
+            f"converting {parameters / 1e9:.2f} billion parameters with converter {converter} "
+            f"needs about {memory / 1e9:.1f} GB of memory, and {free_memory / 1e9:.1f} GB is "
+            "free. Close other programs, add swap, or convert on a larger machine"
+            + (" (converter v2 needs half of that)" if converter == "v1" else "")
+        )
+    free_disk = shutil.disk_usage(folder).free
+    if free_disk < disk:
+        raise UserError(
+            f"the conversion needs about {disk / 1e9:.1f} GB of disk in {folder} for "
+            f"intermediate files, and {free_disk / 1e9:.1f} GB is free"
+        )
+
+
+def _in_child(
+    task: str, arguments: dict[str, Any], output: Path, memory: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs a task of `_child` that makes one file, and gives the file its name.
+
+    Returns ``bytes``, ``seconds``, ``peak_memory_bytes``.
+    """
+    work = output.with_name(f".{output.name}.work")
+    log = output.with_name(f"{output.name}.log")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    say(f"  log: {log}")
     started = time.perf_counter()
     try:
-        code = _run_child(arguments, log, say)
+        code = _run_child({"task": task, "output_dir": str(work), **arguments}, log, say)
         result_file = work / "result.json"
         if code != 0 or not result_file.exists():
             raise WorkError(_failure(code, log, memory))
         result = json.loads(result_file.read_text())
-        os.replace(work / result["file"], output)
+        made = work / result["file"]
+        if unknown := quantization.custom_operators(made):
+            raise WorkError(
+                f"the converter wrote operators that no device has: {sorted(unknown)}; its log is "
+                f"{log}"
+            )
+        os.replace(made, output)
         # The quantiser writes its file executable; a model is data.
         output.chmod(0o644)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log.unlink(missing_ok=True)
     return {
-        "converter": chosen,
-        "recipe": recipe,
-        "prefill_lengths": list(prefill_lengths),
-        "kv_cache_length": kv_cache_length,
-        "parameters": parameters,
         "bytes": output.stat().st_size,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": result["peak_memory_bytes"],
@@ -299,54 +376,48 @@ def _plain_layer_norm() -> None:
     torch.nn.LayerNorm.forward = forward
 
 
-def _custom_ops(file: Path) -> set[str]:
-    """Names of the operators in a TFLite file that no standard runtime knows."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    names = set()
-    # Mapped, not read: the file may be gigabytes and the operators are a few bytes of it.
-    with file.open("rb") as handle:
-        content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        model = schema.Model.GetRootAs(content, 0)
-        for index in range(model.OperatorCodesLength()):
-            code = model.OperatorCodes(index)
-            if code.BuiltinCode() == schema.BuiltinOperator.CUSTOM:
-                names.add((code.CustomCode() or b"?").decode())
-    return names
-
-
-def _child(arguments: dict[str, Any]) -> None:
-    """The work, in the child process: exports, then writes result.json into the output folder."""
+def _export_child(arguments: dict[str, Any]) -> str:
+    """Exports in this process; returns the name of the file it wrote."""
     import logging
-    import resource
 
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    from litert_torch.generative.export_hf.export import export
+    from litert_torch.generative.export_hf.export import export as export_model
 
     _plain_layer_norm()
-    recipe = arguments["recipe"]
-    export(
+    export_model(
         model=arguments["model"],
         output_dir=arguments["output_dir"],
         keep_temporary_files=True,
         prefill_lengths=arguments["prefill_lengths"],
         cache_length=arguments["cache_length"],
-        quantization_recipe=recipe,
+        quantization_recipe="none",
         bundle_litert_lm=False,
         externalize_embedder=False,
         use_v2=arguments["use_v2"],
         delete_in_memory_params=arguments["use_v2"],
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    file = "model.tflite" if recipe == "none" else "model_quantized.tflite"
-    written = Path(arguments["output_dir"]) / file
-    if not written.exists():
+    return "model.tflite"
+
+
+def _child(arguments: dict[str, Any]) -> None:
+    """The work, in the child process; writes result.json into the output folder at the end."""
+    import resource
+
+    folder = Path(arguments["output_dir"])
+    if arguments["task"] == "export":
+        file = _export_child(arguments)
+    else:
+        file = "quantized.tflite"
+        quantization.quantize(
+            Path(arguments["source"]),
+            folder / file,
+            arguments["recipe"],
+            arguments["architecture"],
+        )
+    if not (folder / file).exists():
         raise FileNotFoundError(f"the converter wrote no {file}")
-    if unknown := _custom_ops(written):
-        raise RuntimeError(f"the converter wrote operators that no device has: {sorted(unknown)}")
-    Path(arguments["output_dir"], "result.json").write_text(
-        json.dumps({"file": file, "peak_memory_bytes": peak})
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (folder / "result.json").write_text(json.dumps({"file": file, "peak_memory_bytes": peak}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -342,39 +342,50 @@ def plain_text(text: str, replaced: dict[str, str]) -> str:
 
 
 def compare_tokenizers(
-    tokenizer_dir: Path, sp_model: Path, texts: Iterable[str], *, examples: int = 5
+    tokenizer_dir: Path, sp_model: Path, texts: Sequence[str], replaced: dict[str, str]
 ) -> dict[str, Any]:
-    """Share of texts with the same ids in both tokenizers, and why the others differ.
+    """`compare_ids` of a SentencePiece model file, on texts made plain as preparation does."""
+    import sentencepiece
+    import tokenizers
+
+    original = tokenizers.Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
+    device = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    plain = [plain_text(text, replaced) for text in texts]
+    return compare_ids(original, device.encode(plain), plain)
+
+
+def compare_ids(
+    original: Any, device_ids: Sequence[Sequence[int]], texts: Sequence[str], *, examples: int = 5
+) -> dict[str, Any]:
+    """Share of texts with the same ids on the device, and why the others differ.
+
+    Args:
+        original: the model's own tokenizer (`tokenizers.Tokenizer`).
+        device_ids: what the device makes of each text.
+        texts: the texts.
+        examples: how many differences to show.
 
     Returns:
         ``texts`` (count), ``identical`` (share, 0 to 1), ``causes`` (cause -> texts, by the first
         difference) and ``examples`` (cause, the text around the difference, both spellings).
-        Causes: ``replaced`` (a typographic character made plain), ``incomplete_utf8``,
-        ``whitespace`` (runs of blanks), ``merge_order`` (anything else).
+        Causes: ``incomplete_utf8`` (the original spells a character with a token that is a part of
+        one), ``whitespace`` (runs of blanks), ``merge_order`` (anything else: SentencePiece joins
+        any two pieces whose sum is a piece, the original only the pairs on its list).
     """
-    import sentencepiece
-    import tokenizers
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    original = tokenizers.Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
-    device = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
-    model = proto.ModelProto.FromString(Path(sp_model).read_bytes())
-    bytes_ = {i for i, p in enumerate(model.pieces) if p.type == p.BYTE}
-    holes = {i for i, p in enumerate(model.pieces) if PLACEHOLDER_MARK in p.piece}
-    count, causes, shown = 0, Counter(), []
-    for text in texts:
-        count += 1
-        ours, theirs = device.encode(text), original.encode(text, add_special_tokens=False).ids
+    causes: Counter[str] = Counter()
+    shown = []
+    for text, device in zip(texts, device_ids, strict=True):
+        ours, theirs = list(device), original.encode(text, add_special_tokens=False).ids
         if ours == theirs:
             continue
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
         mine, other = ours[at : at + 4], theirs[at : at + 4]
-        piece = "".join(original.decode([i], skip_special_tokens=False) for i in other[:2])
-        if device.normalize(text) != text:
-            cause = "replaced"
-        elif holes.intersection(other) or bytes_.intersection(mine):
+        pieces = [original.decode([i], skip_special_tokens=False) for i in other]
+        joined = "".join(pieces[:2])
+        if any("\ufffd" in piece for piece in pieces):
             cause = "incomplete_utf8"
-        elif any(char.isspace() for char in piece.lstrip(" ")) or piece[:2].isspace():
+        elif any(char.isspace() for char in joined.lstrip(" ")) or joined[:2].isspace():
             cause = "whitespace"
         else:
             cause = "merge_order"
@@ -383,8 +394,8 @@ def compare_tokenizers(
             around = original.decode(theirs[max(0, at - 3) : at + 4], skip_special_tokens=False)
             shown.append({"cause": cause, "around": around, "device": mine, "original": other})
     return {
-        "texts": count,
-        "identical": (count - sum(causes.values())) / count if count else 1.0,
+        "texts": len(texts),
+        "identical": 1 - causes.total() / max(1, len(texts)),
         "causes": dict(causes.most_common()),
         "examples": shown,
     }
