@@ -625,11 +625,11 @@ def cost(journal: Journal) -> dict[str, Any]:
     parts |= {"answers": "generation_s", "judged": "judging_s"}
     answers = [answer["seconds"] for answer in found["answers"].values()]
     return {
-        **{name: round(seconds[part], 2) for part, name in parts.items()},
+        **{name: round(seconds[part], 3) for part, name in parts.items()},
         "scored_tokens": sum(tokens for _, tokens in found["scores"].values()),
         "option_tokens": sum(tokens for _, tokens in found["options"].values()),
         "generated_tokens": sum(answer["tokens"] for answer in found["answers"].values()),
-        "wall_s": round(sum(seconds.values()), 1),
+        "wall_s": round(sum(seconds.values()), 2),
         "peak_rss_gb": max(run.get("peak_rss_gb", 0.0) for run in found["runs"].values()),
         "answer_s": {
             str(percentile): round(float(np.percentile(answers, percentile)), 3)

@@ -16,6 +16,7 @@ from liteguard.errors import UserError
 
 COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
+    ("seen_rouge1", "ROUGE-1 seen", "{:.3f}"),
     ("rouge1", "ROUGE-1", "{:.3f}"),
     ("rouge2", "ROUGE-2", "{:.3f}"),
     ("bleu", "BLEU", "{:.2f}"),
@@ -25,16 +26,22 @@ COLUMNS = (
 )
 
 
+def _columns(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The headline numbers that any of the results has."""
+    return [column for column in COLUMNS if any(column[0] in r for r in results.values())]
+
+
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     """Rows: models; columns: the headline numbers; a last line with the counts."""
-    widths = {key: max(len(title), 8) + 2 for key, title, _ in COLUMNS}
-    header = f"{'':12}" + "".join(f"{title:>{widths[key]}}" for key, title, _ in COLUMNS)
+    columns = _columns(results)
+    widths = {key: max(len(title), 8) + 2 for key, title, _ in columns}
+    header = f"{'':12}" + "".join(f"{title:>{widths[key]}}" for key, title, _ in columns)
     lines = [header, "-" * len(header)]
     for label, result in results.items():
-        cells = "".join(f"{_cell(result, key, form):>{widths[key]}}" for key, _, form in COLUMNS)
+        cells = "".join(f"{_cell(result, key, form):>{widths[key]}}" for key, _, form in columns)
         lines.append(f"{label:12}{cells}")
     counts = next(iter(results.values()))["n"]
-    lines.append(f"{'n':12}" + "".join(f"{counts.get(k, 0):>{widths[k]}}" for k, _, _ in COLUMNS))
+    lines.append(f"{'n':12}" + "".join(f"{counts.get(k, 0):>{widths[k]}}" for k, _, _ in columns))
     return "\n".join(lines)
 
 
@@ -146,7 +153,7 @@ def _device_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Speed and memory while measuring: answers a model wrote, tokens/s, and peak memory."""
     costs = {label: result["cost"] for label, result in results.items()}
     speeds = {
-        label: (f"{cost['generated_tokens'] / cost['generation_s']:.0f}", "")
+        label: (f"{cost['generated_tokens'] / max(cost['generation_s'], 1e-3):.0f}", "")
         for label, cost in costs.items()
     }
     memory = {label: (f"{cost['peak_rss_gb']:.1f}", "") for label, cost in costs.items()}
@@ -557,15 +564,16 @@ def steps_table(steps: list[dict[str, Any]]) -> str:
 
 def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
     """`metrics_table` as a Markdown table, for the README."""
+    columns = _columns(results)
     lines = [
-        "| | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for label, result in results.items():
-        cells = " | ".join(_cell(result, key, form) for key, _, form in COLUMNS)
+        cells = " | ".join(_cell(result, key, form) for key, _, form in columns)
         lines.append(f"| {label} | {cells} |")
     counts = next(iter(results.values()))["n"]
-    lines.append("| n | " + " | ".join(str(counts.get(key, 0)) for key, _, _ in COLUMNS) + " |")
+    lines.append("| n | " + " | ".join(str(counts.get(key, 0)) for key, _, _ in columns) + " |")
     return "\n".join(lines)
 
 

@@ -58,7 +58,7 @@ def test_the_table_holds_the_results_numbers(compared):
         assert cost["peak_rss_gb"] > 0
         speed = cost["generated_tokens"] / cost["generation_s"]
         assert f"{speed:.0f}" in next(x for x in table.splitlines() if "Answers, tokens/s" in x)
-        assert 0 < cost["answer_s"]["5"] <= cost["answer_s"]["95"] <= cost["generation_s"]
+        assert 0 < cost["answer_s"]["5"] <= cost["answer_s"]["95"] <= cost["wall_s"]
         # The tiny data's one area of harm is none of the catalogue's.
         assert result["guide_areas"]["other"] == verdicts
         assert result["n"]["seen_rouge1"] == result["n"]["rouge1"] == 8
@@ -289,7 +289,7 @@ def test_other_inputs_start_over(tmp_path, capsys):
     again.add_run(peak_rss_gb=1.5)
     cost = evaluation.cost(evaluation.Journal(path, {"a": 1}))
     assert (cost["scoring_s"], cost["scored_tokens"], cost["options_s"]) == (0.75, 5, 7)
-    assert (cost["loading_s"], cost["wall_s"], cost["peak_rss_gb"]) == (4, 13.8, 1.5)
+    assert (cost["loading_s"], cost["wall_s"], cost["peak_rss_gb"]) == (4, 13.75, 1.5)
     assert cost["answer_s"]["50"] == 1.25 and cost["generated_tokens"] == 3
     assert evaluation.Journal(path, {"a": 1}, overwrite=True).found["scores"] == {}
     evaluation.Journal(path, {"a": 1}).add("scores", 0, [0.0, 1])
