@@ -14,7 +14,6 @@ from liteguard import datasets, preparation
 from liteguard.config import build, read_yaml
 from liteguard.errors import UserError
 
-
 CATALOGUE = ("everyday_questions", "refusals", "safety_catalogue")
 
 
