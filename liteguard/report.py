@@ -84,7 +84,7 @@ BENCHMARKS = {
     "medqa": "MedQA",
     "pubmedqa": "PubMedQA",
 }
-QUESTIONS = {"questions": "Unseen", "seen_questions": "Seen"}
+QUESTIONS = {"seen_questions": "Seen", "questions": "Unseen"}
 
 
 def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
