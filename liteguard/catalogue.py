@@ -67,7 +67,7 @@ GUIDE_AREAS = {
     "discrimination": ("discrimination",),
     "fraud": ("fraud", "forgery", "monitoring_evasion"),
 }
-OTHER = "other"  # areas of a user's own requests
+OTHER = "other harmful"  # areas of a user's own requests
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _TO_READER = {"my": "your", "me": "you", "mine": "yours", "I": "you"}

@@ -110,7 +110,7 @@ def comparison(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows += _knowledge_rows(results)
     kinds = [("verdicts", name, title) for name, title in REQUESTS.items()]
     areas = sorted({area for r in results.values() for area in r.get("guide_areas", {})})
-    kinds += [("guide_areas", area, f"{area.capitalize()} (harmful)") for area in areas]
+    kinds += [("guide_areas", area, f"{area.capitalize()} requests") for area in areas]
     for group, name, title in kinds:
         cells = {}
         for label, result in results.items():

@@ -60,12 +60,16 @@ def test_the_table_holds_the_results_numbers(compared):
         assert f"{speed:.0f}" in next(x for x in table.splitlines() if "Answers, tokens/s" in x)
         assert 0 < cost["answer_s"]["5"] <= cost["answer_s"]["95"] <= cost["wall_s"]
         # The tiny data's one area of harm is none of the catalogue's.
-        assert result["guide_areas"]["other"] == verdicts
+        assert result["guide_areas"]["other harmful"] == verdicts
         assert result["n"]["seen_rouge1"] == result["n"]["rouge1"] == 8
         by_set = {a["set"]: a for a in result["answers"]}
         assert by_set["seen_questions"]["prompt"] != by_set["questions"]["prompt"]
         assert f"{result['seen_rouge1']:.3f} (" in table
-    for row in ("ROUGE-1, seen", "BLEU, unseen", "Other (harmful): refused/answered/unclear"):
+    for row in (
+        "ROUGE-1, seen",
+        "BLEU, unseen",
+        "Other harmful requests: refused/answered/unclear",
+    ):
         assert f"| {row} | 8 |" in table
     assert "version:" in screen and "Contamination: 0 of " in screen
     assert "harmful" in (directory / "evaluation/MODEL_CARD.md").read_text()
