@@ -11,11 +11,14 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import CACHE, ROOT, fail, run_script, succeed
+from test_llm_judge import KEY, Service
 
 from liteguard import datasets, evaluation, report
 from liteguard.checkpoints import sha256_file, write_json
@@ -275,6 +278,34 @@ def test_options_are_journaled_and_sizes_are_not_mixed(pipeline, tmp_path):
     assert len(result["answers"]) == len(asked["instruction"]) + len(asked["preference"])
     message = fail(2, ROOT / "evaluate_model.py", *command, "--limit", "0", cwd=pipeline)
     assert "--limit 0: at least 1" in message
+
+
+def test_an_llm_judge_stands_beside_the_rules(pipeline, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    server.asked, server.failures = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {
+        "url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "model": "judge-1",
+        "api_key_env": "JUDGE_KEY",
+    }
+    out = tmp_path / "out"
+    command = ["--checkpoint", "final_checkpoint", "--output", str(out), "--limit", "2"]
+    for name, value in settings.items():
+        command += ["--set", f"evaluate.llm_judge.{name}={value}"]
+    message = fail(2, ROOT / "evaluate_model.py", *command, cwd=pipeline)
+    assert "environment variable JUDGE_KEY" in message and not out.exists()
+    environment = {**os.environ, "JUDGE_KEY": KEY}
+    screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline, env=environment)
+    server.shutdown()
+    server.server_close()
+    result = json.loads((out / "final.json").read_text())
+    # Two harmful and two ordinary requests; the tiny model answers all of them, so do both say.
+    assert len(server.asked) == result["llm_judge"]["n"] == 4
+    assert [a["llm_verdict"] for a in result["answers"] if "llm_verdict" in a] == ["answered"] * 4
+    assert {a["verdict"] for a in result["answers"]} == {"answered"}
+    assert "Final, LLM judge: agrees with the rules on 100% of 4 answers" in screen
+    assert KEY not in screen + "".join(path.read_text() for path in out.iterdir())
 
 
 def test_other_inputs_start_over(tmp_path, capsys):
