@@ -317,7 +317,8 @@ def held_out(
 
     "knowledge" are tier 3: questions of public benchmarks.
 
-    `everything`: all rows of the split, instead of as many as the `evaluate` section says.
+    `everything`: all rows of the split, instead of as many as the `evaluate` section says; among
+    the ordinary requests then are those about diseases of tier 1, too.
     """
     section = config.evaluate
     wanted = None if everything and section.knowledge_rows else section.knowledge_rows
