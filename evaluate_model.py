@@ -4,13 +4,22 @@
     python evaluate_model.py --bundle liteguard_phi2.task
     python evaluate_model.py --base --checkpoint domain_checkpoint final_checkpoint --bundle x.task
     python evaluate_model.py --base --model_type smollm2
+    python evaluate_model.py --checkpoint final_checkpoint --limit 8 --output quick_look
     python evaluate_model.py --compare base domain instruction final bundle --markdown table.md
 
-Perplexity on held-out domain text; ROUGE and BLEU on held-out questions; the share of harmful and
-of ordinary requests that is refused (both matter: a model that refuses everything is as bad); 95 %
-intervals. Checkpoints are measured as they are deployed: adapter merged, base not quantised. Writes
-evaluation/<name>.json with every answer, and reuses it while nothing it depends on has changed; an
-interrupted run goes on where it was. Training rows among the test rows are reported.
+Perplexity on held-out domain text; ROUGE and BLEU on held-out questions, about diseases whose texts
+were trained on (seen) and about others; accuracy on public benchmarks by log-likelihood; the share
+of harmful and of ordinary requests that is refused (both matter: a model that refuses everything is
+as bad); 95 % intervals. Checkpoints are measured as they are deployed: adapter merged, base not
+quantised. Writes evaluation/<name>.json with every answer, and reuses it while nothing it depends
+on has changed; an interrupted run goes on where it was. Training rows among the test rows are
+reported. --limit N measures N rows of every set, --full every held-out row, instead of as many as
+the YAML's `evaluate` section says.
+
+A checkpoint goes into the lm-evaluation-harness as it is (pip install "lm-eval[hf]"; base model and
+data come from the hub):
+
+    lm_eval --model hf --model_args pretrained=microsoft/phi-2,peft=final_checkpoint --tasks medmcqa
 
 --compare takes results (files, or names of results in --output), prints one table of them, writes
 it with plots, answers side by side and the data's manifest to report.html, and MODEL_CARD.md.
@@ -19,15 +28,14 @@ it with plots, answers side by side and the data's manifest to report.html, and 
 from __future__ import annotations
 
 import json
-import time
 from functools import partial
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets
+from liteguard import checkpoints, cli, datasets, public_benchmarks, sources
 from liteguard.errors import UserError
 
 # Changes when a result of an older version lacks what this one reads.
-FORMAT = 3
+FORMAT = 4
 
 
 def parse_args():
@@ -38,6 +46,9 @@ def parse_args():
     parser.add_argument("--base", action="store_true", help="the base model without adapter")
     parser.add_argument("--data", metavar="DIR", help="default: the data the model was trained on")
     parser.add_argument("--output", metavar="DIR", default="evaluation")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--limit", metavar="N", type=int, help="N rows of every set: a quick look")
+    size.add_argument("--full", action="store_true", help="every held-out row")
     parser.add_argument("--compare", metavar="RESULT", nargs="+", help="results to compare")
     parser.add_argument("--markdown", metavar="FILE", help="with --compare: the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="with --compare: the table as JSON")
@@ -60,13 +71,17 @@ def main() -> None:
     for path, record in records.items():
         if record["prompt"] != config.prompt.model_dump():
             raise UserError(f"{path} was made with another prompt than the configuration in use.")
+    if args.limit is not None:
+        config = evaluate_fewer(config, args.limit)
     cli.print_config(config, "evaluate")
 
     # 2. Inputs
-    from liteguard import evaluation
+    from liteguard import evaluation, llm_judge
 
+    if config.evaluate.llm_judge:
+        llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
     data_dir = Path(args.data or (parent["data_dir"] if parent else f"data/{config.model_type}"))
-    rows = evaluation.held_out(config, data_dir)
+    rows = evaluation.held_out(config, data_dir, everything=args.full)
     manifest = datasets.read_manifest(data_dir)
     counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
     print(f"{config.evaluate.split} rows: {counts}")
@@ -94,6 +109,10 @@ def main() -> None:
             "trained_on": [evaluation.train_files(directory) for directory in trained_on],
             # The batch size may be lowered after a crash for lack of memory.
             "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
+            "counts": {name: len(found) for name, found in rows.items()},
+            "benchmarks": sources.WHEELS[public_benchmarks.WHEEL].sha256
+            if config.evaluate.knowledge_rows
+            else None,
             "prompt": config.prompt.model_dump(),
         }
         file = output / f"{label}.json"
@@ -102,18 +121,17 @@ def main() -> None:
             print(f"{label}: {file} is up to date: reused")
             continue
         print(f"{label}: measuring {path or config.model.name}")
-        started = time.time()
         journal = evaluation.Journal(output / f"{label}.partial.jsonl", inputs, args.overwrite)
         source = partial(evaluation.open_answerer, config, Path(path) if path else None)
-        cost = evaluation.collect(source, config, rows, journal)
-        cost["wall_s"] = round(time.time() - started, 1)
+        evaluation.collect(source, config, rows, journal)
+        evaluation.ask_judge(config, rows, journal)
         if leaks is None or trained_on != leaks[0]:
             everything = evaluation.held_out(config, data_dir, everything=True)
             leaks = trained_on, evaluation.contamination(everything, rows, trained_on)
         results[label] = {
             **evaluation.summarise(config, rows, journal),
             "contamination": leaks[1],
-            "cost": cost,
+            "cost": evaluation.cost(journal),
             "model": {"name": config.model.name, "path": path, "data_dir": str(data_dir)},
             "inputs": inputs,
         }
@@ -141,6 +159,19 @@ def compare(args) -> None:
     output.mkdir(parents=True, exist_ok=True)
     written = report.write_report(results, output, args.markdown, args.json)
     print(f"\nwrote {', '.join(map(str, written))}")
+
+
+def evaluate_fewer(config, limit: int):
+    """The configuration with `limit` rows of every set; benchmarks that are off stay off."""
+    if limit < 1:
+        raise UserError(f"--limit {limit}: at least 1, e.g. --limit 8 for a quick look")
+    section = config.evaluate
+    names = ["perplexity_rows", "question_rows", "seen_question_rows", "harmful_rows"]
+    rows = dict.fromkeys([*names, "benign_rows"], limit)
+    rows["knowledge_rows"] = limit if section.knowledge_rows else 0
+    fewer = config.model_copy(update={"evaluate": section.model_copy(update=rows)})
+    fewer._sources = config.sources | {f"evaluate.{name}": "--limit" for name in rows}
+    return fewer
 
 
 def read_bundle_record(bundle: Path) -> dict:

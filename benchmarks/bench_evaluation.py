@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, config, evaluation, runtime
+from liteguard import checkpoints, cli, config, evaluation, knowledge, runtime
 
 
 def transformers_generate(model: evaluation.Checkpoint, prompts: list[str], limit: int) -> Any:
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--only_bundle", action="store_true")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=4, help="of each public benchmark")
     parser.add_argument("--max_new_tokens", type=int, default=40)
     parser.add_argument("--batch_size", type=int, nargs="+", default=[8, 24])
     parser.add_argument("--json", metavar="FILE")
@@ -110,6 +111,7 @@ def main() -> None:
     step = max(1, len(asked) // args.prompts)
     prompts = [own.prompt.render_question(r["prompt"]) for r in asked[::step]][: args.prompts]
     pairs = evaluation.text_pairs(own, rows)[: args.texts]
+    options = knowledge.pairs(knowledge.rows(Path(own.data.cache_dir), args.questions))
     limit, bench = args.max_new_tokens, Bench()
 
     if not args.only_bundle:
@@ -129,6 +131,9 @@ def main() -> None:
             )
         bench.run("texts", "one by one", lambda: one_by_one(model, pairs))
         bench.run("texts", "batches", lambda: model.score(pairs))
+        if options:
+            bench.run("options", "one by one", lambda: one_by_one(model, options))
+            bench.run("options", "context once", lambda: model.score(options))
         del model
     if args.bundle:
         for workers, threads in ((1, 2), (2, 1)):

@@ -53,6 +53,22 @@ LARGEST_DEBT = 5  # words; enough to even out a bias, too little to distort a si
 _SHAPES = ["plain"] * 3 + ["prefix"] * 6 + ["suffix"] * 5 + ["both"] * 6
 _LOWER_SHARE = 0.12  # lower case with punctuation; and as often again without
 
+# The guide's five areas and the catalogue's areas of harm in each.
+GUIDE_AREAS = {
+    "misinformation": ("misinformation",),
+    "harmful advice": (
+        "dosing_misuse",
+        "unlicensed_practice",
+        "self_harm",
+        "coercion",
+        "harming_others",
+    ),
+    "privacy": ("privacy",),
+    "discrimination": ("discrimination",),
+    "fraud": ("fraud", "forgery", "monitoring_evasion"),
+}
+OTHER = "other harmful"  # areas of a user's own requests
+
 _SLOT = re.compile(r"\{(\w+)\}")
 _TO_READER = {"my": "your", "me": "you", "mine": "yours", "I": "you"}
 

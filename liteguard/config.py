@@ -256,6 +256,16 @@ class CompressSection(Section):
     verify: VerifySection = Field(default_factory=VerifySection)
 
 
+class LlmJudgeSection(Section):
+    """A language model that judges answers beside the rules: an OpenAI-compatible service."""
+
+    url: str = Field(description="Up to the version, e.g. http://127.0.0.1:8000/v1")
+    model: str
+    api_key_env: str | None = Field(
+        None, description="Name of the environment variable that holds the key; null: no key."
+    )
+
+
 class EvaluateSection(Section):
     perplexity_rows: int = Field(128, ge=1)
     question_rows: int = Field(128, ge=1)
@@ -268,6 +278,14 @@ class EvaluateSection(Section):
     harmful_rows: int = Field(128, ge=1)
     benign_rows: int = Field(
         128, ge=1, description="Ordinary requests, and as many that only look harmful."
+    )
+    knowledge_rows: int = Field(
+        100,
+        ge=0,
+        description="Multiple-choice questions of each public benchmark; 0 turns them off.",
+    )
+    llm_judge: LlmJudgeSection | None = Field(
+        None, description="Ask a language model, too, whether answers to requests refuse."
     )
     max_new_tokens: int = Field(128, ge=4)
     batch_size: int = Field(16, ge=1)

@@ -29,6 +29,7 @@ STAGES = ("base", "domain", "instruction", "final", "bundle")
 NUMBERS = ("perplexity", "rouge1", "rouge2", "bleu", "refused_harmful", "refused_benign")
 NUMBERS += ("refused_borderline", "stopped", "n", "intervals", "verdicts", "bits_per_byte")
 NUMBERS += ("rougeL", "repeated", "answer_words", "bleu_signature", "cost")
+NUMBERS += ("guide_areas", "knowledge", "questions_words", "questions_stopped")
 # Tier 1.
 NUMBERS += ("seen_rouge1", "seen_rouge2", "seen_rougeL", "seen_bleu")
 

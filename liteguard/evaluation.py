@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from liteguard import cleaning, datasets, metrics, models
+from liteguard import catalogue, cleaning, datasets, knowledge, llm_judge, metrics, models
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
@@ -33,11 +33,15 @@ LOGITS_PER_BATCH = 2**25
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: its text, its length with the stop token, and whether the model ended it."""
+    """One answer: its text, its length with the stop token, and whether the model ended it.
+
+    `seconds`: until it was complete, in its batch where a model answers in batches.
+    """
 
     text: str
     tokens: int
     stopped: bool
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Answerer(Protocol):
@@ -144,10 +148,12 @@ class Checkpoint:
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         def work(batch: list[int]) -> Iterator[tuple[int, Generated]]:
+            begin = time.monotonic()
             for row, ids in self._generate_batch([encoded[i] for i in batch], max_new_tokens):
                 stopped = ids[-1] in self.stop_ids
                 text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-                yield batch[row], Generated(text.strip(), len(ids), stopped)
+                seconds = time.monotonic() - begin
+                yield batch[row], Generated(text.strip(), len(ids), stopped, seconds)
 
         return self._side_by_side(batches, work)
 
@@ -205,8 +211,10 @@ class Checkpoint:
 
         encoded = [[models.encode(self.tokenizer, part) for part in pair] for pair in pairs]
         lengths = [len(before) + len(after) for before, after in encoded]
-        order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
-        batches = []
+        batches = self._of_one_context(encoded)
+        shared = {tuple(batch) for batch in batches}
+        alone = set(range(len(encoded))).difference(*batches)
+        order = sorted(alone, key=lambda i: -lengths[i])
         while order:
             most = max(1, LOGITS_PER_BATCH // (lengths[order[0]] * self.vocabulary))
             # Padding is computed too: no text that is much shorter.
@@ -215,6 +223,9 @@ class Checkpoint:
             order = order[len(batch) :]
 
         def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
+            if tuple(batch) in shared:
+                yield from self._score_options(batch, encoded)
+                return
             length = lengths[batch[0]]
             # Padding is on the right, where causal attention does not look: no mask is needed.
             sequences = [encoded[i][0] + encoded[i][1] for i in batch]
@@ -233,6 +244,50 @@ class Checkpoint:
 
         return self._side_by_side(batches, work)
 
+    @staticmethod
+    def _of_one_context(encoded: list[list[list[int]]]) -> list[list[int]]:
+        """Pairs that share a context which is longer than their targets, as questions with options
+        do: computing it once for all of them saves most of the work."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (before, _) in enumerate(encoded):
+            groups.setdefault(tuple(before), []).append(index)
+        return [
+            group
+            for context, group in groups.items()
+            if len(group) > 1 and len(context) > max(len(encoded[i][1]) for i in group)
+        ]
+
+    def _score_options(
+        self, batch: list[int], encoded: list[list[list[int]]]
+    ) -> Iterator[tuple[int, tuple[float, int]]]:
+        """`score` of targets after one context, which goes through the model once."""
+        import torch
+        from transformers import DynamicCache
+
+        device = self.model.device
+        sizes = [len(encoded[i][1]) for i in batch]
+        longest = max(sizes)
+        # Padding is on the right, where causal attention does not look: no mask is needed.
+        ids = torch.tensor(
+            [encoded[i][1] + [0] * (longest - len(encoded[i][1])) for i in batch], device=device
+        )
+        cache = DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            logits = self.model(
+                torch.tensor([encoded[batch[0]][0]], device=device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits.expand(len(batch), -1, -1)
+            if longest > 1:
+                cache.batch_repeat_interleave(len(batch))
+                rest = self.model(ids[:, :-1], past_key_values=cache, use_cache=True).logits
+                logits = torch.cat([logits, rest], 1)
+            logits = logits.float()
+            chosen = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+        for row, index in enumerate(batch):
+            yield index, (float(chosen[row, : sizes[row]].double().sum()), sizes[row])
+
 
 class DeviceBundle:
     """A `.task` or `.litertlm` file in LiteRT-LM, greedy, in several processes."""
@@ -247,7 +302,8 @@ class DeviceBundle:
         self, prompts: Sequence[str], max_new_tokens: int
     ) -> Iterator[tuple[int, Generated]]:
         for index, answer in self.workers.generate(prompts, max_new_tokens):
-            yield index, Generated(answer.text.strip(), answer.tokens, answer.stopped)
+            text = answer.text.strip()
+            yield index, Generated(text, answer.tokens, answer.stopped, answer.seconds)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
         return self.workers.score(pairs)
@@ -273,9 +329,14 @@ def held_out(
     disease, their wording). "seen_questions" are tier 1: texts about the disease were trained on,
     no question about it was; there are none in the validation split.
 
-    `everything`: all rows of the split, instead of as many as the `evaluate` section says.
+    "knowledge" are tier 3: questions of public benchmarks.
+
+    `everything`: all rows of the split, instead of as many as the `evaluate` section says; among
+    the ordinary requests then are those about diseases of tier 1, too.
     """
     section = config.evaluate
+    wanted = None if everything and section.knowledge_rows else section.knowledge_rows
+    benchmarks = {"knowledge": knowledge.rows(Path(config.data.cache_dir), wanted)}
     preferences = datasets.load_split(data_dir, "preference", section.split)
     if not everything:
         preferences = [row for row in preferences if row.get("tier") != "seen"]
@@ -301,6 +362,7 @@ def held_out(
             "questions": questions[False],
             "seen_questions": questions[True],
             **by_kind,
+            **benchmarks,
         }
     seen_rows = section.seen_question_rows
     seen_rows = section.question_rows if seen_rows is None else seen_rows
@@ -311,6 +373,7 @@ def held_out(
         "harmful": by_kind["harmful"][: section.harmful_rows],
         "ordinary": by_kind["ordinary"][: section.benign_rows],
         "borderline": by_kind["borderline"][: section.benign_rows],
+        **benchmarks,
     }
 
 
@@ -408,8 +471,13 @@ def split_text(text: str, context_words: int, max_words: int) -> tuple[str, str]
 class Journal:
     """What one model has given so far, in a file that survives the process.
 
-    The first line holds the inputs, each later one a score or an answer, appended as it comes. A
-    file that was begun from other inputs is started over; a last line that a crash cut is dropped.
+    The first line holds the inputs, each later one a result, appended as it comes, with the seconds
+    since the one before: what a run that was killed had cost is known as well. A file that was
+    begun from other inputs is started over; a last line that a crash cut is dropped.
+
+    Attributes:
+        found: part -> index -> result; the parts are PARTS.
+        seconds: part -> seconds that its results took, of all runs.
 
     Args:
         path: the file; its directory exists.
@@ -417,9 +485,14 @@ class Journal:
         overwrite: start over in any case.
     """
 
+    # "scores" of texts, "options" of multiple choice, "answers", what an LLM "judged" of them, and
+    # facts about "runs".
+    PARTS = ("runs", "scores", "options", "answers", "judged")
+
     def __init__(self, path: Path, inputs: dict[str, Any], overwrite: bool = False):
         self.path = path
-        self.found: dict[str, dict[int, Any]] = {"scores": {}, "answers": {}}
+        self.found: dict[str, dict[int, Any]] = {part: {} for part in self.PARTS}
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
         header = json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
         kept = header
         content = path.read_bytes() if path.is_file() and not overwrite else b""
@@ -427,8 +500,9 @@ class Journal:
             for line in content[len(header) :].splitlines(keepends=True):
                 if not line.endswith(b"\n"):
                     break
-                part, index, value = json.loads(line)
+                part, index, value, seconds = json.loads(line)
                 self.found[part][index] = value
+                self.seconds[part] += seconds
                 kept += line
         elif content:
             print(f"  {path} was begun from other inputs: starting over")
@@ -438,11 +512,17 @@ class Journal:
         self._file.seek(len(kept))
         self._file.truncate()
 
-    def add(self, part: str, index: int, value: Any) -> None:
-        """Append result `index` of `part` ("scores" or "answers")."""
+    def add(self, part: str, index: int, value: Any, seconds: float = 0.0) -> None:
+        """Append result `index` of a part, which took so many seconds."""
         self.found[part][index] = value
-        self._file.write(json.dumps([part, index, value], ensure_ascii=False).encode() + b"\n")
+        self.seconds[part] += seconds
+        line = json.dumps([part, index, value, round(seconds, 4)], ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
+
+    def add_run(self, seconds: float = 0.0, **facts: Any) -> None:
+        """Append something about a run, e.g. its peak memory so far."""
+        self.add("runs", len(self.found["runs"]), facts, seconds)
 
     def remove(self) -> None:
         """Close and delete the file: its content is in a finished result."""
@@ -490,48 +570,104 @@ def collect(
     config: Config,
     rows: dict[str, list[dict[str, Any]]],
     journal: Journal,
-) -> dict[str, Any]:
-    """Score the texts and answer the questions that the journal does not have yet.
-
-    Returns seconds and tokens of both, and peak memory: {"scoring_s", "scored_tokens",
-    "generation_s", "generated_tokens", "peak_rss_gb"}; what was there before counts as nothing.
-    """
-    pairs = text_pairs(config, rows)
+) -> None:
+    """Score the texts and options and answer the questions that the journal does not have yet."""
+    pairs = {"scores": text_pairs(config, rows), "options": knowledge.pairs(rows["knowledge"])}
     prompts = [config.prompt.render_question(row["prompt"]) for _, row in requests(rows)]
+    totals = {**{part: len(found) for part, found in pairs.items()}, "answers": len(prompts)}
     todo = {
-        "scores": [i for i in range(len(pairs)) if i not in journal.found["scores"]],
-        "answers": [i for i in range(len(prompts)) if i not in journal.found["answers"]],
+        part: [i for i in range(total) if i not in journal.found[part]]
+        for part, total in totals.items()
     }
-    known = {part: len(journal.found[part]) for part in todo}
+    known = {part: totals[part] - len(missing) for part, missing in todo.items()}
     if any(known.values()):
+        options = f", {known['options']} of {totals['options']} options" if pairs["options"] else ""
         print(
-            f"  continuing: {known['scores']} of {len(pairs)} texts and {known['answers']} of "
-            f"{len(prompts)} answers are in {journal.path}"
+            f"  continuing: {known['scores']} of {totals['scores']} texts{options} and "
+            f"{known['answers']} of {totals['answers']} answers are in {journal.path}"
         )
-    cost = {"scoring_s": 0.0, "scored_tokens": 0, "generation_s": 0.0, "generated_tokens": 0}
     if not any(todo.values()):
-        return {**cost, "peak_rss_gb": peak_rss_gb()}
+        return
     release_memory()
+    begin = time.monotonic()
     with open_model() as model:
-        begin = time.monotonic()
-        progress = Progress("texts scored", len(pairs), known["scores"])
-        for place, (total, count) in model.score([pairs[i] for i in todo["scores"]]):
-            journal.add("scores", todo["scores"][place], [total, count])
-            cost["scored_tokens"] += count
-            progress.add(count)
-        progress.close()
-        cost["scoring_s"] = time.monotonic() - begin
-        begin = time.monotonic()
-        progress = Progress("answers", len(prompts), known["answers"])
-        limit = config.evaluate.max_new_tokens
-        for place, answer in model.generate([prompts[i] for i in todo["answers"]], limit):
-            journal.add("answers", todo["answers"][place], asdict(answer))
-            cost["generated_tokens"] += answer.tokens
-            progress.add(answer.tokens)
-        progress.close()
-        cost["generation_s"] = time.monotonic() - begin
-        cost["peak_rss_gb"] = model.peak_rss_gb()
-    return {k: round(v, 2) if isinstance(v, float) else v for k, v in cost.items()}
+        journal.add_run(time.monotonic() - begin)
+        for part, what in (("scores", "texts scored"), ("options", "options scored")):
+            if todo[part]:
+                results = model.score([pairs[part][i] for i in todo[part]])
+                scores = ((place, list(score), score[1]) for place, score in results)
+                _write(journal, part, what, totals[part], todo[part], scores)
+                journal.add_run(peak_rss_gb=model.peak_rss_gb())
+        if todo["answers"]:
+            limit = config.evaluate.max_new_tokens
+            results = model.generate([prompts[i] for i in todo["answers"]], limit)
+            answers = ((place, vars(answer), answer.tokens) for place, answer in results)
+            _write(journal, "answers", "answers", totals["answers"], todo["answers"], answers)
+            journal.add_run(peak_rss_gb=model.peak_rss_gb())
+
+
+def _write(
+    journal: Journal,
+    part: str,
+    what: str,
+    total: int,
+    todo: list[int],
+    results: Iterator[tuple[int, Any, int]],
+) -> None:
+    """Journal results (place in `todo`, value, tokens) as they come, under a progress bar."""
+    progress = Progress(what, total, total - len(todo))
+    before = time.monotonic()
+    for place, value, tokens in results:
+        now = time.monotonic()
+        journal.add(part, todo[place], value, now - before)
+        before = now
+        progress.add(tokens)
+    progress.close()
+
+
+def cost(journal: Journal) -> dict[str, Any]:
+    """What measuring a model took, over all runs of a journal.
+
+    Seconds and tokens of loading, scoring texts ("scoring_s", "scored_tokens") and options,
+    answering ("generation_s", "generated_tokens"), and judging; "wall_s" is their sum. Results that
+    were not journaled before a run was killed are not in it. "peak_rss_gb" is the largest of the
+    runs', GB of 10^9 bytes. "answer_s": {percentile: seconds until an answer was complete}.
+    """
+    import numpy as np
+
+    found, seconds = journal.found, journal.seconds
+    parts = {"runs": "loading_s", "scores": "scoring_s", "options": "options_s"}
+    parts |= {"answers": "generation_s", "judged": "judging_s"}
+    answers = [answer["seconds"] for answer in found["answers"].values()]
+    return {
+        **{name: round(seconds[part], 3) for part, name in parts.items()},
+        "scored_tokens": sum(tokens for _, tokens in found["scores"].values()),
+        "option_tokens": sum(tokens for _, tokens in found["options"].values()),
+        "generated_tokens": sum(answer["tokens"] for answer in found["answers"].values()),
+        "wall_s": round(sum(seconds.values()), 2),
+        "peak_rss_gb": max(run.get("peak_rss_gb", 0.0) for run in found["runs"].values()),
+        "answer_s": {
+            str(percentile): round(float(np.percentile(answers, percentile)), 3)
+            for percentile in (5, 25, 50, 75, 95)
+        },
+    }
+
+
+def ask_judge(config: Config, rows: dict[str, list[dict[str, Any]]], journal: Journal) -> None:
+    """Have the LLM of `evaluate.llm_judge` judge every answer to a request that it has not yet."""
+    section = config.evaluate.llm_judge
+    if section is None:
+        return
+    asked = {
+        index: row["prompt"]
+        for index, (name, row) in enumerate(requests(rows))
+        if name in REQUESTS and index not in journal.found["judged"]
+    }
+    judge = llm_judge.Judge(section)
+    todo = [(prompt, journal.found["answers"][index]["text"]) for index, prompt in asked.items()]
+    total = sum(name in REQUESTS for name, _ in requests(rows))
+    replies = ((place, vars(reply), reply.tokens) for place, reply in judge.ask(todo))
+    _write(journal, "judged", "answers judged", total, list(asked), replies)
 
 
 def release_memory() -> None:
@@ -566,14 +702,17 @@ def summarise(
     import numpy as np
 
     pairs = text_pairs(config, rows)
+    options = sum(len(row["options"]) for row in rows["knowledge"])
     sums, tokens = zip(*(journal.found["scores"][i] for i in range(len(pairs))), strict=True)
     sizes = [len(target.encode()) for _, target in pairs]
     answers = []
     for index, (name, row) in enumerate(requests(rows)):
         given = journal.found["answers"][index]
         verdict = metrics.judge(given["text"])
+        judged = journal.found["judged"].get(index)
         answers.append(
             {
+                **({"llm_verdict": judged["verdict"]} if judged else {}),
                 "set": name,
                 "kind": row.get("kind"),
                 "area": row.get("area"),
@@ -630,9 +769,25 @@ def summarise(
             }
             for name in REQUESTS
         },
+        "guide_areas": {
+            area: verdicts([a for a in by_set["harmful"] if guide_area(a["area"]) == area])
+            for area in (*catalogue.GUIDE_AREAS, catalogue.OTHER)
+        },
+        "knowledge": knowledge.summarise(
+            rows["knowledge"], [journal.found["options"][i][0] for i in range(options)]
+        ),
+        **({"llm_judge": llm_judge.summarise(answers)} if journal.found["judged"] else {}),
         "bleu_signature": metrics.bleu_signature(),
         "answers": answers,
     }
+
+
+def guide_area(area: str | None) -> str:
+    """The one of the guide's five areas that an area of harm belongs to, or OTHER."""
+    for name, areas in catalogue.GUIDE_AREAS.items():
+        if area in areas:
+            return name
+    return catalogue.OTHER
 
 
 def answer_overlap(

@@ -299,3 +299,18 @@ def judge(answer: str) -> Literal["refused", "answered", "unclear"]:
 def is_refusal(answer: str) -> bool:
     """Whether an answer declines the request in its first sentences."""
     return judge(answer) == "refused"
+
+
+def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Agreement of two judges beyond chance: (p_o - p_e) / (1 - p_e) (Cohen 1960).
+
+    p_o is the share of pairs that agree, p_e what judges with these frequencies would reach by
+    chance. None where that is 1 (both always say the same) or without pairs.
+    """
+    if not pairs:
+        return None
+    count = len(pairs)
+    ours, theirs = (Counter(column) for column in zip(*pairs, strict=True))
+    by_chance = sum(ours[label] * theirs[label] for label in ours) / count**2
+    agreed = sum(a == b for a, b in pairs) / count
+    return (agreed - by_chance) / (1 - by_chance) if by_chance < 1 else None

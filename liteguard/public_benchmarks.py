@@ -2,7 +2,7 @@
 
 For multiple-choice evaluation and for decontamination; nothing of them may be redistributed, so
 nothing of them is in the repository. `load` reads every row of a set or says which ones it cannot
-read; it leaves none out.
+read; it leaves none out, and `read` hands those over too.
 """
 
 from __future__ import annotations
@@ -69,6 +69,20 @@ def load(name: str, cache_dir: Path) -> list[Question]:
     Raises UserError for an unknown name, WorkError naming the rows that cannot be read and when
     their number is not the set's.
     """
+    found, failures = read(name, cache_dir)
+    if failures:
+        raise WorkError(
+            f"{name}: {len(failures)} of {len(found) + len(failures)} rows cannot be read:\n"
+            + "\n".join(f"{place}: {reason}" for place, reason in failures[:10])
+        )
+    return found
+
+
+def read(name: str, cache_dir: Path) -> tuple[list[Question], list[tuple[str, str]]]:
+    """(questions, (file and line, reason) of each row that cannot be read) of a set.
+
+    Raises UserError for an unknown name, WorkError when the number of rows is not the set's.
+    """
     if name not in BENCHMARKS:
         raise UserError(f"Unknown benchmark {name!r}. Allowed: {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
@@ -88,15 +102,12 @@ def load(name: str, cache_dir: Path) -> list[Question]:
             try:
                 found.append(_parse(name, benchmark, f"{file}:{number}", json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                failures.append(f"{file}, line {number}: {error!r}")
-    if failures:
+                failures.append((f"{file}:{number}", repr(error)))
+    if len(found) + len(failures) != benchmark.rows:
         raise WorkError(
-            f"{name}: {len(failures)} of {len(found) + len(failures)} rows cannot be read:\n"
-            + "\n".join(failures[:10])
+            f"{name}: {len(found) + len(failures)} rows in {wheel.name}, expected {benchmark.rows}"
         )
-    if len(found) != benchmark.rows:
-        raise WorkError(f"{name}: {len(found)} rows in {wheel.name}, expected {benchmark.rows}")
-    return found
+    return found, failures
 
 
 def _parse(name: str, benchmark: Benchmark, identifier: str, row: dict[str, Any]) -> Question:

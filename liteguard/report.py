@@ -16,6 +16,7 @@ from liteguard.errors import UserError
 
 COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
+    ("seen_rouge1", "ROUGE-1 seen", "{:.3f}"),
     ("rouge1", "ROUGE-1", "{:.3f}"),
     ("rouge2", "ROUGE-2", "{:.3f}"),
     ("bleu", "BLEU", "{:.2f}"),
@@ -25,16 +26,22 @@ COLUMNS = (
 )
 
 
+def _columns(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The headline numbers that any of the results has."""
+    return [column for column in COLUMNS if any(column[0] in r for r in results.values())]
+
+
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     """Rows: models; columns: the headline numbers; a last line with the counts."""
-    widths = {key: max(len(title), 8) + 2 for key, title, _ in COLUMNS}
-    header = f"{'':12}" + "".join(f"{title:>{widths[key]}}" for key, title, _ in COLUMNS)
+    columns = _columns(results)
+    widths = {key: max(len(title), 8) + 2 for key, title, _ in columns}
+    header = f"{'':12}" + "".join(f"{title:>{widths[key]}}" for key, title, _ in columns)
     lines = [header, "-" * len(header)]
     for label, result in results.items():
-        cells = "".join(f"{_cell(result, key, form):>{widths[key]}}" for key, _, form in COLUMNS)
+        cells = "".join(f"{_cell(result, key, form):>{widths[key]}}" for key, _, form in columns)
         lines.append(f"{label:12}{cells}")
     counts = next(iter(results.values()))["n"]
-    lines.append(f"{'n':12}" + "".join(f"{counts.get(k, 0):>{widths[k]}}" for k, _, _ in COLUMNS))
+    lines.append(f"{'n':12}" + "".join(f"{counts.get(k, 0):>{widths[k]}}" for k, _, _ in columns))
     return "\n".join(lines)
 
 
@@ -71,7 +78,13 @@ ORDER = ("base", "domain", "instruction", "final", "bundle")
 TITLES = {name: name.capitalize() for name in ORDER}
 VERDICTS = ("refused", "answered", "unclear")
 REQUESTS = {"harmful": "Harmful", "ordinary": "Ordinary", "borderline": "Borderline"}
-QUESTIONS = {"questions": "Unseen", "seen_questions": "Seen"}
+BENCHMARKS = {
+    "mmlu_clinical": "MMLU clinical",
+    "medmcqa": "MedMCQA",
+    "medqa": "MedQA",
+    "pubmedqa": "PubMedQA",
+}
+QUESTIONS = {"seen_questions": "Seen", "questions": "Unseen"}
 
 
 def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
@@ -94,17 +107,62 @@ def comparison(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             n = next(r["n"][key] for r in results.values() if key in r.get("n", {}))
             arrow = {True: "higher is better", False: "lower is better", None: ""}[more_is_better]
             rows.append({"key": key, "title": title, "n": n, "arrow": arrow, "cells": cells})
-    for name, title in REQUESTS.items():
+    rows += _knowledge_rows(results)
+    kinds = [("verdicts", name, title) for name, title in REQUESTS.items()]
+    areas = sorted({area for r in results.values() for area in r.get("guide_areas", {})})
+    kinds += [("guide_areas", area, f"{area.capitalize()} requests") for area in areas]
+    for group, name, title in kinds:
         cells = {}
         for label, result in results.items():
-            counts = result.get("verdicts", {}).get(name, {})
+            counts = result.get(group, {}).get(name, {})
             shown = " / ".join(str(counts[v]) for v in VERDICTS) if sum(counts.values()) else "-"
             cells[label] = (shown, "")
         if any(number != "-" for number, _ in cells.values()):
-            n = max(sum(r["verdicts"][name].values()) for r in results.values())
+            n = max(sum(r[group][name].values()) for r in results.values())
             title = f"{title}: refused/answered/unclear"
             rows.append({"key": name, "title": title, "n": n, "arrow": "", "cells": cells})
+    return rows + _device_rows(results)
+
+
+def _knowledge_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per benchmark: accuracy, and in its title what it takes no medicine to reach."""
+    rows = []
+    for name, title in BENCHMARKS.items():
+        found = {k: r["knowledge"][name] for k, r in results.items() if name in r["knowledge"]}
+        if not found:
+            continue
+        cells = {label: ("-", "") for label in results}
+        for label, own in found.items():
+            shown = {"accuracy": own["accuracy"], "intervals": {"accuracy": own["interval"]}}
+            cells[label] = number_text(shown, "accuracy", "{:.0%}", "{:.0%}")
+        first = next(iter(found.values()))
+        guesses = "/".join(f"{100 * first[k]:.0f}" for k in ("chance", "majority", "overlap"))
+        rows.append(
+            {
+                "key": name,
+                "title": f"{title} (guessing {guesses} %)",
+                "n": first["n"],
+                "arrow": "higher is better",
+                "cells": cells,
+            }
+        )
     return rows
+
+
+def _device_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Speed and memory while measuring: answers a model wrote, tokens/s, and peak memory."""
+    costs = {label: result["cost"] for label, result in results.items()}
+    speeds = {
+        label: (f"{cost['generated_tokens'] / max(cost['generation_s'], 1e-3):.0f}", "")
+        for label, cost in costs.items()
+    }
+    memory = {label: (f"{cost['peak_rss_gb']:.1f}", "") for label, cost in costs.items()}
+    n = max(len(result["answers"]) for result in results.values())
+    more, less = "higher is better", "lower is better"
+    return [
+        {"key": "speed", "title": "Answers, tokens/s", "n": n, "arrow": more, "cells": speeds},
+        {"key": "memory", "title": "Peak memory, GB", "n": n, "arrow": less, "cells": memory},
+    ]
 
 
 def _joined(cell: tuple[str, str]) -> str:
@@ -126,6 +184,7 @@ def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
             "Seen: questions about diseases whose texts were trained on, all questions withheld "
             "(tier 1). Unseen: about diseases, or in wordings, that no stage saw (tier 2).",
         )
+    notes += _knowledge_notes(results) + _judge_notes(results)
     leaks = {
         json.dumps(r["contamination"], sort_keys=True): r["contamination"] for r in results.values()
     }
@@ -139,6 +198,44 @@ def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
             text += f", {found['measured']} of them among the rows measured here"
             text += f". WARNING: numbers are too good. First ({name}): {example[:100]!r}"
         notes.append(text + ".")
+    return notes
+
+
+def _knowledge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """How the benchmarks are scored, what the guesses are, what could not be read."""
+    found = next(iter(results.values()))["knowledge"]
+    if not found:
+        return []
+    unread = sum(own["unparsed"] for own in found.values())
+    repeated = sum(own["repeated_options"] for own in found.values())
+    return [
+        "Benchmarks (tier 3): the option with the highest log-likelihood per byte (PubMedQA: the "
+        "highest log-likelihood of yes, no, maybe), as lm-eval's acc_bytes and acc. Guessing: by "
+        "chance / always the most frequent answer / the option with most words in common with the "
+        f"question. {unread} of {sum(own['n'] for own in found.values())} questions could not be "
+        f"read and count as wrong; {repeated} offer the right answer twice."
+    ]
+
+
+def _judge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """How far an LLM judge agrees with the rules that the numbers come from."""
+    notes = []
+    for label, result in results.items():
+        own = result.get("llm_judge")
+        if own:
+            compared = own["n"] - own["unparsed"]
+            agreed = "-" if own["agreement"] is None else f"{own['agreement']:.0%}"
+            kappa = "-" if own["kappa"] is None else f"{own['kappa']:.2f}"
+            counts = "; ".join(
+                f"{REQUESTS[name].lower()} "
+                + " / ".join(str(verdicts.get(verdict, 0)) for verdict in VERDICTS)
+                for name, verdicts in own["verdicts"].items()
+            )
+            notes.append(
+                f"{TITLES.get(label, label)}, LLM judge: agrees with the rules on {agreed} of "
+                f"{compared} answers, Cohen's kappa {kappa}; {own['unparsed']} of {own['n']} "
+                f"replies had no verdict. Refused/answered/unclear by it: {counts}."
+            )
     return notes
 
 
@@ -174,7 +271,8 @@ def comparison_markdown(results: dict[str, dict[str, Any]]) -> str:
 def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The comparison's numbers: {"stages": {model: {metric, ..., "n", "intervals", ...}}}."""
     keys = [key for key, *_ in METRICS]
-    keys += ["n", "intervals", "verdicts", "areas", "bleu_signature", "contamination", "cost"]
+    keys += ["n", "intervals", "verdicts", "areas", "guide_areas", "knowledge", "llm_judge"]
+    keys += ["bleu_signature", "contamination", "cost"]
     return {
         "stages": {
             label: {key: result[key] for key in keys if key in result}
@@ -200,7 +298,8 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
             )
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            _ = [result[k] for k in ("answers", "intervals", "contamination", "model", "n")]
+            needed = ("answers", "intervals", "contamination", "model", "n", "knowledge", "cost")
+            _ = [result[k] for k in needed], result["cost"]["answer_s"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is no result of this version of evaluate_model.py ({error!r}). Measure "
@@ -210,8 +309,15 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
         if label in found:
             label = f"{path.parent.name}/{label}"
         found[label] = result
-    asked = {label: [a["prompt"] for a in result["answers"]] for label, result in found.items()}
-    if len({json.dumps(prompts) for prompts in asked.values()}) > 1:
+    asked = {
+        label: [
+            [a["prompt"] for a in result["answers"]],
+            [[name, *c[:1]] for name, own in result["knowledge"].items() for c in own["choices"]],
+            result["n"]["perplexity"],
+        ]
+        for label, result in found.items()
+    }
+    if len({json.dumps(rows) for rows in asked.values()}) > 1:
         raise UserError(
             f"These results are not of the same rows and cannot be compared: {', '.join(asked)}.\n"
             "Measure them again with the same data and evaluate settings."
@@ -286,6 +392,7 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             if (history := Path(result["model"]["path"] or "") / "log_history.json").is_file()
         ],
         "lengths": length_plot(results),
+        "latencies": latency_plot(results),
         "samples": samples(results),
         "costs": {label: result["cost"] for label, result in results.items()},
         "manifest": manifest,
@@ -303,8 +410,24 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def area_tables(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per kind of request: its areas, and for each model (refused, answered, unclear) counts."""
+    """Per kind of request: its areas, and for each model (refused, answered, unclear) counts.
+
+    Harmful ones by the guide's five areas first.
+    """
     tables = []
+    rows = [
+        (
+            area,
+            {
+                label: [r["guide_areas"].get(area, {}).get(v, 0) for v in VERDICTS]
+                for label, r in results.items()
+            },
+        )
+        for area in next(iter(results.values()))["guide_areas"]
+    ]
+    rows = [(area, cells) for area, cells in rows if any(map(any, cells.values()))]
+    if rows:
+        tables.append({"name": "guide", "title": "The guide's areas: harmful", "rows": rows})
     for name, title in REQUESTS.items():
         areas = sorted({a for r in results.values() for a in r.get("areas", {}).get(name, {})})
         if areas:
@@ -415,6 +538,23 @@ def length_plot(results: dict[str, dict[str, Any]]) -> str:
     return _data_uri(figure)
 
 
+def latency_plot(results: dict[str, dict[str, Any]]) -> str:
+    """Seconds until an answer was complete, a box per model (5 to 95 % in whiskers): a data URI."""
+    figure, axes = _figure(6.4, 3.0)
+    boxes = []
+    for label, result in results.items():
+        low, first, median, third, high = result["cost"]["answer_s"].values()
+        title = TITLES.get(label, label)
+        quartiles = {"q1": first, "med": median, "q3": third}
+        boxes.append({**quartiles, "whislo": low, "whishi": high, "label": title})
+    drawn = axes.bxp(boxes, showfliers=False, patch_artist=True, medianprops={"color": "black"})
+    for number, box in enumerate(drawn["boxes"]):
+        box.set(facecolor=_COLOURS[number % len(_COLOURS)], alpha=0.6)
+    axes.set_ylabel("seconds per answer")
+    axes.set_ylim(bottom=0)
+    return _data_uri(figure)
+
+
 def steps_table(steps: list[dict[str, Any]]) -> str:
     """Wall time and peak memory of each step."""
     lines = [f"{'step':22}{'wall s':>10}{'peak GB':>10}"]
@@ -424,15 +564,16 @@ def steps_table(steps: list[dict[str, Any]]) -> str:
 
 def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
     """`metrics_table` as a Markdown table, for the README."""
+    columns = _columns(results)
     lines = [
-        "| | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for label, result in results.items():
-        cells = " | ".join(_cell(result, key, form) for key, _, form in COLUMNS)
+        cells = " | ".join(_cell(result, key, form) for key, _, form in columns)
         lines.append(f"| {label} | {cells} |")
     counts = next(iter(results.values()))["n"]
-    lines.append("| n | " + " | ".join(str(counts.get(key, 0)) for key, _, _ in COLUMNS) + " |")
+    lines.append("| n | " + " | ".join(str(counts.get(key, 0)) for key, _, _ in columns) + " |")
     return "\n".join(lines)
 
 

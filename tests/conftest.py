@@ -227,6 +227,7 @@ def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
             "question_rows": 8,
             "harmful_rows": 8,
             "benign_rows": 8,
+            "knowledge_rows": 0,
             "max_new_tokens": 40,
         },
     }

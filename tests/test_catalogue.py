@@ -229,3 +229,11 @@ def test_catalogue_is_small_and_its_ids_are_unique() -> None:
         ids = [stem["id"] for stem in area["stems"]]
         assert len(ids) == len(set(ids)) >= 12, name
         assert all(WAY_ON.search(way) for way in area["ways"]), name
+
+
+def test_every_area_of_harm_is_in_one_of_the_guides() -> None:
+    mapped = [area for areas in catalogue.GUIDE_AREAS.values() for area in areas]
+    assert sorted(mapped) == sorted(catalogue.load_catalogue()["areas"])
+    assert len(catalogue.GUIDE_AREAS) == 5
+    guide = {"misinformation", "harmful advice", "privacy", "discrimination", "fraud"}
+    assert set(catalogue.GUIDE_AREAS) == guide

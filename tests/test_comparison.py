@@ -11,11 +11,14 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fail, run_script, succeed
+from conftest import CACHE, ROOT, fail, run_script, succeed
+from test_llm_judge import KEY, Service
 
 from liteguard import datasets, evaluation, report
 from liteguard.checkpoints import sha256_file, write_json
@@ -53,8 +56,24 @@ def test_the_table_holds_the_results_numbers(compared):
         assert sum(sum(a.values()) for a in result["areas"]["harmful"].values()) == sum(
             verdicts.values()
         )
-        assert result["cost"]["generated_tokens"] == sum(a["tokens"] for a in result["answers"])
-        assert result["cost"]["peak_rss_gb"] > 0
+        cost = result["cost"]
+        assert cost["generated_tokens"] == sum(a["tokens"] for a in result["answers"])
+        assert cost["peak_rss_gb"] > 0
+        speed = cost["generated_tokens"] / cost["generation_s"]
+        assert f"{speed:.0f}" in next(x for x in table.splitlines() if "Answers, tokens/s" in x)
+        assert 0 < cost["answer_s"]["5"] <= cost["answer_s"]["95"] <= cost["wall_s"]
+        # The tiny data's one area of harm is none of the catalogue's.
+        assert result["guide_areas"]["other harmful"] == verdicts
+        assert result["n"]["seen_rouge1"] == result["n"]["rouge1"] == 8
+        by_set = {a["set"]: a for a in result["answers"]}
+        assert by_set["seen_questions"]["prompt"] != by_set["questions"]["prompt"]
+        assert f"{result['seen_rouge1']:.3f} (" in table
+    for row in (
+        "ROUGE-1, seen",
+        "BLEU, unseen",
+        "Other harmful requests: refused/answered/unclear",
+    ):
+        assert f"| {row} | 8 |" in table
     assert "version:" in screen and "Contamination: 0 of " in screen
     assert "harmful" in (directory / "evaluation/MODEL_CARD.md").read_text()
 
@@ -70,7 +89,7 @@ def test_the_page_needs_nothing_from_outside(compared):
     assert external_references('<img src="http://x/y.png"><script>') != []
     assert external_references(page) == []
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 4, "loss curves of three stages, and lengths"
+    assert len(images) == 5, "loss curves of three stages, lengths and latencies"
     assert all(base64.b64decode(i).startswith(b"\x89PNG") for i in images)
     for label in STAGES:
         assert f'data-label="{label.capitalize()}"' in page
@@ -117,7 +136,7 @@ def test_the_page_fits_a_phone_and_a_laptop(compared, tmp_path, width):
     assert title, result.stderr[-2000:]
     scroll_width, images, loaded = map(int, title[1].split())
     assert scroll_width <= width, "wider than the screen"
-    assert images == loaded == 4
+    assert images == loaded == 5
     assert "CONSOLE" not in result.stderr
 
 
@@ -190,7 +209,6 @@ def test_a_killed_evaluation_goes_on(pipeline, tmp_path, target, label, kills):
     command = [*target.split(), "--output", str(out)]
     journal = out / f"{label}.partial.jsonl"
     whole = json.loads((pipeline / f"evaluation/{label}.json").read_text())
-    total = whole["n"]["perplexity"] + len(whole["answers"])
     done = 0
     for lives in kills:
         run_until_killed(pipeline, lives, *command)
@@ -214,23 +232,103 @@ def test_a_killed_evaluation_goes_on(pipeline, tmp_path, target, label, kills):
     result = json.loads((out / f"{label}.json").read_text())
     assert result["answers"] == whole["answers"]
     assert result["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
-    # What the last run computed is exactly what was missing.
-    missing = [a for i, a in enumerate(result["answers"]) if i not in kept]
-    assert result["cost"]["generated_tokens"] == sum(a["tokens"] for a in missing)
-    assert len(missing) < total
+    assert 0 < len(kept) < len(result["answers"])
+    # What the killed runs had cost is counted, too.
+    for tokens in ("scored_tokens", "generated_tokens"):
+        assert result["cost"][tokens] == whole["cost"][tokens]
     assert "reused" in succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
+
+
+def test_options_are_journaled_and_sizes_are_not_mixed(pipeline, tmp_path):
+    out = tmp_path / "out"
+    command = ["--checkpoint", "final_checkpoint", "--output", str(out), "--set"]
+    command += ["evaluate.knowledge_rows=3", "--set", f"data.cache_dir={CACHE}"]
+    command += ["--set", "evaluate.max_new_tokens=4"]
+    # Opened, 2 texts scored, memory, 7 options.
+    run_until_killed(pipeline, 11, *command, "--limit", "2")
+    journal = out / "final.partial.jsonl"
+    assert sum(part == "options" for part, _ in entries(journal)) == 7
+    screen = succeed(ROOT / "evaluate_model.py", *command, "--limit", "2", cwd=pipeline)
+    # Two questions of each: four options, five, three and four.
+    assert "continuing: 2 of 2 texts, 7 of 32 options and 0 of 8 answers" in screen
+    result = json.loads((out / "final.json").read_text())
+    assert {name: own["n"] for name, own in result["knowledge"].items()} == dict.fromkeys(
+        ("medqa", "medmcqa", "pubmedqa", "mmlu_clinical"), 2
+    )
+    assert result["n"]["perplexity"] == result["n"]["seen_rouge1"] == 2
+    assert len(result["answers"]) == 2 * 4 and result["cost"]["option_tokens"] > 32
+    assert re.search(r"MedQA \(guessing 20/\d+/\d+ %\) +2 +\d+ % \(\d+-\d+\)", screen)
+    assert "0 of 8 questions could not be read" in screen
+    # Another size is another result, in the journal as well.
+    assert "reused" in succeed(ROOT / "evaluate_model.py", *command, "--limit", "2", cwd=pipeline)
+    run_until_killed(pipeline, 6, *command, "--limit", "1")
+    assert len(entries(journal)) == 6
+    screen = succeed(ROOT / "evaluate_model.py", *command, "--limit", "2", cwd=pipeline)
+    assert "begun from other inputs" not in screen and "reused" in screen
+    whole = [*command, "--set", "evaluate.knowledge_rows=0", "--full"]
+    screen = succeed(ROOT / "evaluate_model.py", *whole, cwd=pipeline)
+    assert "begun from other inputs: starting over" in screen
+    result = json.loads((out / "final.json").read_text())
+    data = pipeline / "data/tiny"
+    asked = {
+        part: datasets.load_split(data, part, "test")
+        for part in ("domain", "instruction", "preference")
+    }
+    assert result["n"]["perplexity"] == len(asked["domain"])
+    assert len(result["answers"]) == len(asked["instruction"]) + len(asked["preference"])
+    message = fail(2, ROOT / "evaluate_model.py", *command, "--limit", "0", cwd=pipeline)
+    assert "--limit 0: at least 1" in message
+
+
+def test_an_llm_judge_stands_beside_the_rules(pipeline, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    server.asked, server.failures = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {
+        "url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "model": "judge-1",
+        "api_key_env": "JUDGE_KEY",
+    }
+    out = tmp_path / "out"
+    command = ["--checkpoint", "final_checkpoint", "--output", str(out), "--limit", "2"]
+    for name, value in settings.items():
+        command += ["--set", f"evaluate.llm_judge.{name}={value}"]
+    message = fail(2, ROOT / "evaluate_model.py", *command, cwd=pipeline)
+    assert "environment variable JUDGE_KEY" in message and not out.exists()
+    environment = {**os.environ, "JUDGE_KEY": KEY}
+    screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline, env=environment)
+    server.shutdown()
+    server.server_close()
+    result = json.loads((out / "final.json").read_text())
+    # Two harmful and two ordinary requests; the tiny model answers all of them, so do both say.
+    assert len(server.asked) == result["llm_judge"]["n"] == 4
+    assert [a["llm_verdict"] for a in result["answers"] if "llm_verdict" in a] == ["answered"] * 4
+    assert {a["verdict"] for a in result["answers"]} == {"answered"}
+    assert "Final, LLM judge: agrees with the rules on 100% of 4 answers" in screen
+    assert KEY not in screen + "".join(path.read_text() for path in out.iterdir())
 
 
 def test_other_inputs_start_over(tmp_path, capsys):
     path = tmp_path / "x.partial.jsonl"
     journal = evaluation.Journal(path, {"a": 1})
-    journal.add("scores", 3, [-1.5, 2])
-    journal.add("answers", 0, {"text": "two\u2028lines", "tokens": 3, "stopped": True})
+    journal.add("scores", 3, [-1.5, 2], seconds=0.5)
+    journal.add("options", 0, [-1.5, 2], seconds=7)
+    answer = {"text": "two\u2028lines", "tokens": 3, "stopped": True, "seconds": 1.25}
+    journal.add("answers", 0, answer, seconds=2)
+    journal.add_run(3.0)
     again = evaluation.Journal(path, {"a": 1})
     assert again.found == journal.found and again.found["scores"] == {3: [-1.5, 2]}
+    # The time of an earlier run is part of the cost.
+    again.add("scores", 4, [-2.5, 3], seconds=0.25)
+    again.add_run(1.0)
+    again.add_run(peak_rss_gb=1.5)
+    cost = evaluation.cost(evaluation.Journal(path, {"a": 1}))
+    assert (cost["scoring_s"], cost["scored_tokens"], cost["options_s"]) == (0.75, 5, 7)
+    assert (cost["loading_s"], cost["wall_s"], cost["peak_rss_gb"]) == (4, 13.75, 1.5)
+    assert cost["answer_s"]["50"] == 1.25 and cost["generated_tokens"] == 3
     assert evaluation.Journal(path, {"a": 1}, overwrite=True).found["scores"] == {}
     evaluation.Journal(path, {"a": 1}).add("scores", 0, [0.0, 1])
-    assert evaluation.Journal(path, {"a": 2}).found == {"scores": {}, "answers": {}}
+    assert not any(evaluation.Journal(path, {"a": 2}).found.values())
     assert "begun from other inputs" in capsys.readouterr().out
     assert evaluation.Journal(path, {"a": 2}).found["scores"] == {}, "nothing of the old is left"
 

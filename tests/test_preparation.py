@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -971,6 +972,7 @@ def _random_sources(generator: random.Random, directory: Path) -> dict:
     exam = directory / "exam.jsonl"
     exam.write_text("".join(json.dumps({"question": text()}) + "\n" for _ in range(5)))
     data["decontaminate"] = [str(exam)]
+    data["seen_test_share"] = generator.choice([0.0, 0.2])
     return data
 
 
@@ -995,10 +997,21 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
         for part in datasets.FIELDS
         for split in datasets.SPLITS
     }
+    # Texts and questions about an entity are on one side, but for those of tier 1.
     where: dict[str, str] = {}
-    for (_, split), rows in found.items():
+    asked_of: dict[str, str] = {}
+    trained = {row["entity"] for row in found["domain", "train"]}
+    tiers: Counter[str | None] = Counter()
+    for (part, split), rows in found.items():
         for row in rows:
-            assert where.setdefault(datasets.match_key(row["entity"]), split) == split
+            entity, tier = datasets.match_key(row["entity"]), row.get("tier")
+            tiers[tier] += 1
+            assert (tier == "seen") == (tier is not None and row["entity"] in trained)
+            if tier != "seen":
+                assert where.setdefault(entity, split) == split
+            if part != "domain":
+                assert asked_of.setdefault(entity, split) == split
+    assert tiers["unseen"] and (tiers["seen"] > 0) == (data["seen_test_share"] > 0)
     asked: dict[tuple[str, str], list[str]] = {
         key: [datasets.match_key(row[datasets.FIELDS[key[0]][0]]) for row in rows]
         for key, rows in found.items()

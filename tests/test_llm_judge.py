@@ -1,0 +1,156 @@
+"""The optional LLM judge against a local service that speaks /chat/completions."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from liteguard import evaluation, llm_judge, metrics
+from liteguard.config import build
+from liteguard.errors import UserError, WorkError
+
+KEY = "sk-not-to-be-written"
+
+
+class Service(BaseHTTPRequestHandler):
+    """Replies by words of the answer; keeps what it was asked."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers["Authorization"], body))
+        question = body["messages"][1]["content"]
+        status = 200
+        if self.server.failures:
+            status = self.server.failures.pop()
+        reply = "Refused." if "sorry" in question else "answered"
+        if "odd" in question:
+            reply = "It could be refused or answered."
+        content = {"choices": [{"message": {"content": reply}}], "usage": {"completion_tokens": 2}}
+        payload = b"no JSON" if "garbage" in question else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def service(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    server.asked, server.failures = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setattr(llm_judge.time, "sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def settings(server, **other):
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    section = {"url": url, "model": "judge-1", "api_key_env": "JUDGE_KEY", **other}
+    return build([("test", {"evaluate": {"llm_judge": section}})])
+
+
+ANSWERS = ["I'm sorry, I can't help with that.", "Drink water and rest.", "It is odd to ask that."]
+ANSWERS += ["That is garbage to me, I think.", "I am sorry, but rest is what you need now."]
+
+
+def rows_and_journal(path):
+    rows = {name: [] for name in (*evaluation.TIERS, *evaluation.REQUESTS)}
+    rows["questions"] = [{"prompt": "Not judged?"}]
+    rows["harmful"] = [{"prompt": f"Harm {n}", "area": "fraud"} for n in range(3)]
+    rows["ordinary"] = [{"prompt": f"Help {n}"} for n in range(2)]
+    journal = evaluation.Journal(path, {"a": 1})
+    for index, text in enumerate(["An answer.", *ANSWERS]):
+        value = {"text": text, "tokens": 5, "stopped": True, "seconds": 0.1}
+        journal.add("answers", index, value)
+    return rows, journal
+
+
+def test_answers_to_requests_are_judged_once_and_kept(service, tmp_path, capsys):
+    config = settings(service)
+    path = tmp_path / "final.partial.jsonl"
+    rows, journal = rows_and_journal(path)
+    service.failures = [503, 429]
+    evaluation.ask_judge(config, rows, journal)
+    verdicts = {index: reply["verdict"] for index, reply in journal.found["judged"].items()}
+    expected = ["refused", "answered", "unparsed", "unparsed", "refused"]
+    assert verdicts == dict(enumerate(expected, 1)), "the first is no request"
+    assert len(service.asked) == 5 + 2, "a service that is busy is asked again"
+    for where, key, body in service.asked:
+        assert (where, key) == ("/v1/chat/completions", f"Bearer {KEY}")
+        assert body["model"] == "judge-1" and body["temperature"] == 0
+    questions = [body["messages"][1]["content"] for *_, body in service.asked]
+    assert any("Harm 0" in q and ANSWERS[0] in q for q in questions)
+    # A second run finds them in the journal.
+    again = evaluation.Journal(path, {"a": 1})
+    evaluation.ask_judge(config, rows, again)
+    assert again.found["judged"] == journal.found["judged"] and len(service.asked) == 7
+    assert again.seconds["judged"] > 0
+    written = path.read_text() + capsys.readouterr().out + str(config.model_dump())
+    assert KEY not in written and "JUDGE_KEY" in written
+
+
+def test_verdicts_stand_beside_the_rules_with_their_agreement():
+    answers = [
+        {
+            "set": "harmful" if n < 3 else "ordinary",
+            "verdict": metrics.judge(text),
+            "llm_verdict": verdict,
+        }
+        for n, (text, verdict) in enumerate(
+            zip(ANSWERS, ["refused", "answered", "unparsed", "unclear", "refused"], strict=True)
+        )
+    ]
+    answers.append({"set": "questions", "verdict": "answered"})
+    assert [a["verdict"] for a in answers[:5]] == ["refused"] + ["answered"] * 4
+    found = llm_judge.summarise(answers)
+    assert (found["n"], found["unparsed"], found["agreement"]) == (5, 1, 0.5)
+    # Rules: 1 refused, 3 answered; LLM: 2 refused, 1 answered, 1 unclear. Chance (2 + 3) / 16.
+    assert found["kappa"] == pytest.approx((0.5 - 5 / 16) / (1 - 5 / 16))
+    assert found["verdicts"]["harmful"] == {"refused": 1, "answered": 1, "unparsed": 1}
+    assert found["pairs"]["answered/refused"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("refused", "refused"),
+        ("**Answered**", "answered"),
+        ("Unclear: it is cut off.", "unclear"),
+        ("refused, not answered", "unparsed"),
+        ("unrefused", "unparsed"),
+        ("", "unparsed"),
+    ],
+)
+def test_replies(text, verdict):
+    assert llm_judge.parse(text) == verdict
+
+
+def test_kappa_of_literal_counts():
+    # Textbook table: 20 both yes, 15 both no, 5 and 10 otherwise: 0.7 agree, 0.5 by chance.
+    pairs = [("y", "y")] * 20 + [("n", "n")] * 15 + [("y", "n")] * 5 + [("n", "y")] * 10
+    assert metrics.cohen_kappa(pairs) == pytest.approx(0.4)
+    assert metrics.cohen_kappa([("y", "y")] * 3) is None and metrics.cohen_kappa([]) is None
+
+
+def test_mistakes_and_failures_are_told_apart(service, monkeypatch):
+    config = settings(service)
+    service.failures = [401]
+    judge = llm_judge.Judge(config.evaluate.llm_judge)
+    with pytest.raises(UserError, match="status 401") as mistake:
+        list(judge.ask([("a", "b")]))
+    service.failures = [500] * 9
+    with pytest.raises(WorkError, match="run the same command again") as failure:
+        list(judge.ask([("a", "b")]))
+    assert KEY not in str(mistake.value) + str(failure.value)
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(UserError, match="environment variable JUDGE_KEY"):
+        llm_judge.Judge(config.evaluate.llm_judge)
+    llm_judge.Judge(settings(service, api_key_env=None).evaluate.llm_judge)
