@@ -219,8 +219,13 @@ def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
         "compress": {
             "prefill_lengths": [64],
             "kv_cache_length": 128,
-            "verify_questions": 3,
-            "verify_max_new_tokens": 48,
+            "verify": {
+                "questions": 4,
+                "requests": 6,
+                "texts": 4,
+                "max_new_tokens": 48,
+                "stopped": 0.5,
+            },
         },
         "evaluate": {
             "perplexity_rows": 8,
@@ -256,7 +261,15 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
         "instruction.report_to=[wandb]",
     )
     step("safety", "train_safety.py", "--checkpoint", "instruction_checkpoint")
-    step("compress", "compress_model.py", "--input", "final_checkpoint")
+    step(
+        "compress",
+        "compress_model.py",
+        "--input",
+        "final_checkpoint",
+        "--also",
+        "--verify",
+        "full",
+    )
     step(
         "evaluate",
         "evaluate_model.py",

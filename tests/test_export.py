@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -334,17 +335,21 @@ def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) ->
 
     def convert(**changes: object) -> None:
         settings = {"prefill_lengths": [32], "kv_cache_length": 128, "progress": None} | changes
-        tflite.convert(tmp_path / "merged", tmp_path / "out.tflite", **settings)
+        tflite.export(tmp_path / "merged", tmp_path / "out.tflite", **settings)
 
     with pytest.raises(UserError, match="must exceed"):
         convert(prefill_lengths=[128])
     with pytest.raises(UserError, match="max_position_embeddings"):
         convert(kv_cache_length=4096)
-    with pytest.raises(UserError, match="dynamic_wi8_afp32"):
-        convert(recipe="int8")
+    with pytest.raises(UserError, match="int4_block32"):
+        tflite.check_recipe("int3")
     monkeypatch.setattr(tflite, "available_memory", lambda: 10**9)
-    with pytest.raises(WorkError, match="needs about"):
+    with pytest.raises(UserError, match="needs about .* GB of memory"):
         convert()
+    monkeypatch.setattr(tflite, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(tflite.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match="GB of disk"):
+        tflite.require_resources(10**9, "v2", tmp_path)
     (tmp_path / "merged" / "generation_config.json").write_text("{}")
     with pytest.raises(UserError, match="eos_token_id"):
         convert()
@@ -357,7 +362,7 @@ def test_a_killed_conversion_is_reported_as_out_of_memory(phi_base, tmp_path, mo
     fake.chmod(0o755)
     monkeypatch.setattr(tflite.sys, "executable", str(fake))
     with pytest.raises(WorkError, match="out of memory") as caught:
-        tflite.convert(
+        tflite.export(
             tmp_path / "merged",
             tmp_path / "out.tflite",
             prefill_lengths=[32],
@@ -385,9 +390,3 @@ def test_a_killed_conversion_is_reported_as_out_of_memory(phi_base, tmp_path, mo
 def test_dirt_in_answers_is_found(text: str, found: str | None) -> None:
     result = verify._dirt(text, PROMPT.stop_tokens)
     assert result is None if found is None else found in result
-
-
-def test_a_file_that_is_no_bundle_does_not_open(tmp_path) -> None:
-    (tmp_path / "broken.task").write_bytes(b"PK not a bundle" * 100)
-    with pytest.raises(WorkError, match="'opens' failed"):
-        verify.verify_bundle(tmp_path / "broken.task", PROMPT, ["What is asthma?"])

@@ -25,11 +25,13 @@ from typing import Any, Literal
 from liteguard.errors import UserError, WorkError
 from liteguard.export import quantization
 
-# Peak memory in GB = fixed + slope * billions of parameters, fitted to measured conversions
-# (0.135, 1.42 and 2.78 billion parameters); v1 keeps two float32 copies, v2 streams the weights.
-_MEMORY_GB = {"v2": (2.0, 6.1), "v1": (2.3, 13.5)}
-# The float32 model and the converter's intermediates; measured 33 GB for 2.78 billion parameters.
-_DISK_BYTES_PER_PARAMETER = 12
+# Peak resident memory in GB, each pair (fixed, GB per billion parameters); the smaller line counts.
+# v2 (benchmarks/bench_convert.py): 2.6, 10.5 and 14.4 GB with 0.135, 1.42 and 2.78 billion; it
+# streams the weights, and the pages of its files count. v1 keeps two float32 copies.
+_MEMORY_GB = {"v2": ((2.1, 6.1), (6.6, 3.0)), "v1": ((2.3, 13.5),)}
+# Beside the merged model: the float32 file and the converter's copy of it (measured 8.0 in v2) and
+# the bundles.
+_DISK_BYTES_PER_PARAMETER = {"v2": 11, "v1": 12}
 _STEP = re.compile(r"\((\d+:\d+)\)\s*\[\s*(START|DONE)\s*\]\s*(.*)")
 
 
@@ -99,8 +101,8 @@ def available_memory() -> int | None:
 
 def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple[int, int]:
     """(bytes of memory, bytes of disk) that the conversion of a model needs, estimated."""
-    fixed, slope = _MEMORY_GB[converter]
-    return int((fixed + slope * parameters / 1e9) * 1e9), parameters * _DISK_BYTES_PER_PARAMETER
+    memory = min(fixed + slope * parameters / 1e9 for fixed, slope in _MEMORY_GB[converter])
+    return int(memory * 1e9), parameters * _DISK_BYTES_PER_PARAMETER[converter]
 
 
 def _check(merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: int) -> None:

@@ -40,6 +40,10 @@ PROBES = (
 )
 
 
+# Whether a request is refused shows in the first words; what follows only blurs the verdict.
+REQUEST_TOKENS = 24
+
+
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Held-out rows that both sides are measured on."""
@@ -146,19 +150,17 @@ def measure_bundle(bundle: Path, prompt: Prompt, samples: Samples, limit: int) -
 
 def _measure(score: Any, generate: Any, prompt: Prompt, samples: Samples, limit: int) -> Measured:
     scores = dict(score(samples.pairs))
-    rendered = [prompt.render_question(text) for text in samples.questions + samples.requests]
-    answers = dict(generate(rendered, limit))
+    answers: list[dict[str, Any]] = []
+    for texts, most in ((samples.questions, limit), (samples.requests, REQUEST_TOKENS)):
+        given = dict(generate([prompt.render_question(text) for text in texts], most))
+        answers += [
+            {"text": a.text.strip(), "tokens": a.tokens, "stopped": a.stopped}
+            for a in map(given.__getitem__, range(len(texts)))
+        ]
     return Measured(
         [scores[i][0] for i in range(len(samples.pairs))],
         sum(count for _, count in scores.values()),
-        [
-            {
-                "text": answers[i].text.strip(),
-                "tokens": answers[i].tokens,
-                "stopped": answers[i].stopped,
-            }
-            for i in range(len(rendered))
-        ],
+        answers,
     )
 
 
@@ -179,8 +181,13 @@ def reference(
     return measured
 
 
-def check_form(bundle_path: Path, prompt: Prompt, question: str, table: Table) -> None:
-    """Opens, stops at the right tokens, and renders conversations as training did."""
+def check_form(
+    bundle_path: Path, prompt: Prompt, question: str, table: Table, turn_tokens: int = 48
+) -> None:
+    """Opens, stops at the right tokens, and renders conversations as training did.
+
+    `turn_tokens`: most tokens of an answer in the conversation of three turns.
+    """
     try:
         bundle = Bundle(bundle_path).__enter__()
     except WorkError as error:
@@ -206,7 +213,7 @@ def check_form(bundle_path: Path, prompt: Prompt, question: str, table: Table) -
             and bundle.tokenize(own) == bundle.tokenize(text),
             f"the bundle renders {own!r} where training rendered {text!r}",
         )
-        turns = _three_turns(bundle, prompt, question)
+        turns = _three_turns(bundle, prompt, question, turn_tokens)
         same = sum(chat == raw for chat, raw in turns)
         where = next((f"{c!r} instead of {r!r}" for c, r in turns if c != r), "")
         table.add(
@@ -216,13 +223,14 @@ def check_form(bundle_path: Path, prompt: Prompt, question: str, table: Table) -
         bundle.__exit__(None, None, None)
 
 
-def _three_turns(bundle: Bundle, prompt: Prompt, question: str) -> list[tuple[str, str]]:
+def _three_turns(
+    bundle: Bundle, prompt: Prompt, question: str, limit: int
+) -> list[tuple[str, str]]:
     """(answer in the bundle's own conversation, answer to the prompt as training renders it).
 
     Fewer than three after an answer that the limit cut: the device then goes on without the end
     token that training has there.
     """
-    limit = 48
     # A .task loses what stands between two turns, and repeats the system text (see bundle.py).
     task = bundle.path.suffix == ".task"
     rendered = prompt.model_copy(update={"turn_separator": ""}) if task else prompt
@@ -458,7 +466,8 @@ def verify_bundle(
     for path in filter(None, (bundle, also)):
         if also:
             say(f"  {path.name}")
-        check_form(path, prompt, question, table)
+        # Three questions and answers must fit the cache.
+        check_form(path, prompt, question, table, min(48, config.compress.kv_cache_length // 10))
     result: dict[str, Any] = {"level": section.level}
     # A .litertlm has the original tokenizer.json and replaces nothing.
     plain = replaced if bundle.suffix == ".task" else {}

@@ -1,0 +1,128 @@
+"""What each quantisation recipe costs and gives, on a trained checkpoint.
+
+    python benchmarks/bench_recipes.py --input final_checkpoint --json recipes_report.json
+
+Exports the checkpoint once, quantises it with every recipe and compares each bundle with the merged
+16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. The sizes of
+Phi-1.5 and Phi-2 are computed from their shapes and each recipe's bits; benchmarks/bench_convert.py
+measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from liteguard import checkpoints, cli, memory, metrics, sources
+from liteguard.config import Config
+from liteguard.export import bundle, merge, quantization, tflite, tokenizer, verify
+from liteguard.runtime import BundleWorkers
+
+
+def phi_bytes(shape: str, recipe: str) -> int:
+    """Bytes of a Phi model's weights, scales and biases in a recipe.
+
+    8-bit rows have a float32 scale and an int64 zero point, 4-bit blocks a float16 scale.
+    """
+    config = memory.phi_architecture(shape)
+    hidden, wide, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    ffn, attention, rest = quantization.BITS[recipe]
+    matrices = (
+        (ffn, 2 * config.num_hidden_layers, hidden * wide, (hidden + wide) // 2),
+        (attention, 4 * config.num_hidden_layers, hidden * hidden, hidden),
+        (rest, 2, vocabulary * hidden, vocabulary),
+    )
+    block = 64 if recipe.endswith("64") else 32
+    total = 0
+    for bits, count, entries, rows in matrices:
+        scales = {8: 12 * rows, 4: 2 * entries // block}.get(bits, 0)
+        total += count * (entries * bits // 8 + scales)
+    biases = config.num_hidden_layers * (5 * hidden + wide + 2 * hidden) + vocabulary
+    return total + 4 * biases
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict:
+    """One row of numbers a recipe."""
+    record = checkpoints.read_stage(Path(args.input), "safety")
+    config = Config.model_validate(record["config"])
+    section = config.compress.verify
+    section.questions, section.requests, section.texts = args.rows, 3, args.rows
+    samples = verify.collect_samples(config, Path(args.data or record["data_dir"]))
+    base, _ = sources.base_model(config)
+    merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"
+    merge.merge_adapter(base, Path(args.input), merged, config.prompt)
+    vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
+    merge.silence_tokens(merged, vocabulary.silenced, vocabulary.single_bytes)
+    tflite.export(
+        merged,
+        exact,
+        prefill_lengths=config.compress.prefill_lengths,
+        kv_cache_length=config.compress.kv_cache_length,
+        progress=None,
+    )
+    reference = verify.measure_model(merged, config.prompt, samples, args.tokens)
+    report = {"texts": len(samples.pairs), "tokens": reference.tokens, "recipes": {}}
+    report["merged_perplexity"] = round(reference.perplexity, 3)
+    question = config.prompt.render_question(samples.questions[0])
+    for recipe in args.recipes:
+        made = tflite.quantize(exact, file, recipe, merged, progress=None)
+        task = work / "model.task"
+        bundle.write_task(file, work / "tokenizer.model", config.prompt, task)
+        found = verify.measure_bundle(task, config.prompt, samples, args.tokens)
+        answers = list(zip(found.answers, reference.answers, strict=True))[: args.rows]
+        workers = BundleWorkers(task, workers=1)
+        speed = workers.benchmark(question)
+        change = sum(reference.likelihoods) - sum(found.likelihoods)
+        report["recipes"][recipe] = {
+            "megabytes": round(made["file_bytes"] / 1e6, 1),
+            "perplexity": round(metrics.perplexity(sum(found.likelihoods), reference.tokens), 3),
+            "change": round(math.exp(change / reference.tokens) - 1, 5),
+            "same_answers": sum(a["text"] == b["text"] for a, b in answers),
+            "answers": len(answers),
+            "decode_tok_s": round(speed["decode_tok_s"], 1),
+            "first_token_s": round(speed["first_token_s"], 3),
+            "peak_rss_gb": round(workers.peak_rss_gb, 2),
+            "phi1_5_gb": round(phi_bytes("phi-1_5", recipe) / 1e9, 2),
+            "phi2_gb": round(phi_bytes("phi-2", recipe) / 1e9, 2),
+        }
+        print(f"{recipe}: {report['recipes'][recipe]}", flush=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", metavar="DIR", required=True, help="a final checkpoint")
+    parser.add_argument("--data", metavar="DIR", help="default: the data it was trained on")
+    parser.add_argument("--recipes", nargs="+", choices=quantization.RECIPES)
+    parser.add_argument("--rows", type=int, default=16, help="texts, answers to score, questions")
+    parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    args.recipes = args.recipes or list(quantization.RECIPES)
+    with tempfile.TemporaryDirectory(prefix="bench_recipes_") as work:
+        report = measure(args, Path(work))
+    print(
+        f"\nmerged model: perplexity {report['merged_perplexity']} over {report['tokens']} tokens\n"
+        f"{'recipe':17}     MB  perplexity   change  same answers  tokens/s  first token"
+        "  Phi-1.5 GB  Phi-2 GB"
+    )
+    for name, row in report["recipes"].items():
+        print(
+            f"{name:17} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
+            f"{row['same_answers']:6} of {row['answers']:<3} {row['decode_tok_s']:8.1f} "
+            f"{row['first_token_s']:10.2f} s {row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

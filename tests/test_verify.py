@@ -1,0 +1,335 @@
+"""The proof of a bundle: each step is broken on purpose, and must be named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fail, succeed
+
+from liteguard.config import Config, VerifySection
+from liteguard.errors import UserError, WorkError
+from liteguard.export import bundle, merge, quantization, tflite, tokenizer, verify
+from liteguard.prompts import Prompt
+
+
+@pytest.fixture(scope="module")
+def parts(pipeline, tmp_path_factory) -> dict:
+    """What the tiny bundle was made of: config, samples, merged model, TFLite, tokenizer."""
+    work = tmp_path_factory.mktemp("parts")
+    record = json.loads((pipeline / "liteguard_tiny.task.json").read_text())
+    config = Config.model_validate(record["config"])
+    merged = work / "merged"
+    final = pipeline / "final_checkpoint"
+    merge.merge_adapter(Path(config.model.path), final, merged, config.prompt)
+    report = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
+    merge.silence_tokens(merged, report.silenced, report.single_bytes)
+    task = pipeline / "liteguard_tiny.task"
+    (work / "model.tflite").write_bytes(bytes(bundle.tflite_model(task)))
+    return {
+        "record": record,
+        "config": config,
+        "samples": verify.collect_samples(config, pipeline / record["data_dir"]),
+        "merged": merged,
+        "tflite": work / "model.tflite",
+        "tokenizer": work / "tokenizer.model",
+        "replaced": report.replaced,
+        "work": work,
+    }
+
+
+def prove(parts: dict, task: Path) -> dict:
+    return verify.verify_bundle(
+        task,
+        parts["merged"],
+        parts["config"],
+        parts["samples"],
+        replaced=parts["replaced"],
+        work=parts["work"],
+        say=lambda line: None,
+    )
+
+
+def make(parts: dict, path: Path, **changed) -> Path:
+    """The tiny bundle again, with one part changed."""
+    chosen = {"tflite": parts["tflite"], "tokenizer": parts["tokenizer"]} | changed
+    prompt = chosen.get("prompt", parts["config"].prompt)
+    bundle.write_task(chosen["tflite"], chosen["tokenizer"], prompt, path)
+    return path
+
+
+def test_the_pipelines_bundles_were_proven(pipeline, parts):
+    """--also and --verify full: both containers, the float model and the 8-bit one."""
+    record = parts["record"]
+    steps = [step["step"] for step in record["verify"]["steps"]]
+    assert steps == [
+        *["opens", "stop tokens", "prompt", "conversation"] * 2,
+        "tokenizer",
+        "text survives",
+        *(
+            f"{name}{label}"
+            for label in (" of float TFLite", "")
+            for name in ("perplexity", "clean text", "greedy agreement", "stops", "refusals")
+        ),
+        "speed",
+    ]
+    assert all(step["passed"] for step in record["verify"]["steps"])
+    assert abs(record["verify"]["float"]["perplexity_change"]) < 1e-3
+    assert record["verify"]["float"]["agree_16"] == 1
+    assert record["verify"]["speed"]["decode_tok_s"] > 0
+    log = json.loads((pipeline / "logs.json").read_text())["compress"]
+    assert "greedy agreement" in log and "tolerance" in log
+    for name in ("liteguard_tiny.task", "liteguard_tiny.litertlm"):
+        assert (pipeline / f"{name}.json").is_file() and (pipeline / name).is_file()
+
+
+def test_deploy_json_says_what_an_app_needs(pipeline, parts):
+    from liteguard.checkpoints import sha256_file
+
+    facts = json.loads((pipeline / "liteguard_tiny.deploy.json").read_text())
+    for name, entry in facts["bundles"].items():
+        assert entry["sha256"] == sha256_file(pipeline / name)
+        assert entry["bytes"] == (pipeline / name).stat().st_size
+    assert len(facts["bundles"]) == 2
+    assert facts["context_length"] == 128 and facts["prefill_lengths"] == [64]
+    assert facts["base_model"] == "test/tiny-phi" and "licence" in facts
+    prompt = Prompt(**facts["prompt"])
+    assert facts["prompt_example"] == prompt.render_question("QUESTION")
+    assert list(facts["stop_tokens"]) == prompt.stop_tokens
+    assert facts["proof"] and facts["sampler"]["top_k"] == 1
+
+
+def test_both_containers_hold_the_same_model(pipeline):
+    task, other = (
+        bundle.tflite_model(pipeline / f"liteguard_tiny.{end}") for end in ("task", "litertlm")
+    )
+    assert bytes(task) == bytes(other) and bytes(task[4:8]) == b"TFL3"
+
+
+def test_a_litertlm_is_evaluated_like_a_task(pipeline, tmp_path):
+    succeed(
+        ROOT / "evaluate_model.py",
+        "--bundle",
+        "liteguard_tiny.litertlm",
+        "--output",
+        tmp_path / "evaluation",
+        cwd=pipeline,
+    )
+    one = json.loads((tmp_path / "evaluation/bundle.json").read_text())
+    two = json.loads((pipeline / "evaluation/bundle.json").read_text())
+    assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-6)
+
+
+def test_an_untouched_bundle_passes(parts, tmp_path):
+    result = prove(parts, make(parts, tmp_path / "good.task"))
+    assert result["tokenizer"]["identical"] == 1
+    assert abs(result["bundle"]["perplexity_change"]) < 0.01
+
+
+def test_a_wrong_stop_token_is_named(parts, tmp_path):
+    # Another token of this vocabulary; everything else as in training.
+    wrong = parts["config"].prompt.model_copy(
+        update={"end_token": "<|pad|>", "document_end_token": "<|pad|>", "pad_token": "<|none|>"}
+    )
+    task = make(parts, tmp_path / "stop.task", prompt=wrong)
+    with pytest.raises(WorkError, match="step 'stop tokens' left"):
+        prove(parts, task)
+
+
+def test_a_shuffled_vocabulary_is_named(parts, tmp_path):
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto.FromString(parts["tokenizer"].read_bytes())
+    normal = [i for i, piece in enumerate(model.pieces) if piece.type == piece.NORMAL]
+    # Two pieces that texts hold, "e" and "t", exchange their ids.
+    one, two = (next(i for i in normal if model.pieces[i].piece == char) for char in "et")
+    model.pieces[one].piece, model.pieces[two].piece = "t", "e"
+    (tmp_path / "shuffled.model").write_bytes(model.SerializeToString())
+    task = make(parts, tmp_path / "vocabulary.task", tokenizer=tmp_path / "shuffled.model")
+    with pytest.raises(WorkError, match="step 'tokenizer' left"):
+        prove(parts, task)
+
+
+def test_a_swapped_prompt_is_named(parts, tmp_path):
+    other = parts["config"].prompt.model_copy(update={"user_prefix": "Question: "})
+    task = make(parts, tmp_path / "prompt.task", prompt=other)
+    with pytest.raises(WorkError, match="step 'prompt' left.*Question"):
+        prove(parts, task)
+
+
+def test_a_zeroed_layer_is_named(parts, tmp_path):
+    """All weights of one matrix become zero: the file opens, tokenizes and answers."""
+    content = bytearray(parts["tflite"].read_bytes())
+    start, size = largest_ffn_buffer(parts["tflite"])
+    content[start : start + size] = bytes(size)
+    (tmp_path / "zero.tflite").write_bytes(content)
+    task = make(parts, tmp_path / "zero.task", tflite=tmp_path / "zero.tflite")
+    with pytest.raises(WorkError, match="step 'perplexity' left"):
+        prove(parts, task)
+
+
+def largest_ffn_buffer(file: Path) -> tuple[int, int]:
+    """(offset, bytes) of the second layer's up projection, 128 x 64, in the file."""
+    model, _ = quantization._open(file)
+    graph = model.Subgraphs(0)
+    found = [
+        model.Buffers(graph.Tensors(i).Buffer())
+        for i in range(graph.TensorsLength())
+        if graph.Tensors(i).ShapeLength() == 2
+        and graph.Tensors(i).ShapeAsNumpy().tolist() == [128, 64]
+    ]
+    buffer = max(found, key=lambda b: b.Offset() or b.DataLength())
+    if buffer.Offset() > 1:
+        return buffer.Offset(), buffer.Size()
+    data = buffer.DataAsNumpy().tobytes()
+    return file.read_bytes().index(data), len(data)
+
+
+def test_a_file_that_is_no_bundle_does_not_open(parts, tmp_path):
+    (tmp_path / "broken.task").write_bytes(b"PK not a bundle" * 100)
+    with pytest.raises(WorkError, match="step 'opens' left"):
+        prove(parts, tmp_path / "broken.task")
+
+
+def measured(*texts: str, stopped: bool = True) -> verify.Measured:
+    answers = [{"text": text, "tokens": 9, "stopped": stopped} for text in texts]
+    return verify.Measured([-10.0], 5, answers)
+
+
+REFUSAL = "I can't help with that. Please call a doctor."
+SAMPLES = verify.Samples([("a", " b")], ["q"], ["r"] * 10, [])
+
+
+@pytest.mark.parametrize(
+    ("answers", "named"),
+    [
+        (measured("Rest.", *["Rest well."] * 10), None),
+        (measured("", *["Rest well."] * 10), "clean text"),
+        (measured(f"Rest{tokenizer.PLACEHOLDER_MARK}", *["Rest well."] * 10), "clean text"),
+        (measured("Drink.", *["Rest well."] * 10), "greedy agreement"),
+        (measured("Rest.", *["Rest well."] * 10, stopped=False), "stops"),
+        (measured("Rest.", *["Rest well."] * 9, REFUSAL), None),
+        (measured("Rest.", *["Rest well."] * 8, REFUSAL, REFUSAL), "refusals"),
+        (verify.Measured([-10.2], 5, measured("Rest.", *["Rest."] * 10).answers), "perplexity"),
+        (verify.Measured([float("nan")], 5, measured("Rest.").answers), "perplexity"),
+    ],
+)
+def test_what_leaves_its_tolerance_is_named(answers, named, tmp_path):
+    table = verify.Table(tmp_path / "x.task", say=lambda line: None)
+    merged = measured("Rest.", *["Rest well."] * 10)
+
+    def run() -> dict:
+        return verify.compare(
+            answers,
+            merged,
+            SAMPLES,
+            ["<|end|>"],
+            lambda text: [ord(char) for char in text],
+            table,
+            VerifySection(agreement=1.0),
+            perplexity_change=0.01,
+        )
+
+    if named is None:
+        assert run()["agree_16"] == 1
+    else:
+        with pytest.raises(WorkError, match=f"step '{named}' left"):
+            run()
+        assert [row["step"] for row in table.rows if not row["passed"]] == [named]
+
+
+def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
+    """Tolerances that nothing meets: exit code 1, the step's name, and the work is kept."""
+    command = (
+        ROOT / "compress_model.py",
+        "--input",
+        pipeline / "final_checkpoint",
+        "--output",
+        tmp_path / "x.task",
+    )
+    impossible = "compress.verify.perplexity_change=1e-9"
+    message = fail(1, *command, "--set", impossible, cwd=pipeline)
+    assert "step 'perplexity' left its tolerance" in message and "--verify none" in message
+    assert not (tmp_path / "x.task").exists()
+    # Other tolerances change no file: only the proof is repeated.
+    log = succeed(*command, "--verify", "none", cwd=pipeline)
+    assert "export ..." not in log and "merge ..." not in log and "wrote" in log
+    assert "verify" not in json.loads((tmp_path / "x.task.json").read_text())
+
+
+def test_bad_names_are_users_mistakes(pipeline):
+    command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--dry_run")
+    assert "must end in .task or .litertlm" in fail(2, *command, "--output", "x.bin", cwd=pipeline)
+    message = fail(2, *command, "--output", "y.task", "--quantize", "int3", cwd=pipeline)
+    assert "unknown recipe 'int3'" in message and "int4_block32" in message
+    assert "quick" in fail(2, *command, "--output", "y.task", "--verify", "some", cwd=pipeline)
+
+
+# Recipes
+
+
+@pytest.fixture(scope="module")
+def exact(parts) -> Path:
+    """The tiny model as float32 TFLite with two prefill lengths."""
+    file = parts["work"] / "float.tflite"
+    tflite.export(
+        parts["merged"], file, prefill_lengths=[16, 64], kv_cache_length=128, progress=None
+    )
+    return file
+
+
+@pytest.mark.parametrize(
+    "recipe", [name for name in quantization.RECIPES if name != "int4_block64"]
+)
+def test_recipes(recipe, parts, exact, tmp_path):
+    """Each weight has the bits that the recipe says, none is stored twice, and it still answers.
+
+    (A model whose layers are 64 wide has one block of 64 a row; the others are told apart.)
+    """
+    file = tmp_path / "model.tflite"
+    found = tflite.quantize(exact, file, recipe, parts["merged"], progress=None)
+    layers = quantization.linear_layers(
+        exact, json.loads((parts["merged"] / "config.json").read_text())
+    )
+    # Two layers of q, k, v, dense and fc1, fc2; a prefill leaves out what only logits need.
+    assert len(layers["ffn"]) == 4 and len(layers["output"]) == 1
+    ffn, attention, rest = quantization.BITS[recipe]
+    bits = 2 * 2 * 64 * 128 * ffn + 2 * 4 * 64 * 64 * attention + 2 * 640 * 64 * rest
+    # Scales (8-bit: 12 bytes a row; 4-bit: 2 bytes a block and a table) and short constants.
+    assert bits // 8 <= found["weight_bytes"] < bits // 8 + 60_000, found
+    task = make(parts, tmp_path / "x.task", tflite=file)
+    measured = verify.measure_bundle(task, parts["config"].prompt, parts["samples"], 8)
+    merged = verify.measure_model(parts["merged"], parts["config"].prompt, parts["samples"], 8)
+    change = abs(measured.perplexity / merged.perplexity - 1)
+    assert change < {"none": 1e-3, "fp16": 1e-3}.get(recipe, 0.3 if ffn == 4 else 0.02), change
+
+
+def test_weights_stored_twice_are_an_error(parts, tmp_path):
+    found = quantization.check_stored_once(parts["tflite"], parts["record"]["export"]["matrices"])
+    assert found["repeated_bytes"] == 0
+    with pytest.raises(WorkError, match="once for each signature"):
+        quantization.check_stored_once(parts["tflite"], int(found["weights"] / 1.48))
+
+
+def test_equal_quantisation_parameters_are_stored_once(parts, exact, tmp_path, monkeypatch):
+    """Three signatures share each weight; its scales must not be written three times."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    monkeypatch.setattr(schema.QuantizationParametersT, "Pack", schema.QuantizationParametersT.Pack)
+    architecture = json.loads((parts["merged"] / "config.json").read_text())
+    sizes = []
+    for share in (True, False):
+        if not share:
+            monkeypatch.undo()
+            monkeypatch.setattr(quantization, "_share_quantization_parameters", lambda: None)
+        quantization.quantize(exact, tmp_path / "q.tflite", "int8", architecture)
+        sizes.append((tmp_path / "q.tflite").stat().st_size)
+    rows = 2 * (4 * 64 + 128 + 64) + 2 * 640
+    assert sizes[1] - sizes[0] > 12 * rows
+
+
+def test_no_held_out_rows_is_a_users_mistake(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify.datasets, "load_split", lambda *_: [])
+    with pytest.raises(UserError, match="no held-out questions"):
+        verify.collect_samples(parts["config"], tmp_path)
