@@ -19,7 +19,6 @@ Writes the bundle, a record beside it (NAME.task.json) and what an app needs to 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +27,8 @@ from liteguard import checkpoints, cli, models, sources, training
 from liteguard.errors import UserError
 
 SUFFIXES = (".task", ".litertlm")
+# Steps whose result depends on the inputs only; its facts are NAME.json in the work directory.
+KEPT = ("merge", "export", "quantize")
 
 
 def parse_args():
@@ -55,11 +56,11 @@ def main() -> None:
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output {output}: the bundle's name must end in .task or .litertlm")
     other = output.with_suffix(SUFFIXES[1 - SUFFIXES.index(output.suffix)])
-    outputs = [output, other] if args.also else [output]
+    bundles = [output, other] if args.also else [output]
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import bundle, merge, tflite, tokenizer, verify
+    from liteguard.export import bundle, merge, outputs, tflite, tokenizer, verify
 
     tflite.check_recipe(section.quantize)
     base, _ = sources.base_model(config)
@@ -75,31 +76,32 @@ def main() -> None:
         "adapter": record["files"]["adapter_model.safetensors"],
         "base": identity,
         "prompt": record["prompt"],
-        "bundles": [path.name for path in outputs],
         **{f"compress.{key}": value for key, value in section.model_dump().items()},
     }
-    if not args.overwrite and reuse(outputs, inputs):
-        print(f"{output} is finished and was made from the same inputs: reused")
-        return
     output.parent.mkdir(parents=True, exist_ok=True)
     converter = tflite.choose_converter(section.converter)
-    tflite.require_resources(models.count_parameters(architecture), converter, output.parent)
+    needed = models.count_parameters(architecture), converter, output.parent
     if args.dry_run:
+        tflite.require_resources(*needed)
         print(
             f"would merge, convert ({converter}, {section.quantize}) and write "
-            f"{', '.join(map(str, outputs))}; proof: {section.verify.level}\n"
+            f"{', '.join(map(str, bundles))}; proof: {section.verify.level}\n"
             "dry run: nothing written"
         )
         return
-    work = start_work(output, inputs, args.overwrite)
+    if not args.overwrite and outputs.reuse(bundles, inputs):
+        print(f"{output} is finished and was made from the same inputs: reused")
+        return
+    tflite.require_resources(*needed)
+    work = outputs.start_work(output, inputs, args.overwrite)
 
     # 3. Work
     timings, peaks = {}, {}
 
     def step(name, function, *positional, **named):
-        """Do a step unless an interrupted run has finished it: its facts are NAME.json."""
+        """Do a step; one of the long ones that an interrupted run has finished is not repeated."""
         kept = work / f"{name}.json"
-        if kept.is_file():
+        if name in KEPT and kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))
         print(f"{name} ...")
         begin = time.time()
@@ -130,7 +132,7 @@ def main() -> None:
     def make_bundles():
         if section.verify.level == "full":
             write_bundle(exact, work / f"float{output.suffix}")
-        return {path.name: write_bundle(quantized, work / path.name) for path in outputs}
+        return {path.name: write_bundle(quantized, work / path.name) for path in bundles}
 
     facts = step("merge", make_merged)
     facts["export"] = step(
@@ -170,74 +172,17 @@ def main() -> None:
         "prompt": config.prompt.model_dump(),
         "config": config.model_dump(),
         "inputs": inputs,
-        "files": {path.name: checkpoints.sha256_file(work / path.name) for path in outputs},
-        "bytes": {path.name: (work / path.name).stat().st_size for path in outputs},
+        "files": {path.name: checkpoints.sha256_file(work / path.name) for path in bundles},
+        "bytes": {path.name: (work / path.name).stat().st_size for path in bundles},
         **facts,
         "timings_s": timings,
         "wall_s": round(time.time() - started, 1),
         "peak_rss_gb": peaks,
     }
-    publish(work, outputs, result, bundle.deployment(result))
-    for path in outputs:
+    outputs.publish(work, bundles, result, bundle.deployment(result))
+    for path in bundles:
         print(f"wrote {path} ({result['bytes'][path.name] / 1e6:.0f} MB) and {path.name}.json")
     print(f"next: python evaluate_model.py --bundle {output}")
-
-
-def reuse(outputs: list[Path], inputs: dict) -> bool:
-    """Whether `outputs` are complete bundles made from `inputs`; other inputs are an error."""
-    if not any(path.exists() for path in outputs):
-        return False
-    for output in outputs:
-        record_path = output.with_name(f"{output.name}.json")
-        try:
-            record = json.loads(record_path.read_text(encoding="utf-8"))
-            whole = checkpoints.sha256_file(output) == record["files"][output.name]
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
-            missing = not output.exists()
-            raise UserError(
-                f"{output} {'is missing' if missing else 'exists'}, but is not a bundle that "
-                f"{record_path.name} describes. Choose another --output, or pass --overwrite to "
-                "replace what is there."
-            )
-        changes = checkpoints.describe_changes(record["inputs"], json.loads(json.dumps(inputs)))
-        if changes:
-            raise UserError(
-                f"{output} was made from other inputs:\n"
-                + "\n".join(changes)
-                + "\nChoose another --output, or pass --overwrite to replace it."
-            )
-    return True
-
-
-def start_work(output: Path, inputs: dict, overwrite: bool) -> Path:
-    """The work directory; what an interrupted run left there is kept if its inputs were these.
-
-    Other tolerances of the proof change no file, so they do not count.
-    """
-    work = checkpoints.work_directory(output)
-    known = work / checkpoints.INPUTS
-    inputs = json.loads(json.dumps({k: v for k, v in inputs.items() if k != "compress.verify"}))
-    if overwrite or not known.is_file() or json.loads(known.read_text()) != inputs:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        checkpoints.write_json(known, inputs)
-    return work
-
-
-def publish(work: Path, outputs: list[Path], record: dict, deployment: dict) -> None:
-    """Give records, then bundles, their final names, and drop the intermediate files.
-
-    Old bundles go first: a new record never stands beside an old bundle.
-    """
-    for output in outputs:
-        output.unlink(missing_ok=True)
-        checkpoints.write_json(output.with_name(f"{output.name}.json"), record)
-    checkpoints.write_json(outputs[0].with_name(f"{outputs[0].stem}.deploy.json"), deployment)
-    for output in outputs:
-        os.replace(work / output.name, output)
-    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

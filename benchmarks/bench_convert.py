@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--open", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", metavar="DIR", help="where the large files go (default: /tmp)")
     parser.add_argument("--cache_dir", metavar="DIR", default=".cache")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the numbers here, beside those of other shapes"
+    )
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=args.work))
     try:
@@ -144,7 +146,9 @@ def main() -> None:
     for name, value in row.items():
         print(f"  {name:20} {value}")
     if args.json:
-        Path(args.json).write_text(json.dumps(row, indent=2) + "\n")
+        report = Path(args.json)
+        known = json.loads(report.read_text()) if report.exists() else {}
+        report.write_text(json.dumps({**known, args.shape: row}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

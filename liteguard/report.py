@@ -630,6 +630,82 @@ def training_markdown(report: dict[str, Any]) -> str:
     )
 
 
+def convert_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/convert_report.json: conversion at full size."""
+    lines = [
+        "| shape | parameters | minutes | peak GB | disk GB | bundle GB | over its weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['parameters'] / 1e9:.2f} B | {row['wall_s'] / 60:.1f} | "
+        f"{row['peak_gb']:.1f} | {row['peak_disk_gb']:.1f} | {row['bundle_bytes'] / 1e9:.2f} | "
+        f"{row['bundle_over_weights']:.4f} |"
+        for name, row in report.items()
+    ]
+    return "\n".join(lines)
+
+
+def recipes_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/recipes_report.json: size and cost of each recipe."""
+    lines = [
+        "| `--quantize` | MB | perplexity | same answers | tokens/s | Phi-1.5 GB | Phi-2 GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['megabytes']:.0f} | {row['perplexity']:.2f} ({row['change']:+.1%}) | "
+        f"{row['same_answers']} of {row['answers']} | {row['decode_tok_s']:.0f} | "
+        f"{row['phi1_5_gb']:.2f} | {row['phi2_gb']:.2f} |"
+        for name, row in report["recipes"].items()
+    ]
+    return "\n".join(lines) + (
+        f"\n\nMerged 16-bit model: {report['merged_perplexity']:.2f}, over {report['tokens']:,} "
+        "tokens."
+    )
+
+
+def bundle_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/bundle_report.json: speed beside llama.cpp."""
+    lines = [
+        "| | threads | prefill tokens/s | decode tokens/s | first token s | peak GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for threads, rows in report["threads"].items():
+        lines += [
+            f"| {name} | {threads} | {row['prefill_tok_s']:.0f} | {row['decode_tok_s']:.0f} | "
+            f"{row['first_token_s']:.2f} | {row.get('peak_rss_gb', '')} |"
+            for name, row in rows.items()
+        ]
+    lines += ["", *(f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items())]
+    return "\n".join(lines)
+
+
+def tokenizer_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/tokenizer_report.json: the same ids on the device."""
+    lines = [
+        "| tokenizer | texts | count | same ids | causes of the others |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in report.items():
+        for what, result in found.items():
+            causes = ", ".join(f"{cause} {count}" for cause, count in result["causes"].items())
+            lines.append(
+                f"| {name} | {what} | {result['texts']:,} | {result['identical']:.3%} | {causes} |"
+            )
+    return "\n".join(lines)
+
+
+# Block of the README, and of benchmarks/NAME_report.json -> what renders it.
+BLOCKS = {
+    "demo": demo_markdown,
+    "data": data_markdown,
+    "training": training_markdown,
+    "convert": convert_markdown,
+    "recipes": recipes_markdown,
+    "bundle": bundle_markdown,
+    "tokenizer": tokenizer_markdown,
+}
+
+
 def main() -> None:
     """Keep demo/report.json, when it is there, and render the README's numbers from benchmarks/."""
     root = Path(__file__).resolve().parent.parent
@@ -637,8 +713,7 @@ def main() -> None:
         shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    blocks = {"demo": demo_markdown, "data": data_markdown, "training": training_markdown}
-    for name, render in blocks.items():
+    for name, render in BLOCKS.items():
         numbers = json.loads((root / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
         block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
         pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"

@@ -418,6 +418,7 @@ class _Scorer:
         for name in self._model.get_signature_list():
             if name.removeprefix("prefill_").isdigit():
                 self._signatures[int(name.removeprefix("prefill_"))] = self._buffers(name)
+        self._prefilled: list[int] | None = None  # tokens whose keys and values the cache holds
         outputs = self._model.get_output_tensor_details("decode")
         self._vocabulary = int(outputs["logits"]["shape"][-1])
 
@@ -467,8 +468,14 @@ class _Scorer:
             raise UserError("scoring needs a context and a target of at least one token each")
         if total > self.cache_length:
             raise WorkError(f"{total} tokens do not fit the KV cache of {self.cache_length} tokens")
-        self._clear_cache()
-        done, known = 0, len(context) - 1  # the last context token yields the first logits
+        known = len(context) - 1  # the last context token yields the first logits
+        if context[:known] == self._prefilled:
+            # The options of one question: what stands behind the context is masked anyway.
+            done = known
+        else:
+            self._prefilled = None  # in case that this fails half way
+            self._clear_cache()
+            done = 0
         while done < known:
             fitting = [n for n in sorted(self._signatures) if done + n <= self.cache_length]
             # The shortest that covers the rest, else the longest. Padding lands in cache slots
@@ -477,6 +484,7 @@ class _Scorer:
             chunk = context[done : min(done + length, known)]
             self._run(length, chunk + [0] * (length - len(chunk)), done)
             done += len(chunk)
+        self._prefilled = context[:known]
         likelihood = 0.0
         sequence = context + targets
         for position in range(known, total - 1):
