@@ -194,6 +194,7 @@ def main() -> None:
 
     bundle_path = directory / "liteguard_smollm2.task"
     record = json.loads(bundle_path.with_name(f"{bundle_path.name}.json").read_text())
+    size = record["bytes"][bundle_path.name]
     prompt = config.validate(record["config"], str(bundle_path)).prompt
     print(f"\n=== {bundle_path} in LiteRT-LM")
     begin = time.monotonic()
@@ -211,7 +212,8 @@ def main() -> None:
                 name: {key: r[key] for key in NUMBERS if key in r} for name, r in results.items()
             },
             "steps": steps,
-            "bundle": {"path": str(bundle_path), "bytes": record["bytes"], **speed},
+            "bundle": {"path": str(bundle_path), "bytes": size, **speed},
+            "proof": record["verify"]["steps"],
             "answers": answers,
             "download_s": round(download_s, 1),
             "total_wall_s": round(sum(step["wall_s"] for step in steps), 1),
@@ -221,7 +223,7 @@ def main() -> None:
     print(f"\n{report.metrics_table(results)}\n")
     print(report.steps_table(steps))
     print(
-        f"\nbundle: {bundle_path}, {record['bytes'] / 1e6:.0f} MB, decode "
+        f"\nbundle: {bundle_path}, {size / 1e6:.0f} MB, decode "
         f"{speed['decode_tok_s']:.0f} tokens/s, prefill {speed['prefill_tok_s']:.0f} tokens/s"
     )
     total = sum(step["wall_s"] for step in steps)

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets, distributed, memory, models, packing, tokens
+from liteguard import (
+    checkpoints,
+    datasets,
+    distributed,
+    memory,
+    models,
+    packing,
+    tokens,
+    tracking,
+)
 from liteguard.config import Config, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
 
@@ -516,7 +525,7 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
         "load_best_model_at_end": evaluates and save_steps <= section.max_steps,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
-        "report_to": [name for name in section.report_to if name != "wandb"],
+        "report_to": [],  # see tracking.py
         "seed": section.seed,
         "data_seed": section.seed,
         "bf16": dtype == torch.bfloat16,
@@ -622,8 +631,12 @@ def progress(stage: Stage, counts: Counts) -> Any:
                 disable=None if distributed.is_main() else True,
                 dynamic_ncols=True,
             )
-            wanted = "wandb" in stage.section.report_to and distributed.is_main()
-            self.wandb = _start_wandb(stage) if wanted else None
+            self.trackers = tracking.start(
+                stage.section.report_to if distributed.is_main() else [],
+                f"{stage.config.model_type}-{stage.name}",
+                flatten(stage.config.model_dump()),
+                state.global_step,
+            )
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
@@ -652,8 +665,8 @@ def progress(stage: Stage, counts: Counts) -> Any:
             shown |= speeds
             # An evaluation's time is not the steps'.
             self.clock, self.step = time.monotonic(), state.global_step
-            if self.wandb:
-                self.wandb.log(shown, step=state.global_step)
+            for tracker in self.trackers:
+                tracker.log(shown, state.global_step)
             text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if value)
             if self.bar.disable:
                 print(f"  {stage.name} {state.global_step}/{state.max_steps}  {text}")
@@ -662,20 +675,10 @@ def progress(stage: Stage, counts: Counts) -> Any:
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
-            if self.wandb:
-                self.wandb.finish()
+            for tracker in self.trackers:
+                tracker.finish()
 
     return Progress()
-
-
-def _start_wandb(stage: Stage) -> Any:
-    import wandb
-
-    return wandb.init(
-        project="liteguard",
-        name=f"{stage.config.model_type}-{stage.name}",
-        config=flatten(stage.config.model_dump()),
-    )
 
 
 def _gpu_memory_gb() -> float:

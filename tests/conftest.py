@@ -251,7 +251,14 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
         logs[name] = succeed(ROOT / command[0], *command[1:], cwd=work, env=environment)
 
     step("prepare", "prepare_datasets.py", "--config", tiny_config)
-    step("domain", "train_domain.py", "--config", tiny_config)
+    step(
+        "domain",
+        "train_domain.py",
+        "--config",
+        tiny_config,
+        "--set",
+        "domain.report_to=[tensorboard]",
+    )
     step(
         "instruction",
         "train_instruction.py",

@@ -140,9 +140,12 @@ def test_curly_quotes_become_plain_and_are_reported(device, original, tokenizer_
     processor, report, path = device
     assert report.replaced["\u2019"] == "'"
     assert processor.encode("it\u2019s") == original.encode("it's").ids
-    found = tokenizer.compare_tokenizers(tokenizer_dir, path, ["it\u2019s", "it's safe"])
-    assert found["texts"] == 2 and found["identical"] == 0.5
-    assert found["causes"] == {"replaced": 1}
+    texts = ["it\u2019s", "it's safe"]
+    found = tokenizer.compare_tokenizers(tokenizer_dir, path, texts, report.replaced)
+    assert found["texts"] == 2 and found["identical"] == 1
+    # Text that preparation did not clean differs, and is explained.
+    found = tokenizer.compare_tokenizers(tokenizer_dir, path, texts, {})
+    assert found["identical"] == 0.5 and found["causes"] == {"incomplete_utf8": 1}
 
 
 def test_guard_character_is_not_seen_by_the_model(device) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, fail, succeed
@@ -130,6 +131,41 @@ def test_progress_shows_loss_and_speed_and_wandb_got_the_keys(pipeline):
     content = runs[0].read_bytes()
     for key in (b"train_loss", b"learning_rate", b"gpu_memory", b"tokens_per_second"):
         assert key in content, key
+
+
+def test_tensorboard_gets_the_same_keys(pipeline):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(pipeline / "runs" / "tiny-domain"))
+    events.Reload()
+    keys = events.Tags()["scalars"]
+    assert {"train_loss", "eval_loss", "learning_rate", "gpu_memory", "tokens_per_second"} <= {
+        *keys
+    }
+    history = json.loads((pipeline / "domain_checkpoint/log_history.json").read_text())
+    losses = {row["step"]: row["loss"] for row in history if "loss" in row}
+    logged = {event.step: event.value for event in events.Scalars("train_loss")}
+    assert logged == pytest.approx(losses, rel=1e-5) and len(logged) == 6
+
+
+def test_wandb_and_trackio_are_called_alike(monkeypatch):
+    from liteguard import tracking
+
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **named: calls.append(("init", named["project"], named["name"])),
+        log=lambda values, step: calls.append(("log", values, step)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    (tracker,) = tracking.start(["trackio"], "phi2-domain", {"seed": 0}, 0)
+    tracker.log({"train_loss": 2.0}, 10)
+    tracker.finish()
+    assert calls == [
+        ("init", "liteguard", "phi2-domain"),
+        ("log", {"train_loss": 2.0}, 10),
+        ("finish",),
+    ]
 
 
 def test_bundle_and_checkpoint_agree(pipeline):

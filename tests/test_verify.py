@@ -292,8 +292,10 @@ def test_recipes(recipe, parts, exact, tmp_path):
     layers = quantization.linear_layers(
         exact, json.loads((parts["merged"] / "config.json").read_text())
     )
-    # Two layers of q, k, v, dense and fc1, fc2; a prefill leaves out what only logits need.
-    assert len(layers["ffn"]) == 4 and len(layers["output"]) == 1
+    # Layers of q, k, v, dense and fc1, fc2: two in decode, one in each prefill, whose last layer
+    # only fills the cache and which has no output layer.
+    assert len(layers["ffn"]) == 2 * (2 + 1 + 1) and len(layers["output"]) == 1
+    assert len(layers["attention"]) == 4 * 2 + 2 * (4 + 2)
     ffn, attention, rest = quantization.BITS[recipe]
     bits = 2 * 2 * 64 * 128 * ffn + 2 * 4 * 64 * 64 * attention + 2 * 640 * 64 * rest
     # Scales (8-bit: 12 bytes a row; 4-bit: 2 bytes a block and a table) and short constants.
