@@ -244,7 +244,9 @@ class VerifySection(Section):
 
 class CompressSection(Section):
     quantize: str = Field(
-        "int8", description="int8, int8_weight_only, mixed, int4_block32, int4_block64, fp16, none."
+        "int8",
+        description="int8, int8_mixed, int8_weight_only, mixed, int4_block32, int4_block64, fp16, "
+        "none.",
     )
     prefill_lengths: list[int] = Field(
         default_factory=lambda: [1024],

@@ -694,9 +694,28 @@ def tokenizer_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def full_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/full_report.json, a file of --compare ... --json."""
+    stages = report["stages"]
+    lines = [
+        "| | n | " + " | ".join(TITLES.get(label, label) for label in stages) + " |",
+        "|---" * (len(stages) + 2) + "|",
+    ]
+    first = next(iter(stages.values()))
+    for key, title, form, limits, _ in METRICS:
+        if key in first:
+            cells = (_joined(number_text(own, key, form, limits)) for own in stages.values())
+            lines.append(f"| {title} | {first['n'][key]} | {' | '.join(cells)} |")
+    for row in _knowledge_rows(stages):
+        cells = " | ".join(_joined(row["cells"][label]) for label in stages)
+        lines.append(f"| {row['title']} | {row['n']} | {cells} |")
+    return "\n".join(lines)
+
+
 # Block of the README, and of benchmarks/NAME_report.json -> what renders it.
 BLOCKS = {
     "demo": demo_markdown,
+    "full": full_markdown,
     "data": data_markdown,
     "training": training_markdown,
     "convert": convert_markdown,

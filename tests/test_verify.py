@@ -294,7 +294,8 @@ def test_recipes(recipe, parts, exact, tmp_path):
     )
     # Layers of q, k, v, dense and fc1, fc2: two in decode, one in each prefill, whose last layer
     # only fills the cache and which has no output layer.
-    assert len(layers["ffn"]) == 2 * (2 + 1 + 1) and len(layers["output"]) == 1
+    assert len(layers["ffn"]) == len(layers["ffn_down"]) == 2 + 1 + 1
+    assert len(layers["output"]) == 1
     assert len(layers["attention"]) == 4 * 2 + 2 * (4 + 2)
     ffn, attention, rest = quantization.BITS[recipe]
     bits = 2 * 2 * 64 * 128 * ffn + 2 * 4 * 64 * 64 * attention + 2 * 640 * 64 * rest

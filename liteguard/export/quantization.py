@@ -20,7 +20,8 @@ from liteguard.errors import WorkError
 # Name -> what it does; `benchmarks/bench_recipes.py` prints size, perplexity and speed of each.
 RECIPES = {
     "int8": "8-bit weights, activations rounded to 8 bits as they come (fastest)",
-    "int8_weight_only": "8-bit weights, float32 activations (most exact at this size)",
+    "int8_mixed": "8-bit weights; activations in float32 where they have outliers (FFN outputs)",
+    "int8_weight_only": "8-bit weights, float32 activations (exact, slow, four times the memory)",
     "mixed": "4-bit FFN in blocks of 32, 8-bit attention, embedding and output layer",
     "int4_block32": "4-bit FFN and attention in blocks of 32, 8-bit embedding and output layer",
     "int4_block64": "the same in blocks of 64",
@@ -30,6 +31,7 @@ RECIPES = {
 # Bits of a weight in (FFN, attention, embedding and output layer).
 BITS = {
     "int8": (8, 8, 8),
+    "int8_mixed": (8, 8, 8),
     "int8_weight_only": (8, 8, 8),
     "mixed": (4, 8, 8),
     "int4_block32": (4, 4, 8),
@@ -69,7 +71,9 @@ def custom_operators(file: Path) -> set[str]:
 
 
 def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[str]]:
-    """Role ("ffn", "attention", "output") -> names of the results of its linear layers.
+    """Role ("ffn", "ffn_down", "attention", "output") -> names of its linear layers' results.
+
+    "ffn_down" are the layers that lead out of a feed-forward block, "ffn" those into it.
 
     Args:
         file: a float32 TFLite file.
@@ -87,13 +91,13 @@ def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[st
             continue
         shape = graph.Tensors(operator.Inputs(1)).ShapeAsNumpy().tolist()
         name = graph.Tensors(operator.Outputs(0)).Name().decode()
-        role = "ffn" if wide in shape else "attention"
+        role = {shape[0]: "ffn", shape[1]: "ffn_down"}.get(wide, "attention")
         role = "output" if shape[0] == architecture["vocab_size"] else role
         if roles.setdefault(name, role) != role:
             raise WorkError(
                 f"{file}: {name} is {roles[name]} in one signature and {role} in another"
             )
-    found: dict[str, list[str]] = {"ffn": [], "attention": [], "output": []}
+    found: dict[str, list[str]] = {"ffn": [], "ffn_down": [], "attention": [], "output": []}
     for name, role in roles.items():
         found[role].append(name)
     return found
@@ -127,15 +131,24 @@ def recipe(name: str, file: Path, architecture: dict[str, Any]) -> list[dict[str
         )
         return manager.get_quantization_recipe()
     layers = linear_layers(file, architecture)
-    chosen = layers["ffn"] + ([] if name == "mixed" else layers["attention"])
+
+    def only(names: list[str]) -> str:
+        # The quantiser matches an operator by its results' names, each followed by a semicolon.
+        return f"^({'|'.join(map(re.escape, names))});?$"
+
+    linear = recipes.TFLOperationName.FULLY_CONNECTED
+    if name == "int8_mixed":
+        manager = recipe_manager.RecipeManager()
+        manager.add_weight_only_config(
+            regex=only(layers["ffn_down"]), operation_name=linear, num_bits=8
+        )
+        return recipes.dynamic_wi8_afp32() + manager.get_quantization_recipe()
+    chosen = layers["ffn"] + layers["ffn_down"]
+    chosen += [] if name == "mixed" else layers["attention"]
     blocks = (
         recipes.dynamic_wi4b64_afp32 if name == "int4_block64" else recipes.dynamic_wi4b32_afp32
     )
-    # The quantiser matches an operator by its results' names, each followed by a semicolon.
-    pattern = f"^({'|'.join(map(re.escape, chosen))});?$"
-    return recipes.dynamic_wi8_afp32() + blocks(
-        regex=pattern, operation_name=recipes.TFLOperationName.FULLY_CONNECTED
-    )
+    return recipes.dynamic_wi8_afp32() + blocks(regex=only(chosen), operation_name=linear)
 
 
 def _share_quantization_parameters() -> None:

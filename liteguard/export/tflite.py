@@ -403,7 +403,7 @@ def _export_child(arguments: dict[str, Any]) -> str:
 
 def _child(arguments: dict[str, Any]) -> None:
     """The work, in the child process; writes result.json into the output folder at the end."""
-    import resource
+    from liteguard.training import peak_rss_gb
 
     folder = Path(arguments["output_dir"])
     if arguments["task"] == "export":
@@ -418,7 +418,7 @@ def _child(arguments: dict[str, Any]) -> None:
         )
     if not (folder / file).exists():
         raise FileNotFoundError(f"the converter wrote no {file}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = int(peak_rss_gb() * 1e9)
     (folder / "result.json").write_text(json.dumps({"file": file, "peak_memory_bytes": peak}))
 
 
