@@ -149,9 +149,10 @@ class Llama:
 
 def best(runs: list[dict[str, float]]) -> dict[str, float]:
     """Each measure's best value."""
+    keys = ("prefill_tokens", "first_token_s", "prefill_tok_s", "decode_tok_s")
     return {
         key: round((min if key == "first_token_s" else max)(run[key] for run in runs), 4)
-        for key in runs[0]
+        for key in keys
     }
 
 
@@ -194,7 +195,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     for threads in args.threads:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in made}
-        peaks = {}
         llama = None
         if args.llama_python:
             llama = Llama(args.llama_python, gguf_file, threads, args.decode)
@@ -204,15 +204,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             for name, path in made.items():
                 workers = BundleWorkers(path, workers=1, threads=threads)
                 runs[name].append(workers.benchmark(prompt))
-                peaks[name] = round(workers.peak_rss_gb, 2)
             if llama:
                 runs["llama.cpp Q8_0"] += [llama.benchmark(prompt) for _ in range(3)]
         if llama:
             llama.close()
-        rows = {name: best(found) for name, found in runs.items()}
-        for name, peak in peaks.items():
-            rows[name]["peak_rss_gb"] = peak
-        report["threads"][str(threads)] = rows
+        report["threads"][str(threads)] = {name: best(found) for name, found in runs.items()}
     rows = report["threads"][str(args.threads[-1])]
     report["ratios"] = {
         "first token, prefill 1024 over ladder": round(
@@ -247,11 +243,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_bundle_") as work:
         report = measure(args, Path(work))
     for threads, rows in report["threads"].items():
-        print(f"\n{threads} threads{'':22} prefill tok/s  decode tok/s  first token s  peak GB")
+        print(f"\n{threads} threads{'':22} prefill tok/s  decode tok/s  first token s")
         for name, row in rows.items():
             print(
                 f"  {name:30} {row['prefill_tok_s']:12.0f} {row['decode_tok_s']:13.1f} "
-                f"{row['first_token_s']:14.3f} {row.get('peak_rss_gb', float('nan')):8.2f}"
+                f"{row['first_token_s']:14.3f}"
             )
     print()
     for name, ratio in report["ratios"].items():

@@ -666,13 +666,13 @@ def recipes_markdown(report: dict[str, Any]) -> str:
 def bundle_markdown(report: dict[str, Any]) -> str:
     """What the README shows of benchmarks/bundle_report.json: speed beside llama.cpp."""
     lines = [
-        "| | threads | prefill tokens/s | decode tokens/s | first token s | peak GB |",
-        "|---|---|---|---|---|---|",
+        "| | threads | prefill tokens/s | decode tokens/s | first token s |",
+        "|---|---|---|---|---|",
     ]
     for threads, rows in report["threads"].items():
         lines += [
             f"| {name} | {threads} | {row['prefill_tok_s']:.0f} | {row['decode_tok_s']:.0f} | "
-            f"{row['first_token_s']:.2f} | {row.get('peak_rss_gb', '')} |"
+            f"{row['first_token_s']:.2f} |"
             for name, row in rows.items()
         ]
     lines += ["", *(f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items())]

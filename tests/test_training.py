@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -101,3 +103,15 @@ def test_kinds_take_turns_by_their_weights():
     assert [sum(r["kind"] == kind for r in weighted) for kind in "abc"] == [10, 5, 5]
     everything = training.balanced(rows, "kind", 60, {"a": 9})
     assert len(everything) == 60 and len({(r["kind"], r["n"]) for r in everything}) == 60
+
+
+def test_a_process_does_not_report_its_parents_peak():
+    """`getrusage` in a new process goes on with the peak of the one that started it."""
+    ballast = bytearray(1_500_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from liteguard.training import peak_rss_gb; print(peak_rss_gb())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    del ballast
+    assert 0.01 < float(found.stdout) < 1.2

@@ -121,6 +121,24 @@ def test_a_litertlm_is_evaluated_like_a_task(pipeline, tmp_path):
     assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-6)
 
 
+def test_options_of_one_question_are_scored_as_if_alone(pipeline):
+    """The context's keys and values are kept between options, and nothing of an option is."""
+    from liteguard.runtime import Bundle
+
+    context, options = "Instruct: What is it?\nOutput:\n", [" a disease of the skin", " the eye"]
+    path = pipeline / "liteguard_tiny.task"
+    with Bundle(path) as bundle:
+        together = [bundle.score(context, option) for option in [*options, options[0]]]
+        other = bundle.score("Instruct: Who?\nOutput:\n", options[0])
+        together.append(bundle.score(context, options[1]))
+    alone = []
+    for option in options:
+        with Bundle(path) as bundle:
+            alone.append(bundle.score(context, option))
+    assert together == [alone[0], alone[1], alone[0], alone[1]]
+    assert other != alone[0]
+
+
 def test_an_untouched_bundle_passes(parts, tmp_path):
     result = prove(parts, make(parts, tmp_path / "good.task"))
     assert result["tokenizer"]["identical"] == 1
