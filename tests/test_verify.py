@@ -219,6 +219,33 @@ REFUSAL = "I can't help with that. Please call a doctor."
 SAMPLES = verify.Samples([("a", " b")], ["q"], ["r"] * 10, [])
 
 
+def test_noise_of_few_texts_is_no_failure_and_a_broken_model_is_one(tmp_path):
+    """Two standard errors over texts come on top of the tolerance."""
+    table = verify.Table(tmp_path / "x.task", say=lambda line: None)
+    merged = verify.Measured([-20.0] * 8, 100, measured("Rest.", "Rest.").answers)
+
+    def run(losses: list[float]) -> float:
+        likelihoods = [-20.0 - loss for loss in losses]
+        found = verify.compare(
+            verify.Measured(likelihoods, 100, merged.answers),
+            merged,
+            verify.Samples([("a", " b")] * 8, ["q"], ["r"], []),
+            [],
+            lambda text: [ord(char) for char in text],
+            table,
+            VerifySection(),
+            perplexity_change=0.01,
+        )
+        return found["perplexity_change_error"]
+
+    # 1.5 % in all; as much in every text, or in one of eight.
+    with pytest.raises(WorkError, match="perplexity"):
+        run([1.5 / 8] * 8)
+    assert run([1.5, *[0.0] * 7]) == pytest.approx(0.015)
+    with pytest.raises(WorkError, match="perplexity"):
+        run([30.0, *[5.0] * 7])
+
+
 @pytest.mark.parametrize(
     ("answers", "named"),
     [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Table:
     def __init__(self, bundle: Path, say: Callable[[str], None] = print) -> None:
         self.bundle, self.say = bundle, say
         self.rows: list[dict[str, Any]] = []
-        say(f"  {'step':30} {'measured':26} {'tolerance':22}")
+        say(f"  {'step':30} {'measured':30} {'tolerance':26}")
 
     def add(self, step: str, measured: str, tolerance: str, passed: bool, why: str = "") -> None:
         """One line.
@@ -87,7 +88,7 @@ class Table:
         self.rows.append(
             {"step": step, "measured": measured, "tolerance": tolerance, "passed": passed}
         )
-        self.say(f"  {step:30} {measured:26} {tolerance:22} {'ok' if passed else 'FAILED'}")
+        self.say(f"  {step:30} {measured:30} {tolerance:26} {'ok' if passed else 'FAILED'}")
         if not passed:
             raise WorkError(
                 f"{self.bundle.name}: step '{step}' left its tolerance: {measured} (allowed: "
@@ -310,12 +311,15 @@ def compare(
     label: str = "",
 ) -> dict[str, Any]:
     """The checks of one step of the chain against the merged model, in order of their causes."""
-    change = math.exp((sum(merged.likelihoods) - sum(measured.likelihoods)) / merged.tokens) - 1
+    lost = [a - b for a, b in zip(merged.likelihoods, measured.likelihoods, strict=True)]
+    change = math.exp(sum(lost) / merged.tokens) - 1
+    # A few hundred tokens tell a change of a per cent only so well: texts differ in it.
+    error = math.sqrt(len(lost)) * statistics.stdev(lost) / merged.tokens if len(lost) > 1 else 0.0
     table.add(
         f"perplexity{label}",
-        f"{merged.perplexity * (1 + change):.3f} ({change:+.2%})",
-        f"{merged.perplexity:.3f} +- {perplexity_change:.1%}",
-        math.isfinite(change) and abs(change) <= perplexity_change,
+        f"{merged.perplexity * (1 + change):.3f} ({change:+.2%} +- {error:.2%})",
+        f"{merged.perplexity:.3f} +- {perplexity_change:.1%} + 2 s.e.",
+        math.isfinite(change) and abs(change) <= perplexity_change + 2 * error,
         "the weights are not those of the merged model, or lost too much when they were rounded",
     )
     dirt = next((d for a in measured.answers if (d := _dirt(a["text"], special))), None)
@@ -366,6 +370,7 @@ def compare(
         "perplexity": merged.perplexity * (1 + change),
         "perplexity_merged": merged.perplexity,
         "perplexity_change": change,
+        "perplexity_change_error": error,
         "tokens": merged.tokens,
         "agree_16": agree / max(1, count),
         "mean_common_prefix": mean,
