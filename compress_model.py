@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from liteguard import checkpoints, cli, models, sources, training
+from liteguard.config import flatten
 from liteguard.errors import UserError
 
 SUFFIXES = (".task", ".litertlm")
@@ -76,7 +77,7 @@ def main() -> None:
         "adapter": record["files"]["adapter_model.safetensors"],
         "base": identity,
         "prompt": record["prompt"],
-        **{f"compress.{key}": value for key, value in section.model_dump().items()},
+        **flatten(section.model_dump(), "compress."),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     converter = tflite.choose_converter(section.converter)

@@ -186,9 +186,11 @@ def test_running_again_reuses_everything(pipeline, tiny_config):
     before = (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns
     assert "reused" in succeed(ROOT / "prepare_datasets.py", "--config", tiny_config, cwd=pipeline)
     assert "reused" in succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=pipeline)
-    assert "reused" in succeed(
-        ROOT / "compress_model.py", "--input", "final_checkpoint", cwd=pipeline
-    )
+    command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--also")
+    assert "reused" in succeed(*command, "--verify", "full", cwd=pipeline)
+    # A proof of another kind has not been given.
+    message = fail(2, *command, "--verify", "none", cwd=pipeline)
+    assert "made from other inputs" in message and "verify" in message
     assert (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns == before
 
 

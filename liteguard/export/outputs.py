@@ -47,7 +47,8 @@ def start_work(output: Path, inputs: dict[str, Any], overwrite: bool) -> Path:
     """
     work = checkpoints.work_directory(output)
     known = work / checkpoints.INPUTS
-    inputs = json.loads(json.dumps({k: v for k, v in inputs.items() if k != "compress.verify"}))
+    made_of = {k: v for k, v in inputs.items() if not k.startswith("compress.verify.")}
+    inputs = json.loads(json.dumps(made_of))
     if overwrite or not known.is_file() or json.loads(known.read_text()) != inputs:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
