@@ -65,7 +65,7 @@ def collect(part: str, *entries: dict, **data) -> tuple[dict, list[dict]]:
             ]
         joined = preparation.Part.join(part, shards)
         with (work / "dropped.jsonl").open("wb") as dropped:
-            preparation.write_part(joined, work, dropped)
+            preparation.write_part(joined, work, dropped, preparation.trained_entities(joined))
         splits = {
             split: [json.loads(line) for line in (work / part / f"{split}.jsonl").open()]
             for split in datasets.SPLITS
