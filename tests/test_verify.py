@@ -285,7 +285,7 @@ def test_what_leaves_its_tolerance_is_named(answers, named, tmp_path):
 
 
 def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
-    """Tolerances that nothing meets: exit code 1, the step's name, and the work is kept."""
+    """Answers cut before they can end: exit code 1, the step's name, and the work is kept."""
     command = (
         ROOT / "compress_model.py",
         "--input",
@@ -293,9 +293,9 @@ def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
         "--output",
         tmp_path / "x.task",
     )
-    impossible = "compress.verify.perplexity_change=1e-9"
-    message = fail(1, *command, "--set", impossible, cwd=pipeline)
-    assert "step 'perplexity' left its tolerance" in message and "--verify none" in message
+    impossible = ("--set", "compress.verify.max_new_tokens=8", "--set", "compress.verify.stopped=1")
+    message = fail(1, *command, *impossible, cwd=pipeline)
+    assert "step 'stops' left its tolerance" in message and "--verify none" in message
     assert not (tmp_path / "x.task").exists()
     # Other tolerances change no file: only the proof is repeated.
     log = succeed(*command, "--verify", "none", cwd=pipeline)
