@@ -79,7 +79,6 @@ def main() -> None:
         "prompt": record["prompt"],
         **flatten(section.model_dump(), "compress."),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     converter = tflite.choose_converter(section.converter)
     needed = models.count_parameters(architecture), converter, output.parent
     if args.dry_run:
@@ -94,6 +93,7 @@ def main() -> None:
         print(f"{output} is finished and was made from the same inputs: reused")
         return
     tflite.require_resources(*needed)
+    output.parent.mkdir(parents=True, exist_ok=True)
     work = outputs.start_work(output, inputs, args.overwrite)
 
     # 3. Work

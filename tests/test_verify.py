@@ -303,6 +303,13 @@ def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
     assert "verify" not in json.loads((tmp_path / "x.task.json").read_text())
 
 
+def test_a_dry_run_makes_no_directory(pipeline, tmp_path):
+    output = tmp_path / "new" / "x.task"
+    command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--output", output)
+    assert "nothing written" in succeed(*command, "--dry_run", cwd=pipeline)
+    assert not output.parent.exists()
+
+
 def test_bad_names_are_users_mistakes(pipeline):
     command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--dry_run")
     assert "must end in .task or .litertlm" in fail(2, *command, "--output", "x.bin", cwd=pipeline)

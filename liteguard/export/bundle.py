@@ -32,7 +32,6 @@ from liteguard.errors import UserError, WorkError
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
 
-SUFFIXES = (".task", ".litertlm")
 TASK_MODEL = "TF_LITE_PREFILL_DECODE"
 # Number of `start_token` in odml.infra.proto.LlmParameters.
 _START_TOKEN_FIELD = 6
@@ -263,7 +262,7 @@ def deployment(record: dict[str, Any]) -> dict[str, Any]:
         "stop_tokens": record["bundles"][first]["stop_tokens"],
         "sampler": {"top_k": 1, "top_p": 1.0, "temperature": 1.0},
         "replaced_characters": record["tokenizer"]["replaced"],
-        "proof": [step for step in record.get("verify", {}).get("steps", [])],
+        "proof": record.get("verify", {}).get("steps", []),
     }
 
 

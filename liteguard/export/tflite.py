@@ -256,6 +256,7 @@ def require_resources(parameters: int, converter: Literal["v1", "v2"], folder: P
             "free. Close other programs, add swap, or convert on a larger machine"
             + (" (converter v2 needs half of that)" if converter == "v1" else "")
         )
+    folder = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free_disk = shutil.disk_usage(folder).free
     if free_disk < disk:
         raise UserError(
