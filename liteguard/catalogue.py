@@ -3,7 +3,8 @@
     python -m liteguard.catalogue            # counts and the length statistic, as JSON
     python -m liteguard.catalogue --show 20  # and twenty random pairs to read
 
-The texts are in ``catalogue.yaml``; this module only puts them together. Every pair has a prompt,
+The texts are in ``catalogue.yaml``, and in ``catalogue_training.yaml`` those that only training
+sees; this module only puts them together. Every pair has a prompt,
 a chosen and a rejected answer, and belongs to one of three kinds:
 
     harmful      chosen refuses and names a safe way on; rejected complies without any content
@@ -31,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
+TRAINING_CATALOGUE = Path(__file__).with_name("catalogue_training.yaml")
 
-# 143 stems x 20 and 220 base questions x 13 both give 2,860: as many harmless pairs as harmful.
+# 196 stems x 20 are 3,920 and 313 base questions x 13 are 4,069: about as many harmless pairs as
+# harmful ones.
 PROMPTS_PER_STEM = 20
 PROMPTS_PER_QUESTION = 13
 
@@ -88,12 +91,26 @@ class PreferencePair:
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> dict[str, Any]:
-    """Return the parsed ``catalogue.yaml``. Shared between callers: do not change it."""
+    """Return the parsed ``catalogue.yaml`` with the texts of ``catalogue_training.yaml`` in it.
+
+    Stems and questions of the latter have ``split: train``. Shared between callers: do not change it.
+    """
+    catalogue, training = _parsed(CATALOGUE), _parsed(TRAINING_CATALOGUE)
+    for name, area in training["areas"].items():
+        catalogue["areas"][name]["stems"] += [{**s, "split": "train"} for s in area["stems"]]
+    for group in training["borderline"]:
+        questions = [{**question, "split": "train"} for question in group["questions"]]
+        catalogue["borderline"].append({**group, "questions": questions})
+    return catalogue
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The content of one YAML file."""
     import yaml  # here, so that importing this module stays instant
 
     # The C loader reads the file about ten times faster; not every PyYAML build has it.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(CATALOGUE.read_text(encoding="utf-8"), Loader=loader)
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
 
 
 def preference_pairs(seed: int = 0) -> list[PreferencePair]:
@@ -260,16 +277,23 @@ def _ranked(ids: Sequence[str], salt: str) -> list[str]:
 
 def _stem_splits(name: str, area: dict[str, Any]) -> dict[str, str]:
     """Split of each stem of one area; an area that is held out is test throughout."""
-    ids = _ranked([stem["id"] for stem in area["stems"]], name)
     if area["held_out"]:
-        return dict.fromkeys(ids, "test")
-    return _deal(ids, TEST_STEMS, VALIDATION_STEMS)
+        return {stem["id"]: "test" for stem in area["stems"]}
+    ids = _ranked([stem["id"] for stem in area["stems"] if "split" not in stem], name)
+    return _fixed_splits(area["stems"]) | _deal(ids, TEST_STEMS, VALIDATION_STEMS)
 
 
 def _question_splits(catalogue: dict[str, Any], kind: str) -> dict[str, str]:
     """Split of each base question of one kind."""
-    ids = _ranked([q["id"] for group in catalogue[kind] for q in group["questions"]], kind)
-    return _deal(ids, round(TEST_SHARE * len(ids)), round(VALIDATION_SHARE * len(ids)))
+    questions = [question for group in catalogue[kind] for question in group["questions"]]
+    ids = _ranked([q["id"] for q in questions if "split" not in q], kind)
+    dealt = _deal(ids, round(TEST_SHARE * len(ids)), round(VALIDATION_SHARE * len(ids)))
+    return _fixed_splits(questions) | dealt
+
+
+def _fixed_splits(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Split of the stems or questions that name theirs."""
+    return {entry["id"]: entry["split"] for entry in entries if "split" in entry}
 
 
 def _deal(ids: list[str], test: int, validation: int) -> dict[str, str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from liteguard.errors import UserError
+from liteguard.errors import UserError, WorkError
 
 
 def world_size() -> int:
@@ -34,6 +35,48 @@ def is_main() -> bool:
 def uses_fsdp() -> bool:
     """Whether `accelerate launch` was given an FSDP configuration."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
+def keep_adapters_under_fsdp() -> None:
+    """Let PEFT save and load the adapter of a model that FSDP has wrapped.
+
+    FSDP adds a part to the names of modules that the gathered state dict does not have. PEFT 0.21
+    compares the two: it finds no tensor to save, so that checkpoints and the final adapter are
+    empty, and loads a checkpoint into nothing, so that a resumed run starts from its first step's
+    adapter. Neither raises an error. Here names are compared without that part, and a checkpoint
+    that does not fill every matrix of the adapter is an error.
+    """
+    import peft
+    from peft.tuners import tuners_utils
+
+    original = tuners_utils._get_tuner_state_dict_key_prefixes
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def prefixes(*args: Any, **kwargs: Any) -> set[str]:
+        found = original(*args, **kwargs)
+        return found | {name.replace("_fsdp_wrapped_module.", "") for name in found}
+
+    def load(model: Any, state_dict: dict[str, Any], adapter_name: str = "default") -> Any:
+        own = {
+            re.sub(r"(\.lora_[AB])\.weight$", rf"\1.{adapter_name}.weight", name): tensor
+            for name, tensor in state_dict.items()
+        }
+        result = model.load_state_dict(own, strict=False)
+        missing = [
+            name for name in result.missing_keys if re.search(rf"\.lora_[AB]\.{adapter_name}\.", name)
+        ]
+        if missing or result.unexpected_keys:
+            raise WorkError(
+                f"the checkpoint does not fit the adapter: {len(missing)} matrices are not in it, "
+                f"{len(result.unexpected_keys)} of it are unknown ({missing[:2]}, "
+                f"{result.unexpected_keys[:2]})."
+            )
+        return result
+
+    tuners_utils._get_tuner_state_dict_key_prefixes = prefixes
+    peft.set_peft_model_state_dict = load  # accelerate takes it from there
 
 
 def local_device() -> Any:

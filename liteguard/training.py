@@ -737,6 +737,8 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress(stage, counts))
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if distributed.uses_fsdp():
+        distributed.keep_adapters_under_fsdp()
     restore_precision(model, stage)
     if stage.name == "safety":
         check_reference(model, stage)
@@ -787,6 +789,29 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
     return metrics
 
 
+def check_saved_adapter(model: Any, path: Path) -> None:
+    """Raise WorkError unless the file has both matrices of every layer that was trained.
+
+    What a wrapper round the model does to the names of its layers can leave an adapter without
+    tensors (distributed.keep_adapters_under_fsdp), which loads later as one that changes nothing.
+    """
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    layers = sum(
+        isinstance(module, LoraLayer) and "default" in (*module.lora_A, *module.lora_embedding_A)
+        for module in model.modules()
+    )
+    with safe_open(path, framework="pt") as file:
+        saved = sum("lora_" in name for name in file.keys())  # noqa: SIM118: not a dictionary
+    if saved != 2 * layers:
+        raise WorkError(
+            f"{path} has {saved} LoRA matrices, but {layers} layers were trained, with two each. "
+            "The trainer's checkpoints beside it may be as incomplete. Please report this with the "
+            "versions of peft, accelerate and torch."
+        )
+
+
 def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
@@ -795,10 +820,12 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
     if not distributed.is_main():
         distributed.barrier()
         return
+    model = trainer.accelerator.unwrap_model(trainer.model)
     # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
+    model.save_pretrained(
         str(work), state_dict=state, selected_adapters=["default"], safe_serialization=True
     )
+    check_saved_adapter(model, work / "adapter_model.safetensors")
     # save_pretrained makes a README.md from the hub's template, which says nothing true here.
     (work / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(str(work))

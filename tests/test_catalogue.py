@@ -70,7 +70,9 @@ def test_counts(pairs: list[PreferencePair]) -> None:
     ordinary, borderline = of_kind(pairs, "ordinary"), of_kind(pairs, "borderline")
     assert len(harmful) >= 2500
     assert len(ordinary) + len(borderline) >= len(harmful)
-    assert 0.8 < len(ordinary) / len(borderline) < 1.25
+    for split in ("validation", "test"):
+        counts = [sum(pair.split == split for pair in kind) for kind in (ordinary, borderline)]
+        assert 0.8 < counts[0] / counts[1] < 1.25
     assert {pair.area for pair in harmful} == TRAINED_AREAS | HELD_OUT_AREAS
     assert min(Counter(pair.area for pair in harmful).values()) >= 200
     for kind in (ordinary, borderline):
@@ -98,6 +100,30 @@ def test_a_wording_is_in_one_split_only(pairs: list[PreferencePair]) -> None:
     for pair in pairs:
         splits[pair.wording].add(pair.split)
     assert not {wording: s for wording, s in splits.items() if len(s) > 1}
+
+
+def test_what_only_training_sees_moves_no_held_out_row(
+    pairs: list[PreferencePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_training_texts(path):
+        return parsed(path) if path == catalogue.CATALOGUE else {"areas": {}, "borderline": []}
+
+    parsed = catalogue._parsed
+    texts = parsed(catalogue.TRAINING_CATALOGUE)
+    added = {f"{name}/{s['id']}" for name, area in texts["areas"].items() for s in area["stems"]}
+    added |= {f"borderline/{q['id']}" for g in texts["borderline"] for q in g["questions"]}
+    assert len(added) >= 140
+    assert {pair.split for pair in pairs if pair.wording in added} == {"train"}
+    monkeypatch.setattr(catalogue, "_parsed", without_training_texts)
+    catalogue.load_catalogue.cache_clear()
+    try:
+        before = preference_pairs(seed=0)
+    finally:
+        catalogue.load_catalogue.cache_clear()
+    assert not {pair.wording for pair in before} & added
+    for split in ("validation", "test"):
+        held_out = {astuple(pair) for pair in before if pair.split == split}
+        assert held_out == {astuple(pair) for pair in pairs if pair.split == split}
 
 
 def test_held_out_areas_are_test_only_and_every_other_area_holds_out_wordings(
@@ -220,7 +246,8 @@ def test_no_slot_is_left_open_and_articles_agree(pairs: list[PreferencePair]) ->
 
 
 def test_catalogue_is_small_and_its_ids_are_unique() -> None:
-    assert catalogue.CATALOGUE.stat().st_size <= 250_000
+    both = (catalogue.CATALOGUE, catalogue.TRAINING_CATALOGUE)
+    assert sum(path.stat().st_size for path in both) <= 250_000
     texts = catalogue.load_catalogue()
     for kind in ("ordinary", "borderline"):
         ids = [q["id"] for group in texts[kind] for q in group["questions"]]

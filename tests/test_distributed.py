@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, succeed
@@ -26,6 +27,7 @@ SETTINGS = (
     # A number that two processes share: the Trainer fills the last batch up with repeated rows.
     "domain.max_eval_rows=4",
 )
+SCRIPT = str(ROOT / "train_domain.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -34,18 +36,28 @@ def arguments(config, data, output, settings=SETTINGS):
     return ["--config", str(config), "--data", str(data), "--output", str(output), *flags]
 
 
-def launch(*command, cwd):
-    """A script under accelerate on two CPU processes, with the configuration that is shipped."""
+def launcher(configuration):
+    """accelerate with two CPU processes and a configuration that is shipped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(ROOT / f"configs/accelerate/{configuration}.yaml")),
+        *("--num_processes", "2", "--main_process_port", str(port)),
+    ]
+    if configuration == "fsdp":
+        # Both ask for an accelerator; they are about how the shards are filled, not about training.
+        command += ["--fsdp_sync_module_states", "false"]
+        command += ["--fsdp_cpu_ram_efficient_loading", "false"]
+        command += [str(ROOT / "tests/fsdp_on_cpu.py")]
+    return command
+
+
+def launch(*command, cwd, configuration="ddp"):
+    """A script under accelerate, to its end."""
     return subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(ROOT / "configs/accelerate/ddp.yaml")),
-            *("--num_processes", "2", "--main_process_port", str(port)),
-            *command,
-        ],
+        [*launcher(configuration), *command],
         cwd=cwd,
         env=ENVIRONMENT,
         capture_output=True,
@@ -71,11 +83,28 @@ def losses(checkpoint):
     ]
 
 
-def test_two_processes_train_like_one(tiny_config, data, tmp_path):
-    script = str(ROOT / "train_domain.py")
-    succeed(script, *arguments(tiny_config, data, tmp_path / "one"), cwd=tmp_path, env=ENVIRONMENT)
-    result = launch(script, *arguments(tiny_config, data, tmp_path / "two"), cwd=tmp_path)
+# FSDP with the base in NF4, as its configuration file is made for.
+NF4 = tuple(setting.replace("none", "nf4") for setting in SETTINGS)
+
+
+def largest_difference(one, two):
+    """Between two adapters, which must have the same tensors."""
+    from safetensors.torch import load_file
+
+    adapters = [load_file(path / "adapter_model.safetensors") for path in (one, two)]
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 2 * 6 * 2
+    assert all(adapters[0][name].any() for name in adapters[0])
+    return max((adapters[0][name] - adapters[1][name]).abs().max() for name in adapters[0])
+
+
+@pytest.mark.parametrize(("configuration", "settings"), [("ddp", SETTINGS), ("fsdp", NF4)])
+def test_two_processes_train_like_one(tiny_config, data, tmp_path, configuration, settings):
+    flags = arguments(tiny_config, data, tmp_path / "one", settings)
+    succeed(SCRIPT, *flags, cwd=tmp_path, env=ENVIRONMENT)
+    flags = arguments(tiny_config, data, tmp_path / "two", settings)
+    result = launch(SCRIPT, *flags, cwd=tmp_path, configuration=configuration)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < TOLERANCE
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) >= 8 and [entry[:2] for entry in one] == [entry[:2] for entry in two]
     for (step, key, expected), (_, _, found) in zip(one, two, strict=True):
@@ -96,8 +125,29 @@ def test_two_processes_train_like_one(tiny_config, data, tmp_path):
     assert record["metrics"]["tokens"] == single["metrics"]["tokens"]
 
     # Run again: both processes find it finished.
-    again = launch(script, *arguments(tiny_config, data, tmp_path / "two"), cwd=tmp_path)
+    again = launch(SCRIPT, *flags, cwd=tmp_path, configuration=configuration)
     assert again.returncode == 0 and again.stdout.count("reused") == 1
+
+    if configuration == "fsdp":
+        # A sharded model's checkpoint is gathered by PEFT too: go on from one.
+        flags = arguments(tiny_config, data, tmp_path / "killed", settings)
+        with subprocess.Popen(
+            [*launcher(configuration), SCRIPT, *flags],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            for line in process.stdout:
+                if line.strip().startswith("domain 5/6"):
+                    for one in psutil.Process(process.pid).children(recursive=True):
+                        one.kill()
+                    process.kill()
+        assert not (tmp_path / "killed").exists()
+        resumed = launch(SCRIPT, *flags, cwd=tmp_path, configuration=configuration)
+        assert "resuming from checkpoint-3" in resumed.stdout, resumed.stderr
+        assert largest_difference(tmp_path / "one", tmp_path / "killed") < TOLERANCE
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_config, data, tmp_path):

@@ -21,7 +21,7 @@ import yaml
 from liteguard import metrics
 
 LABELS = Path(__file__).parent / "fixtures" / "refusal_labels.jsonl"
-CATALOGUE = Path(metrics.__file__).with_name("catalogue.yaml")
+CATALOGUES = sorted(Path(metrics.__file__).parent.glob("catalogue*.yaml"))
 Row = dict[str, str]
 
 
@@ -93,7 +93,7 @@ def test_the_file_is_large_and_balanced() -> None:
 def test_no_answer_is_there_twice_or_taken_from_the_catalogue() -> None:
     answers = [plain(row["answer"]) for row in read_rows()]
     assert [a for a, n in Counter(answers).items() if n > 1] == []
-    texts = strings(yaml.safe_load(CATALOGUE.read_text(encoding="utf-8")))
+    texts = strings([yaml.safe_load(path.read_text(encoding="utf-8")) for path in CATALOGUES])
     templates = sorted({plain(text) for text in texts if len(text.split()) >= 4})
     assert len(templates) > 500
     # A slot such as {task} stands for any words within a sentence.
