@@ -93,7 +93,8 @@ class PreferencePair:
 def load_catalogue() -> dict[str, Any]:
     """Return the parsed ``catalogue.yaml`` with the texts of ``catalogue_training.yaml`` in it.
 
-    Stems and questions of the latter have ``split: train``. Shared between callers: do not change it.
+    Stems and questions of the latter have ``split: train``. Shared between callers: not to be
+    changed.
     """
     catalogue, training = _parsed(CATALOGUE), _parsed(TRAINING_CATALOGUE)
     for name, area in training["areas"].items():

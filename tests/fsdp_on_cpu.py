@@ -1,4 +1,4 @@
-"""Run a script under FSDP on CPU processes: `accelerate launch ... fsdp_on_cpu.py SCRIPT ARGUMENTS`.
+"""A script under FSDP on CPU processes: `accelerate launch ... fsdp_on_cpu.py SCRIPT ARGUMENTS`.
 
 Accelerate turns FSDP on for accelerators only, and PyTorch's first FSDP frees a parameter's storage
 when it "moves" it from the CPU to the CPU. Both are put right here, for tests: what is left, the
