@@ -241,3 +241,23 @@ def test_fsdp_stores_nf4_in_the_compute_dtype_and_places_the_model_itself(tiny_p
             models.load_base(config, str(tiny_phi), None, torch.bfloat16, quantize=True)
         assert seen["quantization_config"].bnb_4bit_quant_storage == storage
         assert (seen["device_map"] is None) == (fsdp == "true")
+
+
+def test_an_adapter_file_without_all_of_its_matrices_is_an_error(tmp_path):
+    import peft
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from liteguard.errors import WorkError
+    from liteguard.training import check_saved_adapter
+
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    model.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    check_saved_adapter(model, path)
+    tensors = load_file(path)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, path)
+    with pytest.raises(WorkError, match="has 3 LoRA matrices, but 2 layers were trained"):
+        check_saved_adapter(model, path)
