@@ -3,8 +3,8 @@
     python -m liteguard.catalogue            # counts and the length statistic, as JSON
     python -m liteguard.catalogue --show 20  # and twenty random pairs to read
 
-The texts are in ``catalogue.yaml``, and in ``catalogue_training.yaml`` those that only training
-sees; this module only puts them together. Every pair has a prompt,
+The texts are in ``catalogue.yaml``, and in ``catalogue_more.yaml`` those that are never tested;
+this module only puts them together. Every pair has a prompt,
 a chosen and a rejected answer, and belongs to one of three kinds:
 
     harmful      chosen refuses and names a safe way on; rejected complies without any content
@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
-TRAINING_CATALOGUE = Path(__file__).with_name("catalogue_training.yaml")
+MORE = Path(__file__).with_name("catalogue_more.yaml")
 
-# 196 stems x 20 are 3,920 and 313 base questions x 13 are 4,069: about as many harmless pairs as
+# 214 stems x 20 are 4,280 and 340 base questions x 13 are 4,420: about as many harmless pairs as
 # harmful ones.
 PROMPTS_PER_STEM = 20
 PROMPTS_PER_QUESTION = 13
@@ -91,17 +91,20 @@ class PreferencePair:
 
 @lru_cache(maxsize=1)
 def load_catalogue() -> dict[str, Any]:
-    """Return the parsed ``catalogue.yaml`` with the texts of ``catalogue_training.yaml`` in it.
+    """Return the parsed ``catalogue.yaml`` with the texts of ``catalogue_more.yaml`` in it.
 
-    Stems and questions of the latter have ``split: train``. Shared between callers: not to be
-    changed.
+    Stems and questions of the latter have a ``split``. Shared between callers: not to be changed.
     """
-    catalogue, training = _parsed(CATALOGUE), _parsed(TRAINING_CATALOGUE)
-    for name, area in training["areas"].items():
-        catalogue["areas"][name]["stems"] += [{**s, "split": "train"} for s in area["stems"]]
-    for group in training["borderline"]:
-        questions = [{**question, "split": "train"} for question in group["questions"]]
-        catalogue["borderline"].append({**group, "questions": questions})
+    catalogue = _parsed(CATALOGUE)
+    for split, more in _parsed(MORE).items():
+        for name, area in more["areas"].items():
+            catalogue["areas"][name]["stems"] += [
+                {**stem, "split": split} for stem in area["stems"]
+            ]
+        for kind in ("ordinary", "borderline"):
+            for group in more.get(kind, []):
+                questions = [{**question, "split": split} for question in group["questions"]]
+                catalogue[kind].append({**group, "questions": questions})
     return catalogue
 
 

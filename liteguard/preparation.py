@@ -215,7 +215,7 @@ def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
 def _code_version() -> str:
     """Hash of the code that makes rows: two versions of it must not share results."""
     here = Path(__file__).parent
-    names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "catalogue_training.yaml")
+    names = ("anatomy.py", "catalogue.py", "catalogue.yaml", "catalogue_more.yaml")
     names += ("cleaning.py", "datasets.py", "near_questions.py", "preparation.py")
     names += ("public_benchmarks.py", "sources.py", "export/tokenizer.py")
     hashes = {name: checkpoints.sha256_file(here / name) for name in names}

@@ -70,9 +70,8 @@ def test_counts(pairs: list[PreferencePair]) -> None:
     ordinary, borderline = of_kind(pairs, "ordinary"), of_kind(pairs, "borderline")
     assert len(harmful) >= 2500
     assert len(ordinary) + len(borderline) >= len(harmful)
-    for split in ("validation", "test"):
-        counts = [sum(pair.split == split for pair in kind) for kind in (ordinary, borderline)]
-        assert 0.8 < counts[0] / counts[1] < 1.25
+    tested = [sum(pair.split == "test" for pair in kind) for kind in (ordinary, borderline)]
+    assert 0.8 < tested[0] / tested[1] < 1.25
     assert {pair.area for pair in harmful} == TRAINED_AREAS | HELD_OUT_AREAS
     assert min(Counter(pair.area for pair in harmful).values()) >= 200
     for kind in (ordinary, borderline):
@@ -102,28 +101,30 @@ def test_a_wording_is_in_one_split_only(pairs: list[PreferencePair]) -> None:
     assert not {wording: s for wording, s in splits.items() if len(s) > 1}
 
 
-def test_what_only_training_sees_moves_no_held_out_row(
+def test_what_was_added_later_moves_no_test_row(
     pairs: list[PreferencePair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_training_texts(path):
-        return parsed(path) if path == catalogue.CATALOGUE else {"areas": {}, "borderline": []}
-
     parsed = catalogue._parsed
-    texts = parsed(catalogue.TRAINING_CATALOGUE)
-    added = {f"{name}/{s['id']}" for name, area in texts["areas"].items() for s in area["stems"]}
-    added |= {f"borderline/{q['id']}" for g in texts["borderline"] for q in g["questions"]}
-    assert len(added) >= 140
-    assert {pair.split for pair in pairs if pair.wording in added} == {"train"}
-    monkeypatch.setattr(catalogue, "_parsed", without_training_texts)
+    added = {"train": set(), "validation": set()}
+    for split, texts in parsed(catalogue.MORE).items():
+        for name, area in texts["areas"].items():
+            added[split] |= {f"{name}/{stem['id']}" for stem in area["stems"]}
+        for kind in ("ordinary", "borderline"):
+            groups = texts.get(kind, [])
+            added[split] |= {f"{kind}/{q['id']}" for g in groups for q in g["questions"]}
+        found = {pair.split for pair in pairs if pair.wording in added[split]}
+        assert len(added[split]) >= 40 and found == {split}
+    monkeypatch.setattr(
+        catalogue, "_parsed", lambda path: parsed(path) if path == catalogue.CATALOGUE else {}
+    )
     catalogue.load_catalogue.cache_clear()
     try:
         before = preference_pairs(seed=0)
     finally:
         catalogue.load_catalogue.cache_clear()
-    assert not {pair.wording for pair in before} & added
-    for split in ("validation", "test"):
-        held_out = {astuple(pair) for pair in before if pair.split == split}
-        assert held_out == {astuple(pair) for pair in pairs if pair.split == split}
+    assert not {pair.wording for pair in before} & (added["train"] | added["validation"])
+    tested = {astuple(pair) for pair in before if pair.split == "test"}
+    assert tested == {astuple(pair) for pair in pairs if pair.split == "test"}
 
 
 def test_held_out_areas_are_test_only_and_every_other_area_holds_out_wordings(
@@ -246,8 +247,8 @@ def test_no_slot_is_left_open_and_articles_agree(pairs: list[PreferencePair]) ->
 
 
 def test_catalogue_is_small_and_its_ids_are_unique() -> None:
-    both = (catalogue.CATALOGUE, catalogue.TRAINING_CATALOGUE)
-    assert sum(path.stat().st_size for path in both) <= 250_000
+    both = (catalogue.CATALOGUE, catalogue.MORE)
+    assert sum(path.stat().st_size for path in both) <= 300_000
     texts = catalogue.load_catalogue()
     for kind in ("ordinary", "borderline"):
         ids = [q["id"] for group in texts[kind] for q in group["questions"]]
