@@ -34,7 +34,7 @@ from typing import Any
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 MORE = Path(__file__).with_name("catalogue_more.yaml")
 
-# 214 stems x 20 are 4,280 and 356 base questions x 13 are 4,628: about as many harmless pairs as
+# 214 stems x 20 are 4,280 and 340 base questions x 13 are 4,420: about as many harmless pairs as
 # harmful ones.
 PROMPTS_PER_STEM = 20
 PROMPTS_PER_QUESTION = 13
