@@ -284,8 +284,9 @@ def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, Any]]:
     """Finished results by label: files, or names of results in `directory`.
 
-    In the order of the stages, others after them. Raises UserError for what is missing or was
-    written by another version.
+    In the order of the stages, others after them. All are of the same rows, but a result may lack
+    the benchmarks, which take long on a bundle. Raises UserError for what is missing, of other
+    rows, or written by another version.
     """
     found = {}
     for name in names:
@@ -310,16 +311,19 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
             label = f"{path.parent.name}/{label}"
         found[label] = result
     asked = {
-        label: [
-            [a["prompt"] for a in result["answers"]],
-            [[name, *c[:1]] for name, own in result["knowledge"].items() for c in own["choices"]],
-            result["n"]["perplexity"],
-        ]
-        for label, result in found.items()
+        json.dumps([[a["prompt"] for a in result["answers"]], result["n"]["perplexity"]])
+        for result in found.values()
     }
-    if len({json.dumps(rows) for rows in asked.values()}) > 1:
+    chosen = {
+        json.dumps(
+            [[name, c[0]] for name, own in result["knowledge"].items() for c in own["choices"]]
+        )
+        for result in found.values()
+        if result["knowledge"]
+    }
+    if len(asked) > 1 or len(chosen) > 1:
         raise UserError(
-            f"These results are not of the same rows and cannot be compared: {', '.join(asked)}.\n"
+            f"These results are not of the same rows and cannot be compared: {', '.join(found)}.\n"
             "Measure them again with the same data and evaluate settings."
         )
     known = {name: rank for rank, name in enumerate(ORDER)}

@@ -22,6 +22,7 @@ from test_llm_judge import KEY, Service
 
 from liteguard import datasets, evaluation, report
 from liteguard.checkpoints import sha256_file, write_json
+from liteguard.errors import UserError
 
 STAGES = ["base", "domain", "instruction", "final", "bundle"]
 
@@ -150,6 +151,28 @@ def test_results_that_cannot_be_compared(pipeline, tmp_path):
         2, ROOT / "evaluate_model.py", "--compare", "base", tmp_path / "other.json", cwd=pipeline
     )
     assert "not of the same rows" in message
+
+
+def test_a_result_without_benchmarks_stands_beside_those_with_them(pipeline, tmp_path):
+    result = json.loads((pipeline / "evaluation/base.json").read_text())
+    own = {
+        **{"accuracy": 0.5, "interval": [0.1, 0.9], "n": 2, "unparsed": 0, "repeated_options": 0},
+        **{
+            "chance": 0.25,
+            "majority": 0.3,
+            "overlap": 0.2,
+            "choices": [["a:1", 0, 0], ["a:2", 1, 0]],
+        },
+    }
+    write_json(tmp_path / "base.json", {**result, "knowledge": {"medqa": own}})
+    write_json(tmp_path / "bundle.json", {**result, "knowledge": {}})
+    found = report.read_results(["base", "bundle"], tmp_path)
+    assert re.search(r"MedQA .*50 % \(10-90\) +-", report.comparison_text(found))
+    other = {"medqa": {**own, "choices": [["a:1", 0, 0], ["a:3", 1, 0]]}}
+    write_json(tmp_path / "final.json", {**result, "knowledge": other})
+    report.read_results(["final", "bundle"], tmp_path)
+    with pytest.raises(UserError, match="not of the same rows"):
+        report.read_results(["base", "bundle", "final"], tmp_path)
 
 
 # --- crashes ------------------------------------------------------------------------------------
