@@ -34,9 +34,11 @@ from typing import Any
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 MORE = Path(__file__).with_name("catalogue_more.yaml")
 
-# 214 stems x 20 are 4,280 and 340 base questions x 13 are 4,420: about as many harmless pairs as
-# harmful ones.
+# Chosen so that there are about as many harmless pairs as harmful ones. The training stems of
+# catalogue_more.yaml get fewer prompts each: new wordings teach more than new wrappers do
+# (docs/experiments.md).
 PROMPTS_PER_STEM = 20
+PROMPTS_PER_ADDED_STEM = 13
 PROMPTS_PER_QUESTION = 13
 
 MIN_WORDS, MAX_WORDS = 25, 60
@@ -193,8 +195,10 @@ def _harmful_pairs(
         for stem in area["stems"]:
             wording, split = f"{name}/{stem['id']}", splits[stem["id"]]
             rng = random.Random(f"{seed}:{wording}")
+            added = stem.get("split") == "train"
+            count = PROMPTS_PER_ADDED_STEM if added else PROMPTS_PER_STEM
             for prompt, values in _prompts(
-                catalogue, rng, stem["asks"], slots, gentle, PROMPTS_PER_STEM, seen
+                catalogue, rng, stem["asks"], slots, gentle, count, seen
             ):
                 task = _fill(stem["task"], {k: _to_reader(v) for k, v in values.items()})
                 chosen = _wanted_refusal(rng, task, openings, area, general)

@@ -179,6 +179,11 @@ class DomainSection(TrainSection):
 
 class InstructionSection(TrainSection):
     learning_rate: float = Field(1e-5, gt=0)
+    loss_reduction: Literal["token", "square", "sample"] = Field(
+        "token",
+        description="What the loss of a step is the mean of: of all tokens, so that long answers "
+        "count more; of whole answers (sample); or between the two (square).",
+    )
 
 
 class SafetySection(TrainSection):

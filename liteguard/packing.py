@@ -132,11 +132,34 @@ def padded_micro_batches(
     return found, count
 
 
+# Power of an answer's length by which its tokens' losses are divided. "square" is the square
+# averaging of InternVL 2.5 (Chen et al. 2024, arXiv:2412.05271).
+LOSS_REDUCTIONS = {"token": 0.0, "square": 0.5, "sample": 1.0}
+
+
+def row_weights(steps: list[list[int]], supervised: np.ndarray, reduction: str) -> list[np.ndarray]:
+    """What the loss of each row's tokens is multiplied with, for every optimizer step.
+
+    A trainer divides the sum over a step's tokens by their number N. With n tokens in a row and the
+    weights N n^-p / sum(n^(1-p)) that becomes the mean over tokens (p = 0), over rows (p = 1) or
+    between (p = 1/2): a row counts n^(1-p) times. supervised: (rows,), tokens that are targets.
+    """
+    import numpy as np
+
+    power = LOSS_REDUCTIONS[reduction]
+    found = []
+    for step in steps:
+        counts = np.maximum(supervised[step], 1).astype(float)
+        found.append(supervised[step].sum() * counts**-power / (counts ** (1 - power)).sum())
+    return found
+
+
 class Collator:
     """Makes the padded batch that trainers expect out of row numbers.
 
-    An item is {"part": name of a TokenRows, "rows": row numbers}. Returns `input_ids`,
-    `attention_mask` and `labels`, int64, shape (rows, longest row).
+    An item is {"part": name of a TokenRows, "rows": row numbers}, with "weights" of the rows if
+    `weigh_rows` shall weigh them. Returns `input_ids`, `attention_mask` and `labels`, int64, shape
+    (rows, longest row), and `row_weights`, float32, shape (rows,), where there are any.
     """
 
     def __init__(self, parts: dict[str, TokenRows], pad_id: int):
@@ -148,10 +171,14 @@ class Collator:
 
         rows = [self.parts[item["part"]].row(index) for item in items for index in item["rows"]]
         ids, labels = ([torch.from_numpy(pair[column]) for pair in rows] for column in range(2))
+        weights = {}
+        if "weights" in items[0]:
+            weights["row_weights"] = torch.tensor([w for item in items for w in item["weights"]])
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            **weights,
         }
 
 
@@ -254,6 +281,19 @@ def pack_forward(model: Any) -> None:
             if values is not None:
                 setattr(outputs, name, unpack(values))
         outputs.label_mask = unpack(outputs.label_mask)
+        return outputs
+
+    model.forward = forward
+
+
+def weigh_rows(model: Any) -> None:
+    """Multiply the log-probabilities of each row with the batch's `row_weights`, if it has any."""
+    inner = model.forward
+
+    def forward(*args: Any, row_weights: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        outputs = inner(*args, **kwargs)
+        if row_weights is not None:
+            outputs.log_probs = outputs.log_probs * row_weights[:, None]
         return outputs
 
     model.forward = forward

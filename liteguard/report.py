@@ -506,7 +506,8 @@ def loss_plot(history: list[dict[str, Any]]) -> str:
             axes.plot(*zip(*points, strict=True), marker=marker, label=title)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats)")
-    axes.set_ylim(bottom=0)
+    # Margins are a share of what the curves span; seen from zero, that cuts the top marker.
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     axes.legend(frameon=False)
     return _data_uri(figure)
 

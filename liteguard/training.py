@@ -220,8 +220,14 @@ def feed(stage: Stage, tokenizer: Any, train: tokens.TokenRows, held_out: tokens
     sizes = np.array([[lengths[b].sum(), len(b) * lengths[b].max()] for b in batches])
     per_step = sizes.reshape(len(steps), count, 2).sum(1)
     supervised = train.supervised
+    items = {"part": ["train"] * len(batches), "rows": batches}
+    reduction = getattr(section, "loss_reduction", "token")
+    if reduction != "token":
+        weights = packing.row_weights(steps, supervised, reduction)
+        of_row = [dict(zip(s, w, strict=True)) for s, w in zip(steps, weights, strict=True)]
+        items["weights"] = [[of_row[i // count][row] for row in b] for i, b in enumerate(batches)]
     return Feed(
-        train=Dataset.from_dict({"part": ["train"] * len(batches), "rows": batches}),
+        train=Dataset.from_dict(items),
         evaluation=Dataset.from_dict(
             {
                 "part": ["validation"] * len(held_out),
@@ -752,6 +758,8 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
     if stage.name == "safety" and stage.section.precompute_reference:
         precompute_reference(stage, trainer)
     packing.watch_losses(base, _keep_bad_batch(stage))
+    if getattr(stage.section, "loss_reduction", "token") != "token":
+        packing.weigh_rows(base)
     resume = distributed.on_main(last_checkpoint, stage.work)
     if resume:
         print(f"resuming from {resume.name}")

@@ -206,3 +206,54 @@ def test_collator_masks_prompts_and_padding():
     assert found["labels"].tolist() == [[-100, -100, 3, 4, -100, -100], [-100, 6, 7, 8, 9, 10]]
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert rows.supervised.tolist() == [2, 5]
+
+
+def test_row_weights_are_those_of_the_formula():
+    supervised, steps = np.array([1, 4, 9]), [[0, 1], [1, 2]]
+    token, square, sample = (
+        packing.row_weights(steps, supervised, name) for name in ("token", "square", "sample")
+    )
+    assert [w.tolist() for w in token] == [[1, 1], [1, 1]]
+    # 5 tokens: the loss 5 (1 l + 1/4 (l1 + .. + l4)) / 2 over 5 is the mean of two rows' means.
+    assert sample[0].tolist() == [2.5, 0.625]
+    # 13 tokens; the rows count sqrt(4) and sqrt(9) times.
+    assert square[1] == pytest.approx([13 / 2 / 5, 13 / 3 / 5])
+
+
+@pytest.mark.parametrize("reduction", packing.LOSS_REDUCTIONS)
+def test_a_weighted_step_has_the_loss_and_gradient_of_its_definition(tiny_phi, reduction):
+    """Micro-batch by micro-batch, divided by the tokens of the step as trainers do it."""
+    import torch
+
+    model = packed(adapted(tiny_phi, "sdpa"))
+    packing.weigh_rows(model.get_base_model())
+    lengths = np.array([5, 12, 4, 9])
+    rows = rows_of(lengths, prompts=lengths // 3)
+    weights = packing.row_weights([[0, 1, 2, 3]], rows.supervised, reduction)[0]
+    collate = packing.Collator({"train": rows}, pad_id=0)
+    everything = rows.supervised.sum()
+
+    def gradients():
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        return found
+
+    loss = 0.0
+    for own in ([1], [0, 3], [2]):
+        item = {"part": "train", "rows": own, "weights": [weights[row] for row in own]}
+        part = -model(**collate([item]), fused_lm_head=True).log_probs.sum() / everything
+        part.backward()
+        loss += part.item()
+    found = gradients()
+
+    means = []
+    for row in range(4):
+        outputs = model(**collate([{"part": "train", "rows": [row]}]), fused_lm_head=True)
+        means.append(-outputs.log_probs.sum() / rows.supervised[row])
+    times = torch.tensor(rows.supervised).float()
+    times **= {"token": 1, "square": 0.5, "sample": 0}[reduction]
+    expected = (torch.stack(means) * times).sum() / times.sum()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for mine, other in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)

@@ -269,6 +269,42 @@ def test_padded_rows_train_the_same_and_cost_padding(pipeline, tmp_path):
     assert losses(padded) == pytest.approx(losses(pipeline / "instruction_checkpoint"), rel=0.03)
 
 
+def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
+    """Against the parent's log-probabilities of the same rows, one row a micro-batch."""
+    import torch
+
+    from liteguard import checkpoints, config, models, tokens
+
+    command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--output")
+    flags = ("instruction.batch_size=1", "instruction.gradient_accumulation=4")
+    flags += (
+        "instruction.max_steps=1",
+        "model.compute_dtype=float32",
+        "instruction.quantization=none",
+    )
+    data = json.loads((pipeline / "domain_checkpoint/stage.json").read_text())["data_dir"]
+    own = config.validate(
+        checkpoints.read_stage(pipeline / "domain_checkpoint")["config"], "domain_checkpoint"
+    )
+    model, tokenizer = models.load_merged(own, pipeline / "domain_checkpoint")
+    rows = tokens.answers(tokenizer, pipeline / data, "train", own, 4)
+    sums = []
+    for row in range(4):
+        ids, labels = (torch.from_numpy(part)[None] for part in rows.row(row))
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].float().log_softmax(-1)
+        picked = scores.gather(1, labels[0, 1:, None].clamp(min=0))[:, 0]
+        sums.append(-picked[labels[0, 1:] != -100].sum().item())
+    counts = rows.supervised[:4]
+    for reduction, power in (("token", 0), ("square", 0.5), ("sample", 1)):
+        wanted = (sums / counts**power).sum() / (counts ** (1 - power)).sum()
+        output = tmp_path / reduction
+        settings = (*flags, f"instruction.loss_reduction={reduction}")
+        pairs = [part for setting in settings for part in ("--set", setting)]
+        succeed(*command, output, *pairs, cwd=pipeline)
+        assert losses(output)[0] == pytest.approx(wanted, rel=5e-5)
+
+
 def test_memory_that_runs_out_halves_the_micro_batch(pipeline, tmp_path, tiny_config):
     """The real script; attempts with more than one row a micro-batch fail as they do on CUDA."""
     script = tmp_path / "train.py"
