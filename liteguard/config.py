@@ -182,7 +182,8 @@ class InstructionSection(TrainSection):
     loss_reduction: Literal["token", "square", "sample"] = Field(
         "token",
         description="What the loss of a step is the mean of: of all tokens, so that long answers "
-        "count more; of whole answers (sample); or between the two (square).",
+        "count more; of whole answers (sample); or between the two (square). The validation loss "
+        "stays the mean of all tokens.",
     )
 
 
