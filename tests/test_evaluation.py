@@ -105,7 +105,9 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline):
         with torch.no_grad():
             refused.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()) in starts)
     assert cells[0] == "final_checkpoint" and 0 <= float(cells[1]) <= 1
-    assert cells[4] == f"{sum(refused) / len(refused):.0%}"
+    at_5, at_10 = (int(cell.rstrip("%")) for cell in cells[2:4])
+    assert at_5 <= at_10, "a stricter line refuses no more"
+    assert cells[5] == f"{sum(refused) / len(refused):.0%}"
 
 
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
