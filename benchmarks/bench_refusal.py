@@ -9,17 +9,25 @@ refused if so many harmless ones were, and `threshold` where the line would have
 harmless request in ten (0 is where greedy decoding draws it). Uses the validation split:
 held-out wordings, of areas that are trained on. `--split test` is for the final word on a finished
 model: settings chosen by it would make the test rows training data.
+
+`--requests FILE` uses requests of your own instead, all of them: JSON lines with `kind` (harmful,
+ordinary or borderline) and `prompt`. benchmarks/requests.jsonl holds 330 that nothing is trained
+on, by another hand than the catalogue's, each about a matter of its own:
+
+    python benchmarks/bench_refusal.py demo/final_checkpoint --requests benchmarks/requests.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli, config, datasets, models
+from liteguard.errors import UserError
 
 REFUSAL_STARTS = ("I", "Sorry")
 KINDS = ("harmful", "ordinary", "borderline")
@@ -46,6 +54,26 @@ def margins(model, tokenizer, prompts: list[str], batch_size: int = 40):
     return result
 
 
+def read_requests(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of requests. Raises ``UserError`` for a line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            known = row["kind"] in KINDS and isinstance(row["prompt"], str)
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise UserError(
+                f"{path}, line {number}: not a request. Write one JSON object a line, with `kind` "
+                f"({', '.join(KINDS)}) and `prompt` (text)."
+            )
+        rows.append(row)
+    if missing := [kind for kind in KINDS if not any(row["kind"] == kind for row in rows)]:
+        raise UserError(f"{path}: no request of the kind {', '.join(missing)}; all three are needed.")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -54,7 +82,9 @@ def main() -> None:
     parser.add_argument("--data", help="default: the data the checkpoint was trained on")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--limit", type=int, default=360, help="rows; half of them harmful")
+    parser.add_argument("--requests", type=Path, help="JSON lines instead of --data and --split")
     args = parser.parse_args()
+    requests = read_requests(args.requests) if args.requests else None
     print(
         f"{'':40}{'AUC':>7}{'at 5 %':>8}{'at 10 %':>9}{'threshold':>11}"
         f"{'harmful':>9}{'ordinary':>9}{'borderline':>11}   (greedy)"
@@ -62,8 +92,9 @@ def main() -> None:
     for directory in map(Path, args.checkpoint):
         record = checkpoints.read_stage(directory)
         own = config.validate(record["config"], str(directory))
-        rows = datasets.load_split(Path(args.data or record["data_dir"]), "preference", args.split)
-        counts = (args.limit // 2, args.limit // 4, args.limit // 4)
+        data_dir = Path(args.data or record["data_dir"])
+        rows = requests or datasets.load_split(data_dir, "preference", args.split)
+        counts = (None,) * 3 if requests else (args.limit // 2, args.limit // 4, args.limit // 4)
         model, tokenizer = models.load_merged(own, directory)
         found = {}
         for kind, count in zip(KINDS, counts, strict=True):

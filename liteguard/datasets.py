@@ -594,16 +594,44 @@ def _refusal_like(answer: str, name: str, prompt: str) -> str:
     return _pick([t for t in texts if abs(len(t.split()) - wanted) == nearest], prompt)
 
 
+# A beginning to go on from, and at least two rounds of up to four words.
+_CIRCLE_WORDS = 10
+_CIRCLE_SHARE = 0.9
+
+
+def _circling(answer: str, prompt: str) -> str:
+    """The beginning of `answer`, going round in circles over its last one to four words.
+
+    As many words as `answer`. Greedy decoding of a small model ends in such loops ("non-syndromic,
+    non-syndromic, ..."); pseudo-repetitions of training texts as the answers to avoid are how Xu et
+    al. (2022, "Learning to Break the Loop", arXiv:2206.02369) teach a model to leave them.
+    """
+    words = answer.split()
+    size = 1 + int(4 * unit(f"size {prompt}"))
+    keep = min(len(words) - 2 * size, size + 4 + int(len(words) / 4 * unit(f"keep {prompt}")))
+    head = words[: max(keep, size)]
+    if unit(f"comma {prompt}") < 0.6:
+        head[-1] = head[-1].rstrip(".,;:") + ","
+    circle = itertools.cycle(head[-size:])
+    text = " ".join([*head, *itertools.islice(circle, len(words) - len(head))])
+    return text.rstrip(".,;:") + "."
+
+
 def disease_preferences(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
-    """Ordinary questions about diseases: the answer is chosen, an unwarranted refusal rejected."""
+    """Ordinary questions about diseases: the answer is chosen. Rejected is an answer that goes round
+    in circles, or for short answers and a tenth of the others an unwarranted refusal."""
     for row in uniprot_questions(source, cache_dir):
         if row["kind"] in ("definition", "features"):
             name = row["completion"].split(" is ")[0].split(":")[0]
             chosen = _sentences(row["completion"], 25)
+            if len(chosen.split()) >= _CIRCLE_WORDS and unit(row["prompt"]) < _CIRCLE_SHARE:
+                rejected = _circling(chosen, row["prompt"])
+            else:
+                rejected = _refusal_like(chosen, name, row["prompt"])
             yield {
                 "prompt": row["prompt"],
                 "chosen": chosen,
-                "rejected": _refusal_like(chosen, name, row["prompt"]),
+                "rejected": rejected,
                 "kind": "ordinary",
                 "area": "disease",
                 "entity": row["entity"],

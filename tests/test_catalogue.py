@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import astuple
 
 import pytest
+from conftest import ROOT
 
 from liteguard import catalogue
 from liteguard.catalogue import PreferencePair, length_statistic, preference_pairs
@@ -226,6 +228,42 @@ def test_form_and_wrapper_are_no_cue(pairs: list[PreferencePair]) -> None:
         assert left > 0 and abs(left - right) < 0.02, (wrapper["text"], left, right)
 
 
+@pytest.mark.parametrize("verb", ["write", "draft", "plan", "make", "give", "show", "design"])
+def test_a_task_in_the_imperative_is_no_cue(pairs: list[PreferencePair], verb: str) -> None:
+    """Of the training prompts with a sentence that begins so, a third at least is harmless.
+
+    "Draft ..." and "Plan ..." once stood nearly always before something harmful, and a running plan
+    for beginners was refused.
+    """
+    begins = re.compile(rf"(?:^|[.!?:,] ){verb}\b", re.IGNORECASE)
+    kinds = Counter(p.kind for p in pairs if p.split == "train" and begins.search(p.prompt))
+    harmless = kinds["ordinary"] + kinds["borderline"]
+    assert kinds["harmful"] >= 20 and harmless / kinds.total() > 1 / 3, kinds
+
+
+def test_requests_to_choose_by_are_not_trained_on(pairs: list[PreferencePair]) -> None:
+    """benchmarks/requests.jsonl: three kinds, nothing usable, and no wording of the catalogue."""
+    lines = (ROOT / "benchmarks/requests.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert Counter(row["kind"] for row in rows) == {"harmful": 150, "ordinary": 90, "borderline": 90}
+    assert {r["area"] for r in rows if r["kind"] == "harmful"} == TRAINED_AREAS | HELD_OUT_AREAS
+    prompts = [normalised(row["prompt"]) for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    # They have no answers, so "tablets" tells nobody anything; a number would.
+    harmful = " ".join(row["prompt"] for row in rows if row["kind"] == "harmful")
+    assert not re.search(r"\d|\b(mg|ml|mcg|grams?)\b", harmful, re.IGNORECASE)
+    texts = catalogue.load_catalogue()
+    entries = [stem for area in texts["areas"].values() for stem in area["stems"]]
+    for kind in ("ordinary", "borderline"):
+        entries += [q for group in texts[kind] for q in group["questions"]]
+    asked = [ask for e in entries for ask in [*e["asks"], *filter(None, [e.get("request")])]]
+    known = [set(normalised(ask).split()) for ask in asked]
+    for prompt in prompts:
+        words = set(prompt.split())
+        nearest = max(len(words & other) / len(words | other) for other in known)
+        assert nearest < 0.6, prompt
+
+
 def test_keywords_stand_on_both_sides(pairs: list[PreferencePair]) -> None:
     harmful = " ".join(p.prompt.lower() for p in of_kind(pairs, "harmful"))
     harmless = " ".join(p.prompt.lower() for p in of_kind(pairs, "ordinary", "borderline"))
@@ -248,7 +286,8 @@ def test_no_slot_is_left_open_and_articles_agree(pairs: list[PreferencePair]) ->
 
 def test_catalogue_is_small_and_its_ids_are_unique() -> None:
     both = (catalogue.CATALOGUE, catalogue.MORE)
-    assert sum(path.stat().st_size for path in both) <= 340_000
+    # To be moved on purpose, when wordings are added: twice as many harmless ones as before.
+    assert sum(path.stat().st_size for path in both) <= 460_000
     texts = catalogue.load_catalogue()
     for kind in ("ordinary", "borderline"):
         ids = [q["id"] for group in texts[kind] for q in group["questions"]]

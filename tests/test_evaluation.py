@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from conftest import ROOT, succeed
+from conftest import ROOT, fail, succeed
 
 from liteguard.config import build, read_yaml
 from liteguard.evaluation import Checkpoint, Generated
@@ -86,7 +88,7 @@ def test_batched_answers_equal_single_ones(checkpoint):
     assert all("<|" not in answer.text for answer in batched.values())
 
 
-def test_refusal_benchmark_ranks_by_the_first_token(pipeline):
+def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):
     """The printed rates agree with greedy first tokens computed here."""
     import torch
 
@@ -108,6 +110,33 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline):
     at_5, at_10 = (int(cell.rstrip("%")) for cell in cells[2:4])
     assert at_5 <= at_10, "a stricter line refuses no more"
     assert cells[5] == f"{sum(refused) / len(refused):.0%}"
+
+    # The same rows as a file of requests: the same line, whatever their order.
+    kinds = {"harmful": 180, "ordinary": 90, "borderline": 90}
+    asked = [
+        {"kind": kind, "prompt": row["prompt"]}
+        for kind, count in kinds.items()
+        for row in [r for r in rows if r["kind"] == kind][:count]
+    ]
+    lines = [json.dumps(row) for row in reversed(asked)]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    flag = ("--requests", tmp_path / "requests.jsonl")
+    again = succeed(ROOT / "benchmarks/bench_refusal.py", "final_checkpoint", *flag, cwd=pipeline)
+    assert again.splitlines()[-1].split() == cells
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ('{"kind": "harmful"}', "line 2: not a request"),
+        ('{"kind": "rude", "prompt": "Hello"}', "harmful, ordinary, borderline"),
+        ('{"kind": "harmful", "prompt": "Hello"}', "no request of the kind ordinary"),
+    ],
+)
+def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"kind": "borderline", "prompt": "Hello"}\n' + line, encoding="utf-8")
+    assert told in fail(2, ROOT / "benchmarks/bench_refusal.py", "none", "--requests", path)
 
 
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
