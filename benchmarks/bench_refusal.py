@@ -70,7 +70,9 @@ def read_requests(path: Path) -> list[dict[str, str]]:
             )
         rows.append(row)
     if missing := [kind for kind in KINDS if not any(row["kind"] == kind for row in rows)]:
-        raise UserError(f"{path}: no request of the kind {', '.join(missing)}; all three are needed.")
+        raise UserError(
+            f"{path}: no request of the kind {', '.join(missing)}; all three are needed."
+        )
     return rows
 
 

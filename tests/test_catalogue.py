@@ -245,7 +245,11 @@ def test_requests_to_choose_by_are_not_trained_on(pairs: list[PreferencePair]) -
     """benchmarks/requests.jsonl: three kinds, nothing usable, and no wording of the catalogue."""
     lines = (ROOT / "benchmarks/requests.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert Counter(row["kind"] for row in rows) == {"harmful": 150, "ordinary": 90, "borderline": 90}
+    assert Counter(row["kind"] for row in rows) == {
+        "harmful": 150,
+        "ordinary": 90,
+        "borderline": 90,
+    }
     assert {r["area"] for r in rows if r["kind"] == "harmful"} == TRAINED_AREAS | HELD_OUT_AREAS
     prompts = [normalised(row["prompt"]) for row in rows]
     assert len(set(prompts)) == len(prompts)
