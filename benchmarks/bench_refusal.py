@@ -69,10 +69,11 @@ def read_requests(path: Path) -> list[dict[str, str]]:
                 f"({', '.join(KINDS)}) and `prompt` (text)."
             )
         rows.append(row)
-    if missing := [kind for kind in KINDS if not any(row["kind"] == kind for row in rows)]:
-        raise UserError(
-            f"{path}: no request of the kind {', '.join(missing)}; all three are needed."
-        )
+    for name, kinds in (("harmful", KINDS[:1]), ("harmless", KINDS[1:])):
+        if not any(row["kind"] in kinds for row in rows):
+            raise UserError(
+                f"{path}: no {name} request (kind: {' or '.join(kinds)}). Ranking needs both sides."
+            )
     return rows
 
 

@@ -130,7 +130,7 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):
     [
         ('{"kind": "harmful"}', "line 2: not a request"),
         ('{"kind": "rude", "prompt": "Hello"}', "harmful, ordinary, borderline"),
-        ('{"kind": "harmful", "prompt": "Hello"}', "no request of the kind ordinary"),
+        ('{"kind": "ordinary", "prompt": "Hello"}', "no harmful request"),
     ],
 )
 def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
