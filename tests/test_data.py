@@ -120,8 +120,17 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
     assert len({r["area"] for r in harmful}) >= 9
     for group, chosen_refuses in ((harmful, True), (benign, False)):
         right = sum(is_refusal(r["chosen"]) == chosen_refuses for r in group)
-        wrong = sum(is_refusal(r["rejected"]) == chosen_refuses for r in group)
-        assert right / len(group) > 0.98 and wrong / len(group) < 0.02
+        # A question about a disease may have an answer in circles as the rejected one
+        # (tests/test_embedded.py); every other rejected answer is of the other kind.
+        others = [
+            r
+            for r in group
+            if r["dataset"] != "disease_preferences"
+            or r["rejected"].split()[:2] != r["chosen"].split()[:2]
+        ]
+        wrong = sum(is_refusal(r["rejected"]) == chosen_refuses for r in others)
+        assert len(others) > len(group) / 2
+        assert right / len(group) > 0.98 and wrong / len(others) < 0.02
 
 
 def test_test_rows_hold_areas_and_wordings_of_harm_that_training_has_not(embedded):
