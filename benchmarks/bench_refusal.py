@@ -55,7 +55,11 @@ def margins(model, tokenizer, prompts: list[str], batch_size: int = 40):
 
 
 def read_requests(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of requests. Raises ``UserError`` for a line that is none."""
+    """The rows of a file of requests. Raises ``UserError`` for no file, or a line that is none."""
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file. --requests takes JSON lines with `kind` and `prompt`."
+        )
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

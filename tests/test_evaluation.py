@@ -137,6 +137,10 @@ def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
     path = tmp_path / "requests.jsonl"
     path.write_text('{"kind": "borderline", "prompt": "Hello"}\n' + line, encoding="utf-8")
     assert told in fail(2, ROOT / "benchmarks/bench_refusal.py", "none", "--requests", path)
+    missing = tmp_path / "none.jsonl"
+    assert "no such file" in fail(
+        2, ROOT / "benchmarks/bench_refusal.py", "none", "--requests", missing
+    )
 
 
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
