@@ -265,7 +265,7 @@ def test_requests_to_choose_by_are_not_trained_on(pairs: list[PreferencePair]) -
     for prompt in prompts:
         words = set(prompt.split())
         nearest = max(len(words & other) / len(words | other) for other in known)
-        assert nearest <= 0.6, prompt
+        assert nearest < 0.6, prompt
 
 
 def test_keywords_stand_on_both_sides(pairs: list[PreferencePair]) -> None:
