@@ -241,14 +241,20 @@ def test_a_task_in_the_imperative_is_no_cue(pairs: list[PreferencePair], verb: s
     assert kinds["harmful"] >= 20 and harmless / kinds.total() > 1 / 3, kinds
 
 
-def test_requests_to_choose_by_are_not_trained_on(pairs: list[PreferencePair]) -> None:
-    """benchmarks/requests.jsonl: three kinds, nothing usable, and no wording of the catalogue."""
-    lines = (ROOT / "benchmarks/requests.jsonl").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("name", "harmful_rows", "ordinary_rows", "borderline_rows"),
+    [("requests.jsonl", 150, 90, 90), ("requests_blind.jsonl", 110, 80, 79)],
+)
+def test_requests_of_another_hand_are_not_trained_on(
+    name: str, harmful_rows: int, ordinary_rows: int, borderline_rows: int
+) -> None:
+    """Three kinds, nothing usable, and no wording of the catalogue."""
+    lines = (ROOT / "benchmarks" / name).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert Counter(row["kind"] for row in rows) == {
-        "harmful": 150,
-        "ordinary": 90,
-        "borderline": 90,
+        "harmful": harmful_rows,
+        "ordinary": ordinary_rows,
+        "borderline": borderline_rows,
     }
     assert {r["area"] for r in rows if r["kind"] == "harmful"} == TRAINED_AREAS | HELD_OUT_AREAS
     prompts = [normalised(row["prompt"]) for row in rows]
