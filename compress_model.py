@@ -64,7 +64,7 @@ def main() -> None:
     from liteguard.export import bundle, merge, outputs, tflite, tokenizer, verify
 
     tflite.check_recipe(section.quantize)
-    base, _ = sources.base_model(config)
+    base, revision = sources.base_model(config)
     architecture = models.model_config(config)[2]
     identity = models.base_identity(base, architecture)
     if identity != record["base_identity"]:
@@ -94,7 +94,7 @@ def main() -> None:
         return
     tflite.require_resources(*needed)
     output.parent.mkdir(parents=True, exist_ok=True)
-    work = outputs.start_work(output, inputs, args.overwrite)
+    work = outputs.start_work(output, inputs)
 
     # 3. Work
     timings, peaks = {}, {}
@@ -118,7 +118,10 @@ def main() -> None:
 
     def make_merged():
         shutil.rmtree(merged, ignore_errors=True)
-        facts = {"merge": merge.merge_adapter(base, source, merged, config.prompt)}
+        trusted = config.model.trust_remote_code
+        facts = {
+            "merge": merge.merge_adapter(base, source, merged, config.prompt, revision, trusted)
+        }
         vocabulary = tokenizer.build_sentencepiece(merged, sentencepiece)
         # Tokens that the device cannot show as text must never be written.
         silenced = vocabulary.silenced, vocabulary.single_bytes

@@ -126,14 +126,18 @@ def open_work(
 ) -> Path | None:
     """Prepare to make `output` from `inputs`; None when it is already finished from the same.
 
-    The work directory may hold interrupted work from the same inputs, to be resumed. Raises
-    UserError, naming what changed, when a finished or interrupted output has other inputs.
+    The work directory may hold interrupted work from the same inputs, to be resumed, with
+    `overwrite` as well: that replaces a finished output, and interrupted work of other inputs.
+    Raises UserError, naming what changed, when either is there without it.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
     work = work_directory(output)
-    if overwrite:
+    begun = begun_from(work)
+    if begun is None or (overwrite and begun != inputs):
+        # Without its inputs nobody knows what it was the work of: a kill while it was deleted.
         shutil.rmtree(work, ignore_errors=True)
-    elif output.exists():
+        begun = None
+    if not overwrite and output.exists():
         if not output.is_dir() or (not (output / record).exists() and any(output.iterdir())):
             raise UserError(
                 f"{output} exists and was not written by LiteGuard. Choose another --output, or "
@@ -158,12 +162,8 @@ def open_work(
                 + "\n".join(changes)
                 + "\nChoose another --output, or pass --overwrite to replace it."
             )
-    if (work / INPUTS).exists():
-        try:
-            old = json.loads((work / INPUTS).read_text(encoding="utf-8"))
-        except ValueError:
-            old = {}
-        changes = describe_changes(old, inputs)
+    if begun is not None:
+        changes = describe_changes(begun, inputs)
         if changes:
             raise UserError(
                 f"Interrupted work in {work} was started from other inputs and cannot be resumed:\n"
@@ -173,6 +173,14 @@ def open_work(
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / INPUTS, inputs)
     return work
+
+
+def begun_from(work: Path) -> dict[str, Any] | None:
+    """The inputs of interrupted work; None where they are not known."""
+    try:
+        return json.loads((work / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def publish(

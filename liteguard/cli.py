@@ -14,7 +14,7 @@ from typing import Any
 
 from liteguard import config as configuration
 from liteguard import distributed
-from liteguard.errors import LiteGuardError
+from liteguard.errors import LiteGuardError, UserError
 
 # Libraries that print banners or reach out when imported; set before any of them is.
 QUIET = {
@@ -49,7 +49,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="check everything, print it, do not do the work"
     )
     result.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output or unfinished work"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output, or unfinished work of other settings",
     )
     return result
 
@@ -84,6 +86,15 @@ def resolve_config(
     for setting in args.settings:
         layers.append(("--set", configuration.parse_setting(setting)[1]))
     return configuration.build(layers)
+
+
+def output_directory(name: str) -> Path:
+    """The directory of that name, which need not exist. Raises UserError if it cannot be one."""
+    path = Path(name)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file, and a directory is needed there.")
+    return path
 
 
 def _relative(path: Path) -> Path:

@@ -171,7 +171,9 @@ class DomainSection(TrainSection):
     lora_rank: int = Field(32, ge=1)
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: Literal["none"] = Field(
+        "none", description="Stage 3 holds two adapters, which PEFT allows without biases only."
+    )
     lora_targets: list[str] | Literal["all"] = Field(
         "all", description="'all' attention and FFN layers of the loaded model, or layer names."
     )

@@ -53,7 +53,13 @@ def choose_dtype(requested: str, architecture: str) -> tuple[torch.dtype, str]:
     return torch.float32, "this CPU has no bf16 units"
 
 
-def load_tokenizer(directory: str, prompt: Prompt, embedding_rows: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: str,
+    prompt: Prompt,
+    embedding_rows: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
     """Tokenizer whose end, document-end and padding tokens are the prompt's; it adds no BOS.
 
     A missing padding token is added only where the embedding has a spare row for it, so that no
@@ -61,7 +67,9 @@ def load_tokenizer(directory: str, prompt: Prompt, embedding_rows: int) -> PreTr
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory, revision=revision, trust_remote_code=trust_remote_code
+    )
     for role in ("end_token", "document_end_token"):
         token = getattr(prompt, role)
         if token not in tokenizer.get_vocab():
@@ -121,8 +129,9 @@ def count_parameters(architecture: Any) -> int:
 
 def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with the configured prompt's tokens; no weights are loaded."""
-    directory, _, loaded = model_config(config)
-    return load_tokenizer(directory, config.prompt, loaded.vocab_size)
+    directory, revision, loaded = model_config(config)
+    trusted = config.model.trust_remote_code
+    return load_tokenizer(directory, config.prompt, loaded.vocab_size, revision, trusted)
 
 
 def base_identity(directory: str, loaded_config: Any) -> str:
@@ -289,8 +298,9 @@ def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         dtype, _ = choose_dtype("auto", loaded.model_type)
     model = load_base(config, directory, revision, dtype, quantize=False)
+    source = (str(adapter), None) if adapter else (directory, revision)
     tokenizer = load_tokenizer(
-        str(adapter) if adapter else directory, config.prompt, loaded.vocab_size
+        source[0], config.prompt, loaded.vocab_size, source[1], config.model.trust_remote_code
     )
     if adapter:
         model = load_adapter(model, adapter, trainable=False).merge_and_unload()

@@ -62,6 +62,32 @@ def steps_of_tokens(
     return found
 
 
+def steps_of_groups(
+    order: Iterator[int], lengths: np.ndarray, capacity: int, groups: int, steps: int
+) -> list[list[int]]:
+    """The rows of each optimizer step, as many as `spread` fits into `groups` of `capacity` tokens.
+
+    A step has a row for every group at least, because no row is longer than `capacity`.
+    """
+    found: list[list[int]] = []
+    waiting = next(order)
+    for _ in range(steps):
+        step, total = [], 0
+        while True:
+            step, total = [*step, waiting], total + int(lengths[waiting])
+            waiting = next(order)
+            if total + lengths[waiting] > groups * capacity:
+                break
+            # In the first half they always fit: a row that joins others is no longer than any of
+            # them, so neither it nor the shortest group is longer than half of `capacity`.
+            if total + lengths[waiting] > groups * capacity // 2:
+                sizes = [int(lengths[row]) for row in (*step, waiting)]
+                if max(sum(sizes[i] for i in g) for g in spread(sizes, groups)) > capacity:
+                    break
+        found.append(step)
+    return found
+
+
 def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Indices of `lengths` spread over `count` groups of about equal sums.
 

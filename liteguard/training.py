@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,25 @@ class Stage:
         return self.section.quantization or self.config.model.quantization
 
 
+def check_trainer(name: str, config: Config) -> None:
+    """Raise UserError for what the trainer would refuse only after the model is loaded."""
+    import torch
+    from transformers.training_args import OptimizerNames
+
+    optimizer, known = getattr(config, name).optimizer, [member.value for member in OptimizerNames]
+    if optimizer not in known:
+        raise UserError(
+            f"{name}.optimizer = {optimizer!r} is none of transformers' optimizers. Allowed: "
+            + ", ".join(known)
+        )
+    if torch.cuda.device_count() > 1 and distributed.world_size() == 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process. Use one of them with "
+            f"CUDA_VISIBLE_DEVICES=0 python train_{name}.py ..., or all with\n"
+            f"accelerate launch --config_file configs/accelerate/ddp.yaml train_{name}.py ..."
+        )
+
+
 @distributed.main_first
 def plan(
     name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
@@ -78,6 +98,7 @@ def plan(
             f"Run: pip install {' '.join(missing)}"
         )
     distributed.accumulation(getattr(config, name).gradient_accumulation, name)
+    check_trainer(name, config)
     directory, revision, loaded = models.model_config(config)
     manifest = datasets.read_manifest(data_dir)
     identity = models.base_identity(directory, loaded)
@@ -109,6 +130,7 @@ def plan(
         "parent": parent_hash,
         "quantization": storage,
         "compute_dtype": config.model.compute_dtype,
+        "context_length": config.model.context_length,  # bounds max_length
         **{
             f"data/{s}": manifest["files"].get(f"{part}/{s}.jsonl") for s in ("train", "validation")
         },
@@ -135,6 +157,8 @@ def load_tokenizer(stage: Stage) -> Any:
         str(stage.parent or stage.base_directory),
         stage.config.prompt,
         stage.architecture.vocab_size,
+        None if stage.parent else stage.base_revision,
+        stage.config.model.trust_remote_code,
     )
 
 
@@ -212,9 +236,17 @@ def feed(stage: Stage, tokenizer: Any, train: tokens.TokenRows, held_out: tokens
         steps = packing.steps_of_rows(order, rows_per_step, section.max_steps)
     processes = distributed.world_size()
     if section.packing:
-        batches, count = packing.micro_batches(
-            steps, lengths, micro_batch_tokens(stage, lengths), processes
-        )
+        capacity = micro_batch_tokens(stage, lengths)
+        try:
+            batches, count = packing.micro_batches(steps, lengths, capacity, processes)
+        except UserError:
+            if stage.name != "domain":
+                raise
+            # Long texts that fill a micro-batch alone: fewer of them a step.
+            order = packing.repeat_order(len(train), section.seed, shuffle_first=True)
+            groups = max(budget // capacity // processes, 1) * processes
+            steps = packing.steps_of_groups(order, lengths, capacity, groups, section.max_steps)
+            batches, count = packing.micro_batches(steps, lengths, capacity, processes)
     else:
         batches, count = packing.padded_micro_batches(steps, lengths, section.batch_size, processes)
     sizes = np.array([[lengths[b].sum(), len(b) * lengths[b].max()] for b in batches])
@@ -291,7 +323,15 @@ def render_preferences(
     """
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
+    unknown = {*config.safety.kind_weights} - {row.get("kind") for row in rows}
+    if unknown and part == "train":
+        raise UserError(
+            f"safety.kind_weights names {', '.join(map(repr, sorted(unknown)))}, and no preference "
+            f"pair is of that kind. Kinds in the data: "
+            + ", ".join(sorted({str(row.get("kind")) for row in rows}))
+        )
     kept, lost = [], 0
+    kinds: Counter[str] = Counter()
     for row in balanced(rows, "kind", limit, config.safety.kind_weights):
         rendered = {
             "prompt": prompt.render_question(row["prompt"]),
@@ -303,11 +343,15 @@ def render_preferences(
             lost += 1
         else:
             kept.append(rendered)
+            kinds[str(row.get("kind"))] += 1
     if lost > 0.01 * (lost + len(kept)):
         raise UserError(
             f"{lost} of {lost + len(kept)} {part} preference pairs are longer than "
             f"safety.max_length = {length} tokens. Raise it or shorten the answers."
         )
+    # A kind that runs out leaves its turns to the others, so the shares may not be those asked for.
+    shares = ", ".join(f"{kind} {n:,} ({n / len(kept):.0%})" for kind, n in kinds.most_common())
+    print(f"{part} pairs: {shares}")
     return kept
 
 
@@ -504,9 +548,10 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
 
     section = stage.section
     dtype, _ = models.choose_dtype(stage.config.model.compute_dtype, stage.architecture.model_type)
-    # load_best_model_at_end wants every evaluation to have a checkpoint.
-    save_steps = max(section.save_steps // section.eval_steps, 1) * section.eval_steps
+    # The best of the evaluated steps is published, so every one of them has a checkpoint. Those of
+    # `save_steps` come on top (Guard).
     evaluates = section.eval_steps <= section.max_steps
+    save_steps = section.eval_steps if evaluates else section.save_steps
     return {
         "output_dir": str(stage.work / "trainer"),
         "learning_rate": section.learning_rate,
@@ -529,7 +574,7 @@ def trainer_arguments(stage: Stage) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": save_steps,
         "save_total_limit": section.save_total_limit,
-        "load_best_model_at_end": evaluates and save_steps <= section.max_steps,
+        "load_best_model_at_end": evaluates,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "report_to": [],  # see tracking.py
@@ -569,6 +614,8 @@ def callbacks(stage: Stage) -> list[Any]:
                 raise _not_finite(stage, f"a gradient in step {state.global_step + 1}")
 
         def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % section.save_steps == 0:
+                control.should_save = True
             if arguments["load_best_model_at_end"] and state.global_step == state.max_steps:
                 # The best checkpoint is chosen among those that were evaluated and saved.
                 control.should_evaluate = control.should_save = True
@@ -576,25 +623,56 @@ def callbacks(stage: Stage) -> list[Any]:
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             if not math.isfinite(metrics.get("eval_loss", 0.0)):
                 raise _not_finite(stage, f"the validation loss of step {state.global_step}")
-            limit = getattr(section, "chosen_drop_limit", None)
-            if limit is None or "eval_rewards/chosen" not in metrics:
-                return
-            # A reward is beta times the log-probability's distance from the reference.
-            drop = -metrics["eval_rewards/chosen"] / section.beta
-            if drop > limit:
+            if unlearns(section, metrics):
                 print(
                     f"  {stage.name}: stopped at step {state.global_step}: the chosen answers have "
-                    f"lost {drop:.1f} nats on validation rows (safety.chosen_drop_limit = {limit}),"
-                    " so this checkpoint is not kept as the best. Lower safety.learning_rate, or "
-                    "raise safety.sft_weight."
+                    f"lost {_chosen_drop(section, metrics):.1f} nats on validation rows "
+                    f"(safety.chosen_drop_limit = {section.chosen_drop_limit}), so this checkpoint "
+                    "is not kept as the best. Lower safety.learning_rate, or raise "
+                    "safety.sft_weight."
                 )
                 metrics["eval_loss"] = math.inf  # the trainer compares it right after this
                 control.should_training_stop = True
 
+    class Patience(EarlyStoppingCallback):
+        """Early stopping that a resumed run goes on counting for."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.early_stopping_patience_counter = evaluations_since_best(state.log_history)
+
     result: list[Any] = [Guard()]
     if section.early_stopping_patience and arguments["load_best_model_at_end"]:
-        result.append(EarlyStoppingCallback(section.early_stopping_patience))
+        result.append(Patience(section.early_stopping_patience))
     return result
+
+
+def _chosen_drop(section: TrainSection, metrics: dict[str, float]) -> float:
+    """Nats that the chosen answers have lost: a reward is beta times the distance from the
+    reference in log-probability."""
+    return -metrics["eval_rewards/chosen"] / section.beta
+
+
+def unlearns(section: TrainSection, metrics: dict[str, float]) -> bool:
+    """Whether an evaluation of stage 3 is past `safety.chosen_drop_limit`."""
+    limit = getattr(section, "chosen_drop_limit", None)
+    if limit is None or "eval_rewards/chosen" not in metrics:
+        return False
+    return _chosen_drop(section, metrics) > limit
+
+
+def evaluations_since_best(history: list[dict[str, float]]) -> int:
+    """How many evaluations of a trainer's log have passed since the lowest `eval_loss`."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def stopped_early(section: TrainSection, history: list[dict[str, float]]) -> bool:
+    """Whether the trainer had stopped before its last step when it wrote this log."""
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    patience = section.early_stopping_patience
+    tired = bool(patience) and evaluations_since_best(history) >= patience
+    return bool(evaluations) and (tired or unlearns(section, evaluations[-1]))
 
 
 def _not_finite(stage: Stage, what: str) -> WorkError:
@@ -764,9 +842,21 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
     if resume:
         print(f"resuming from {resume.name}")
     started, first = time.monotonic(), int(resume.name.rsplit("-", 1)[1]) if resume else 0
+    if resume:
+        state = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))
+        if stopped_early(stage.section, state["log_history"]):
+            trainer.args.max_steps = first  # killed between its end and publishing
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds, last = time.monotonic() - started, trainer.state.global_step
     history = trainer.state.log_history
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    best = trainer.state.best_model_checkpoint
+    if not best and evaluated and unlearns(stage.section, evaluated[-1]):
+        raise WorkError(
+            f"{stage.name}: no evaluated checkpoint is within safety.chosen_drop_limit, so nothing "
+            f"was published. Lower safety.learning_rate (now {stage.section.learning_rate:g}) or "
+            "raise safety.sft_weight, and pass --overwrite."
+        )
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     seen, supervised, padding = (

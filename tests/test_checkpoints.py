@@ -52,6 +52,27 @@ def test_overwriting_keeps_the_old_result_until_the_new_one_is_whole(tmp_path):
     assert (output / "adapter_model.safetensors").read_text() == "new"
 
 
+def test_overwriting_goes_on_where_a_kill_left_it(tmp_path):
+    """The command with --overwrite is the one that an interrupted run is resumed with."""
+    output, work = make(tmp_path, "old")
+    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    changed = {"stage": "domain", "rate": 2}
+    work = checkpoints.open_work(output, changed, overwrite=True)
+    (work / "trainer").mkdir()
+    assert (checkpoints.open_work(output, changed, overwrite=True) / "trainer").is_dir()
+    changed["rate"] = 3
+    assert not (checkpoints.open_work(output, changed, overwrite=True) / "trainer").exists()
+
+
+def test_work_of_unknown_inputs_is_not_resumed(tmp_path):
+    """A kill while it was being deleted can leave a trainer's checkpoint without inputs.json."""
+    output, work = make(tmp_path)
+    left = work / "left"
+    left.mkdir()
+    (work / checkpoints.INPUTS).unlink()
+    assert checkpoints.open_work(output, {"stage": "domain"}) == work and not left.exists()
+
+
 def test_foreign_and_damaged_directories_are_left_alone(tmp_path):
     foreign = tmp_path / "out"
     foreign.mkdir()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from liteguard.errors import UserError, WorkError
 from liteguard.export import bundle, merge, tflite, tokenizer, verify
@@ -248,6 +253,45 @@ def test_merged_model_computes_what_base_and_adapter_compute(phi_base, tmp_path)
         question, add_generation_prompt=True, tokenize=False
     ) == PROMPT.render_question("What is asthma?")
     assert not list(tmp_path.glob(".*partial")), "nothing half-written stays behind"
+
+
+MERGE = """
+import sys
+from pathlib import Path
+from liteguard.export import merge
+from liteguard.prompts import Prompt
+adapter, output, prompt, commit = sys.argv[1:]
+prompt = Prompt.model_validate_json(prompt)
+merge.merge_adapter("team/tiny", Path(adapter), Path(output), prompt, commit)
+"""
+
+
+def test_the_pinned_revision_is_merged(phi_base, tmp_path) -> None:
+    """A hub id with two commits in the local cache: the adapter belongs to the older one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "hub" / "models--team--tiny"
+    commits = {"0" * 40: 0.0, "1" * 40: 1.0}
+    for commit, shift in commits.items():
+        shutil.copytree(phi_base, folder / "snapshots" / commit)
+        file = folder / "snapshots" / commit / "model.safetensors"
+        weights = load_file(file)
+        weights["lm_head.bias"] = weights["lm_head.bias"] + shift
+        save_file(weights, file, metadata={"format": "pt"})
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1" * 40)
+    adapter = _adapter(phi_base, tmp_path / "adapter", trained=True)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    biases = []
+    for number, commit in enumerate(commits):
+        output = tmp_path / f"merged{number}"
+        command = [sys.executable, "-c", MERGE, adapter, output, PROMPT.model_dump_json(), commit]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True)
+        biases.append(load_file(output / "model.safetensors")["lm_head.bias"].float())
+    torch.testing.assert_close(
+        biases[1] - biases[0], torch.ones_like(biases[0]), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_an_adapter_that_changes_nothing_is_an_error(phi_base, tmp_path) -> None:

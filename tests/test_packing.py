@@ -199,6 +199,31 @@ def test_steps_of_tokens_fill_the_budget_and_cut_nothing():
     ]
 
 
+def test_long_texts_fit_one_row_a_micro_batch():
+    """Articles cut into pieces of 2,048 tokens, one piece a micro-batch (the 8 GB settings)."""
+    generator = np.random.default_rng(0)
+    lengths = []
+    for article in generator.integers(500, 4500, 400):
+        lengths += [2048] * (article // 2048) + [article % 2048 or 2048]
+    lengths = np.array(lengths)
+    order = packing.repeat_order(len(lengths), 0, shuffle_first=True)
+    steps = packing.steps_of_tokens(order, lengths, 16 * 2048, 200)
+    with pytest.raises(UserError, match="cannot be spread"):
+        packing.micro_batches(steps, lengths, 2048)
+    order = packing.repeat_order(len(lengths), 0, shuffle_first=True)
+    steps = packing.steps_of_groups(order, lengths, 2048, 16, 200)
+    batches, count = packing.micro_batches(steps, lengths, 2048)
+    assert count == 16 and len(batches) == 16 * 200
+    assert max(lengths[batch].sum() for batch in batches) <= 2048
+    # Nothing is left out: the steps hold the rows of the order, one after the other.
+    order = packing.repeat_order(len(lengths), 0, shuffle_first=True)
+    assert [row for step in steps for row in step] == [
+        next(order) for _ in range(sum(map(len, steps)))
+    ]
+    filled = sum(lengths[step].sum() for step in steps) / (200 * 16 * 2048)
+    assert filled > 0.85
+
+
 def test_collator_masks_prompts_and_padding():
     rows = rows_of([4, 6], prompts=[2, 1])
     found = packing.Collator({"train": rows}, pad_id=99)([{"part": "train", "rows": [0, 1]}])

@@ -359,6 +359,54 @@ def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path
         assert math.isinf(metrics["eval_loss"]) is stops, "it must not be kept as the best"
 
 
+def test_answers_lost_at_the_first_evaluation_publish_nothing(pipeline, tmp_path):
+    """What the guard has just rejected is not the result."""
+    output = tmp_path / "lost"
+    command = (ROOT / "train_safety.py", "--checkpoint", "instruction_checkpoint", "--output")
+    hot = ("--set", "safety.learning_rate=0.05", "--set", "safety.chosen_drop_limit=0.5")
+    message = fail(1, *command, output, *hot, cwd=pipeline)
+    assert "nothing was published" in message and "safety.learning_rate (now 0.05)" in message
+    assert not output.exists()
+
+
+def test_a_killed_run_stops_early_where_it_would_have(pipeline, tiny_config, tmp_path):
+    """Steps too small to change anything: the first evaluation stays the best, and after three
+    more the run ends, wherever it was killed."""
+    output = tmp_path / "early"
+    command = [str(ROOT / "train_domain.py"), "--config", str(tiny_config), "--output", str(output)]
+    settings = {"learning_rate": "1e-30", "eval_steps": 1, "save_steps": 1, "max_steps": 8}
+    for name, value in settings.items():
+        command += ["--set", f"domain.{name}={value}"]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=pipeline,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.strip().startswith("domain 3/8"):
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    succeed(*command, cwd=pipeline)
+    found = record(output)["metrics"]
+    assert found["resumed_from"] and found["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("safety.optimizer=adamw_tourch", "Allowed: adamw_torch"),
+        ("safety.kind_weights={harmfull: 2}", "Kinds in the data: harmful, ordinary"),
+    ],
+)
+def test_misspelt_names_are_a_users_mistake(pipeline, tmp_path, setting, says):
+    command = (ROOT / "train_safety.py", "--checkpoint", "instruction_checkpoint", "--output")
+    message = fail(2, *command, tmp_path / "x", "--set", setting, cwd=pipeline)
+    assert says in message and not (tmp_path / "x").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(pipeline, tmp_path):
     output = tmp_path / "hot"
     command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--output")

@@ -105,6 +105,21 @@ def test_kinds_take_turns_by_their_weights():
     assert len(everything) == 60 and len({(r["kind"], r["n"]) for r in everything}) == 60
 
 
+def test_evaluations_without_improvement_are_counted_from_the_log():
+    history = [{"loss": 3.0}, *({"eval_loss": loss} for loss in (2.0, 1.5, 1.5, 1.7))]
+    assert training.evaluations_since_best(history) == 2
+    assert training.evaluations_since_best(history[:3]) == 0
+    assert training.evaluations_since_best([]) == 0
+    for patience, stopped in ((2, True), (3, False), (0, False)):
+        section = SimpleNamespace(early_stopping_patience=patience)
+        assert training.stopped_early(section, history) is stopped
+    # 0.1 is beta: 31 nats of 30 are lost, so the run was stopped by the guard.
+    section = SimpleNamespace(early_stopping_patience=0, chosen_drop_limit=30.0, beta=0.1)
+    lost = [*history, {"eval_loss": 0.1, "eval_rewards/chosen": -3.1}]
+    assert training.stopped_early(section, lost)
+    assert not training.stopped_early(section, [*lost, {"eval_loss": 0.1}])
+
+
 def test_a_process_does_not_report_its_parents_peak():
     """`getrusage` in a new process goes on with the peak of the one that started it."""
     ballast = bytearray(1_500_000_000)

@@ -85,7 +85,12 @@ def _fingerprints(model: PreTrainedModel) -> dict[str, tuple[float, float]]:
 
 
 def merge_adapter(
-    base_dir: Path | str, adapter_dir: Path | None, output_dir: Path, prompt: Prompt
+    base_dir: Path | str,
+    adapter_dir: Path | None,
+    output_dir: Path,
+    prompt: Prompt,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and save the result as 16-bit safetensors with a tokenizer.
 
@@ -94,6 +99,8 @@ def merge_adapter(
         adapter_dir: PEFT adapter; None saves the base itself with the prompt's special tokens.
         output_dir: written beside itself first; appears complete or not at all.
         prompt: gives stop tokens (`generation_config.eos_token_id`), pad token, chat template.
+        revision: commit, tag or branch of a hub id: the one that the adapter was trained on.
+        trust_remote_code: as `model.trust_remote_code`.
 
     Returns:
         ``dtype``, ``parameters``, ``changed_tensors``, ``largest_weight``, ``largest_delta``
@@ -118,14 +125,17 @@ def merge_adapter(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} exists already; choose another directory or remove it")
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        str(adapter_dir if _has_tokenizer(adapter_dir) else base_dir)
+    base = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(str(adapter_dir))
+        if _has_tokenizer(adapter_dir)
+        else transformers.AutoTokenizer.from_pretrained(str(base_dir), **base)
     )
     ids = special_token_ids(tokenizer, prompt)
-    config = transformers.AutoConfig.from_pretrained(str(base_dir))
+    config = transformers.AutoConfig.from_pretrained(str(base_dir), **base)
     declared = getattr(config, "dtype", None)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(base_dir), dtype=torch.float32, low_cpu_mem_usage=True
+        str(base_dir), dtype=torch.float32, low_cpu_mem_usage=True, **base
     )
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())

@@ -17,6 +17,12 @@ def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
     if not any(path.exists() for path in bundles):
         return False
     for output in bundles:
+        if not output.exists():
+            made = next(path for path in bundles if path.exists())
+            raise UserError(
+                f"{made} was made without {output.name}. Choose another --output for both, or pass "
+                "--overwrite to convert again."
+            )
         record_path = output.with_name(f"{output.name}.json")
         try:
             record = json.loads(record_path.read_text(encoding="utf-8"))
@@ -24,11 +30,9 @@ def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
         except (OSError, ValueError, KeyError):
             whole = False
         if not whole:
-            missing = not output.exists()
             raise UserError(
-                f"{output} {'is missing' if missing else 'exists'}, but is not a bundle that "
-                f"{record_path.name} describes. Choose another --output, or pass --overwrite to "
-                "replace what is there."
+                f"{output} exists, but is not a bundle that {record_path.name} describes. Choose "
+                "another --output, or pass --overwrite to replace what is there."
             )
         changes = checkpoints.describe_changes(record["inputs"], json.loads(json.dumps(inputs)))
         if changes:
@@ -40,19 +44,18 @@ def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
     return True
 
 
-def start_work(output: Path, inputs: dict[str, Any], overwrite: bool) -> Path:
+def start_work(output: Path, inputs: dict[str, Any]) -> Path:
     """The work directory; what an interrupted run left there is kept if its inputs were these.
 
     Other tolerances of the proof change no file, so they do not count.
     """
     work = checkpoints.work_directory(output)
-    known = work / checkpoints.INPUTS
     made_of = {k: v for k, v in inputs.items() if not k.startswith("compress.verify.")}
     inputs = json.loads(json.dumps(made_of))
-    if overwrite or not known.is_file() or json.loads(known.read_text()) != inputs:
+    if checkpoints.begun_from(work) != inputs:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        checkpoints.write_json(known, inputs)
+        checkpoints.write_json(work / checkpoints.INPUTS, inputs)
     return work
 
 
