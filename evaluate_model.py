@@ -35,7 +35,7 @@ from liteguard import checkpoints, cli, datasets, public_benchmarks, sources
 from liteguard.errors import UserError
 
 # Changes when a result of an older version lacks what this one reads.
-FORMAT = 4
+FORMAT = 5
 
 
 def parse_args():
@@ -61,6 +61,8 @@ def main() -> None:
     if args.compare:
         compare(args)
         return
+    if args.markdown or args.json:
+        raise UserError("--markdown and --json write a comparison: they need --compare RESULT ...")
     records = {path: checkpoints.read_stage(Path(path)) for path in args.checkpoint}
     if args.bundle:
         records[args.bundle] = read_bundle_record(Path(args.bundle))
@@ -73,40 +75,39 @@ def main() -> None:
             raise UserError(f"{path} was made with another prompt than the configuration in use.")
     if args.limit is not None:
         config = evaluate_fewer(config, args.limit)
+    targets = targets_by_label(args.base, records)
+    output = cli.output_directory(args.output)
     cli.print_config(config, "evaluate")
 
     # 2. Inputs
-    from liteguard import evaluation, llm_judge
+    from liteguard import evaluation, llm_judge, models
 
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
+    base = None
+    if args.base or args.checkpoint:  # a bundle needs no base model
+        directory, _ = sources.base_model(config)
+        base = models.base_identity(directory, models.model_config(config)[2])
+    for path, record in records.items():
+        if base not in (None, record.get("base_identity") or record["inputs"]["base"]):
+            raise UserError(f"{path} was trained on another base model than {config.model.name}.")
     data_dir = Path(args.data or (parent["data_dir"] if parent else f"data/{config.model_type}"))
     rows = evaluation.held_out(config, data_dir, everything=args.full)
     manifest = datasets.read_manifest(data_dir)
     counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
     print(f"{config.evaluate.split} rows: {counts}")
-    targets = ([("base", None)] if args.base else []) + [
-        (record["stage"] if record["stage"] != "safety" else "final", path)
-        for path, record in records.items()
-    ]
-    if args.dry_run:
-        print(
-            f"would measure: {', '.join(label for label, _ in targets)}\ndry run: nothing written"
-        )
-        return
-
-    # 3. Work
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    results, leaks = {}, None
     split = f"{config.evaluate.split}.jsonl"
-    for label, path in targets:
-        trained_on = evaluation.training_dirs(data_dir, records.get(path))
-        inputs = {
+    inputs, trained_on = {}, {}
+    for label, path in targets.items():
+        trained_on[label] = evaluation.training_data(data_dir, records.get(path))
+        directories, unchecked = trained_on[label]
+        inputs[label] = {
             "format": FORMAT,
             "model": records[path]["files"] if path else config.model.model_dump(),
+            "base": None if path == args.bundle and path else base,
             "rows": {n: h for n, h in manifest["files"].items() if n.endswith(split)},
-            "trained_on": [evaluation.train_files(directory) for directory in trained_on],
+            "trained_on": [evaluation.train_files(directory) for directory in directories],
+            "unchecked": unchecked,
             # The batch size may be lowered after a crash for lack of memory.
             "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
             "counts": {name: len(found) for name, found in rows.items()},
@@ -115,25 +116,37 @@ def main() -> None:
             else None,
             "prompt": config.prompt.model_dump(),
         }
+        if args.limit is not None and not args.overwrite:
+            keep_longer_runs(output, label, inputs[label])
+    if args.dry_run:
+        print(f"would measure: {', '.join(targets)}\ndry run: nothing written")
+        return
+
+    # 3. Work
+    output.mkdir(parents=True, exist_ok=True)
+    results, leaks = {}, {}
+    for label, path in targets.items():
         file = output / f"{label}.json"
-        results[label] = None if args.overwrite else reuse(file, inputs)
+        results[label] = None if args.overwrite else reuse(file, inputs[label])
         if results[label]:
             print(f"{label}: {file} is up to date: reused")
             continue
         print(f"{label}: measuring {path or config.model.name}")
-        journal = evaluation.Journal(output / f"{label}.partial.jsonl", inputs, args.overwrite)
+        journal = evaluation.Journal(output / f"{label}.partial.jsonl", inputs[label])
         source = partial(evaluation.open_answerer, config, Path(path) if path else None)
         evaluation.collect(source, config, rows, journal)
         evaluation.ask_judge(config, rows, journal)
-        if leaks is None or trained_on != leaks[0]:
+        directories, unchecked = trained_on[label]
+        key = tuple(directories)
+        if key not in leaks:
             everything = evaluation.held_out(config, data_dir, everything=True)
-            leaks = trained_on, evaluation.contamination(everything, rows, trained_on)
+            leaks[key] = evaluation.contamination(everything, rows, directories)
         results[label] = {
             **evaluation.summarise(config, rows, journal),
-            "contamination": leaks[1],
+            "contamination": {**leaks[key], "unchecked": unchecked},
             "cost": evaluation.cost(journal),
             "model": {"name": config.model.name, "path": path, "data_dir": str(data_dir)},
-            "inputs": inputs,
+            "inputs": inputs[label],
         }
         checkpoints.write_json(file, results[label])
         journal.remove()
@@ -150,15 +163,52 @@ def compare(args) -> None:
     """The table, report.html and MODEL_CARD.md of finished results."""
     from liteguard import report
 
-    output = Path(args.output)
+    output = cli.output_directory(args.output)
+    beside = [
+        cli.output_directory(str(Path(file).parent)) for file in (args.markdown, args.json) if file
+    ]
     results = report.read_results(args.compare, output)
     print(report.comparison_text(results))
     if args.dry_run:
         print("dry run: nothing written")
         return
-    output.mkdir(parents=True, exist_ok=True)
+    for directory in (output, *beside):
+        directory.mkdir(parents=True, exist_ok=True)
     written = report.write_report(results, output, args.markdown, args.json)
     print(f"\nwrote {', '.join(map(str, written))}")
+
+
+def targets_by_label(base: bool, records: dict[str, dict]) -> dict[str, str | None]:
+    """Label of a result -> what is measured; the base model has no path."""
+    found: dict[str, str | None] = {"base": None} if base else {}
+    for path, record in records.items():
+        label = "final" if record["stage"] == "safety" else record["stage"]
+        if label in found:
+            raise UserError(
+                f"{found[label]} and {path} would both be written to {label}.json.\n"
+                "Measure them one by one, each with its own --output; --compare takes files."
+            )
+        found[label] = path
+    return found
+
+
+def keep_longer_runs(output: Path, label: str, inputs: dict) -> None:
+    """A quick look must not take the place of a result, or of the answers of a run cut short."""
+    from liteguard import evaluation
+
+    file, journal = output / f"{label}.json", output / f"{label}.partial.jsonl"
+    if reuse(file, inputs):
+        return  # and nothing will be measured
+    if file.is_file():
+        found = file
+    elif evaluation.Journal.begun_from_others(journal, inputs):
+        found = journal
+    else:
+        return
+    raise UserError(
+        f"{found} was measured with other settings, and --limit would replace it.\n"
+        "Choose another --output (quick_look, say), or pass --overwrite."
+    )
 
 
 def evaluate_fewer(config, limit: int):
@@ -182,9 +232,16 @@ def read_bundle_record(bundle: Path) -> dict:
             f"{bundle} or its record {record_path.name} is missing.\n"
             f"Make both with: python compress_model.py --input final_checkpoint --output {bundle}"
         )
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    if checkpoints.sha256_file(bundle) != record["files"][bundle.name]:
-        raise UserError(f"{bundle} is not the file that {record_path.name} describes.")
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        described = record["files"].get(bundle.name), record["inputs"]["base"], record["stage"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{record_path} is damaged ({error!r}).") from None
+    if checkpoints.sha256_file(bundle) != described[0]:
+        raise UserError(
+            f"{bundle} is not the file that {record_path.name} describes. A bundle and its record "
+            "keep the names that compress_model.py gave them."
+        )
     return record
 
 

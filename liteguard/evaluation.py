@@ -17,7 +17,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from liteguard import catalogue, cleaning, datasets, knowledge, llm_judge, metrics, models
+from liteguard import (
+    catalogue,
+    checkpoints,
+    cleaning,
+    datasets,
+    knowledge,
+    llm_judge,
+    metrics,
+    models,
+)
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
@@ -27,6 +36,12 @@ from liteguard.training import balanced, peak_rss_gb
 REQUESTS = ("harmful", "ordinary", "borderline")
 # Sets of questions with reference answers, and what the names of their numbers begin with.
 TIERS = {"questions": "", "seen_questions": "seen_"}
+# What of its data a stage trains on.
+TRAINED_ON = {
+    "domain": "domain/train.jsonl",
+    "instruction": "instruction/train.jsonl",
+    "safety": "preference/train.jsonl",
+}
 # Logits of one scoring batch (128 MB of float32): larger ones are no faster on a CPU.
 LOGITS_PER_BATCH = 2**25
 
@@ -377,13 +392,37 @@ def held_out(
     }
 
 
-def training_dirs(data_dir: Path, record: dict[str, Any] | None) -> list[Path]:
-    """Prepared data that a model saw: the one at hand, and the one its record names if other."""
-    dirs = [data_dir]
-    own = Path(record["data_dir"]) if record else data_dir
-    if (own / "manifest.json").is_file() and train_files(own) != train_files(data_dir):
-        dirs.append(own)
-    return dirs
+def training_data(data_dir: Path, record: dict[str, Any] | None) -> tuple[list[Path], list[str]]:
+    """Prepared data that the stages of a model saw, and what of it cannot be looked at any more.
+
+    Goes from `record` (of a stage or a bundle; None: the base model) through the records of its
+    parents. Returns the directories, `data_dir` first and each with other train splits, and the
+    files that are gone or were made anew since a stage was trained on them.
+    """
+    directories, known, unchecked = [data_dir], [train_files(data_dir)], []
+    while record:
+        if record["stage"] in TRAINED_ON:
+            name, digest = TRAINED_ON[record["stage"]], record["inputs"]["data/train"]
+            own = Path(record["data_dir"])
+            if all(files.get(name) != digest for files in known):
+                files = train_files(own) if (own / "manifest.json").is_file() else {}
+                if files.get(name) == digest:
+                    directories.append(own)
+                    known.append(files)
+                else:
+                    unchecked.append(f"{own / name} ({record['stage']} stage)")
+        path = record["parent"]
+        adapter = record.get("parent_adapter_sha256") or record["inputs"].get("adapter")
+        record = None
+        if path:
+            try:
+                record = checkpoints.read_stage(Path(path))
+            except UserError:
+                unchecked.append(f"what {path} was trained on")
+            else:
+                if record["files"].get("adapter_model.safetensors") != adapter:
+                    unchecked.append(f"what an earlier {path} was trained on")
+    return directories, unchecked
 
 
 def train_files(data_dir: Path) -> dict[str, str]:
@@ -401,7 +440,9 @@ def contamination(
 
     A question is contaminated when a training row has the same one, or 13 words in a row of it; a
     domain text when a training text does (answers are made from texts about the same diseases, so
-    they are not compared). The overlap rule is that of the GPT-3 paper, without set phrases.
+    they are not compared). A public benchmark's question also when a training row holds the whole
+    of it, from 6 words on, or 13 words of the abstract that goes with it. The overlap rule is that
+    of the GPT-3 paper, without set phrases.
 
     Args:
         rows: every row of the split, so that set phrases are known as such.
@@ -413,36 +454,39 @@ def contamination(
     """
     import numpy as np
 
-    size = cleaning.OVERLAP_WORDS
     held = [(name, row) for name, found in rows.items() for row in found]
-    keys = [datasets.match_key(row.get("text") or row["prompt"]) for _, row in held]
-    is_text = [name == "texts" for name, _ in held]
     exact: dict[str, list[int]] = {}
-    for number, key in enumerate(keys):
-        exact.setdefault(key, []).append(number)
+    # (from a domain text?, words in a window) -> [(row, its windows)]
+    looked_for: dict[tuple[bool, int], list[tuple[int, np.ndarray]]] = {}
+    for number, (name, row) in enumerate(held):
+        shortest = cleaning.SHORTEST_WINDOW if name == "knowledge" else cleaning.OVERLAP_WORDS
+        for text in filter(None, (row.get("text") or row["prompt"], row.get("context"))):
+            key = datasets.match_key(text)
+            exact.setdefault(key, []).append(number)
+            words = key.split()
+            size = min(len(words), cleaning.OVERLAP_WORDS)
+            if size >= shortest:
+                own = cleaning.windows(cleaning.word_numbers(words), size)
+                looked_for.setdefault((name == "texts", size), []).append((number, own))
     known = {}
-    for kind in (True, False):
-        long = [
-            n for n, key in enumerate(keys) if is_text[n] == kind and key.count(" ") >= size - 1
-        ]
-        texts = [cleaning.windows(cleaning.word_numbers(keys[n].split()), size) for n in long]
-        hashes, origin = cleaning.distinctive(texts, size)
-        known[kind] = hashes, np.array(long, int)[origin]
+    for kind, found in looked_for.items():
+        hashes, origin = cleaning.distinctive([own for _, own in found], kind[1])
+        known[kind] = hashes, np.array([number for number, _ in found], int)[origin]
     hit: set[int] = set()
     training_rows = 0
     for directory in training_dirs:
         for part, fields in datasets.FIELDS.items():
-            words: list[str] = []
+            words = []
             for row in datasets.load_split(directory, part, "train"):
                 training_rows += 1
-                own = [datasets.match_key(row[field]) for field in fields[:2]]
-                hit.update(exact.get(own[0], ()))
-                for key in own:
+                keys = [datasets.match_key(row[field]) for field in fields[:2]]
+                hit.update(exact.get(keys[0], ()))
+                for key in keys:
                     words += [*key.split(), ""]
-            hashes = cleaning.windows(cleaning.word_numbers(words), size)
-            for kind in (True, False) if part == "domain" else (False,):
-                looked_for, origin = known[kind]
-                hit.update(origin[np.isin(looked_for, hashes)].tolist())
+            numbers = cleaning.word_numbers(words)
+            for (is_text, size), (hashes, origin) in known.items():
+                if part == "domain" or not is_text:
+                    hit.update(origin[np.isin(hashes, cleaning.windows(numbers, size))].tolist())
     found = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
     used = {(name, r.get("text") or r["prompt"]) for name, own in measured.items() for r in own}
     found.sort(key=lambda entry: (entry not in used, entry))
@@ -482,20 +526,19 @@ class Journal:
     Args:
         path: the file; its directory exists.
         inputs: whatever the results depend on, as JSON.
-        overwrite: start over in any case.
     """
 
     # "scores" of texts, "options" of multiple choice, "answers", what an LLM "judged" of them, and
     # facts about "runs".
     PARTS = ("runs", "scores", "options", "answers", "judged")
 
-    def __init__(self, path: Path, inputs: dict[str, Any], overwrite: bool = False):
+    def __init__(self, path: Path, inputs: dict[str, Any]):
         self.path = path
         self.found: dict[str, dict[int, Any]] = {part: {} for part in self.PARTS}
         self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        header = json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
+        header = self._header(inputs)
         kept = header
-        content = path.read_bytes() if path.is_file() and not overwrite else b""
+        content = path.read_bytes() if path.is_file() else b""
         if content.startswith(header):
             for line in content[len(header) :].splitlines(keepends=True):
                 if not line.endswith(b"\n"):
@@ -511,6 +554,16 @@ class Journal:
             self._file.write(header)
         self._file.seek(len(kept))
         self._file.truncate()
+
+    @staticmethod
+    def _header(inputs: dict[str, Any]) -> bytes:
+        return json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
+
+    @classmethod
+    def begun_from_others(cls, path: Path, inputs: dict[str, Any]) -> bool:
+        """Whether a file holds results of other inputs, which opening it would drop."""
+        content = path.read_bytes() if path.is_file() else b""
+        return content.count(b"\n") > 1 and not content.startswith(cls._header(inputs))
 
     def add(self, part: str, index: int, value: Any, seconds: float = 0.0) -> None:
         """Append result `index` of a part, which took so many seconds."""
@@ -666,7 +719,8 @@ def ask_judge(config: Config, rows: dict[str, list[dict[str, Any]]], journal: Jo
     judge = llm_judge.Judge(section)
     todo = [(prompt, journal.found["answers"][index]["text"]) for index, prompt in asked.items()]
     total = sum(name in REQUESTS for name, _ in requests(rows))
-    replies = ((place, vars(reply), reply.tokens) for place, reply in judge.ask(todo))
+    given = judge.ask(todo, accepted=bool(journal.found["judged"]))
+    replies = ((place, vars(reply), reply.tokens) for place, reply in given)
     _write(journal, "judged", "answers judged", total, list(asked), replies)
 
 

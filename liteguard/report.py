@@ -197,13 +197,18 @@ def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
             name, example = found["examples"][0]
             text += f", {found['measured']} of them among the rows measured here"
             text += f". WARNING: numbers are too good. First ({name}): {example[:100]!r}"
+        if found["unchecked"]:
+            text += (
+                ". WARNING: not looked at, because gone or made anew since the training: "
+                + ", ".join(found["unchecked"])
+            )
         notes.append(text + ".")
     return notes
 
 
 def _knowledge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
     """How the benchmarks are scored, what the guesses are, what could not be read."""
-    found = next(iter(results.values()))["knowledge"]
+    found = next((r["knowledge"] for r in results.values() if r["knowledge"]), None)
     if not found:
         return []
     unread = sum(own["unparsed"] for own in found.values())
@@ -301,6 +306,7 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
             result = json.loads(path.read_text(encoding="utf-8"))
             needed = ("answers", "intervals", "contamination", "model", "n", "knowledge", "cost")
             _ = [result[k] for k in needed], result["cost"]["answer_s"]
+            _ = result["contamination"]["unchecked"], result["inputs"]["evaluate"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is no result of this version of evaluate_model.py ({error!r}). Measure "
@@ -309,11 +315,12 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
         label = path.stem
         if label in found:
             label = f"{path.parent.name}/{label}"
+        if label in found:
+            label = str(path)
+        if label in found:
+            raise UserError(f"{path} is there twice. Name every result once.")
         found[label] = result
-    asked = {
-        json.dumps([[a["prompt"] for a in result["answers"]], result["n"]["perplexity"]])
-        for result in found.values()
-    }
+    asked = {json.dumps(_asked(result), sort_keys=True) for result in found.values()}
     chosen = {
         json.dumps(
             [[name, c[0]] for name, own in result["knowledge"].items() for c in own["choices"]]
@@ -323,11 +330,23 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
     }
     if len(asked) > 1 or len(chosen) > 1:
         raise UserError(
-            f"These results are not of the same rows and cannot be compared: {', '.join(found)}.\n"
+            "These results are not of the same rows, answered and scored alike, and cannot be "
+            f"compared: {', '.join(found)}.\n"
             "Measure them again with the same data and evaluate settings."
         )
     known = {name: rank for rank, name in enumerate(ORDER)}
     return dict(sorted(found.items(), key=lambda item: known.get(item[0], len(ORDER))))
+
+
+def _asked(result: dict[str, Any]) -> list[Any]:
+    """What two results must have in common: the rows, and how they were answered and scored."""
+    settings, rows = result["inputs"]["evaluate"], result["inputs"]["rows"]
+    return [
+        [[a["prompt"], a["reference"]] for a in result["answers"]],
+        result["n"]["perplexity"],
+        {name: digest for name, digest in rows.items() if name.startswith("domain/")},
+        {k: settings[k] for k in ("max_new_tokens", "max_text_tokens", "context_words")},
+    ]
 
 
 def write_report(

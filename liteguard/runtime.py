@@ -26,6 +26,12 @@ from liteguard.errors import UserError, WorkError
 from liteguard.export.tflite import available_memory
 from liteguard.training import peak_rss_gb
 
+# What to do about a row that is too long for a bundle.
+ROOM = (
+    "Raise compress.kv_cache_length and convert again, or leave long rows out: smaller "
+    "data.max_characters, evaluate.knowledge_rows=0."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -157,7 +163,7 @@ class Bundle:
         except RuntimeError as error:
             raise WorkError(
                 f"{self.path}: generation failed for a prompt of {len(self.tokenize(rendered))} "
-                f"tokens ({error}); prompt and answer must fit the KV cache"
+                f"tokens ({error}); prompt and answer must fit the KV cache. {ROOM}"
             ) from error
         finally:
             session.close()
@@ -467,7 +473,9 @@ class _Scorer:
         if not context or not targets:
             raise UserError("scoring needs a context and a target of at least one token each")
         if total > self.cache_length:
-            raise WorkError(f"{total} tokens do not fit the KV cache of {self.cache_length} tokens")
+            raise WorkError(
+                f"{total} tokens do not fit the KV cache of {self.cache_length} tokens. {ROOM}"
+            )
         known = len(context) - 1  # the last context token yields the first logits
         if context[:known] == self._prefilled:
             # The options of one question: what stands behind the context is masked anyway.

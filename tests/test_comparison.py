@@ -284,7 +284,10 @@ def test_options_are_journaled_and_sizes_are_not_mixed(pipeline, tmp_path):
     assert "0 of 8 questions could not be read" in screen
     # Another size is another result, in the journal as well.
     assert "reused" in succeed(ROOT / "evaluate_model.py", *command, "--limit", "2", cwd=pipeline)
-    run_until_killed(pipeline, 6, *command, "--limit", "1")
+    assert "would replace it" in fail(
+        2, ROOT / "evaluate_model.py", *command, "--limit", "1", cwd=pipeline
+    )
+    run_until_killed(pipeline, 6, *command, "--limit", "1", "--overwrite")
     assert len(entries(journal)) == 6
     screen = succeed(ROOT / "evaluate_model.py", *command, "--limit", "2", cwd=pipeline)
     assert "begun from other inputs" not in screen and "reused" in screen
@@ -349,8 +352,8 @@ def test_other_inputs_start_over(tmp_path, capsys):
     assert (cost["scoring_s"], cost["scored_tokens"], cost["options_s"]) == (0.75, 5, 7)
     assert (cost["loading_s"], cost["wall_s"], cost["peak_rss_gb"]) == (4, 13.75, 1.5)
     assert cost["answer_s"]["50"] == 1.25 and cost["generated_tokens"] == 3
-    assert evaluation.Journal(path, {"a": 1}, overwrite=True).found["scores"] == {}
-    evaluation.Journal(path, {"a": 1}).add("scores", 0, [0.0, 1])
+    assert evaluation.Journal.begun_from_others(path, {"a": 2})
+    assert not evaluation.Journal.begun_from_others(path, {"a": 1})
     assert not any(evaluation.Journal(path, {"a": 2}).found.values())
     assert "begun from other inputs" in capsys.readouterr().out
     assert evaluation.Journal(path, {"a": 2}).found["scores"] == {}, "nothing of the old is left"
@@ -404,6 +407,124 @@ def test_a_planted_leak_is_reported(pipeline, tmp_path):
     assert f"Contamination: {found['found']} of {found['rows']}" in screen and "WARNING" in screen
     clean = json.loads((pipeline / "evaluation/bundle.json").read_text())["contamination"]
     assert clean["found"] == 0 and clean["rows"] == found["rows"]
+
+
+def test_data_of_earlier_stages_is_looked_at_as_well(pipeline, tmp_path):
+    """Stage 2 was trained on other data than stage 3, and its record says which."""
+    data = tmp_path / "data"
+    shutil.copytree(pipeline / "data/tiny", data)
+    file = data / "instruction/train.jsonl"
+    with file.open("a") as opened:
+        opened.write(json.dumps({"prompt": "Q?", "completion": "A.", "kind": "x"}) + "\n")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["files"]["instruction/train.jsonl"] = sha256_file(file)
+    write_json(data / "manifest.json", manifest)
+    stages = {}
+    for name in ("instruction_checkpoint", "final_checkpoint"):
+        stages[name] = tmp_path / name
+        shutil.copytree(pipeline / name, stages[name])
+    edit = {"data_dir": str(data), "parent": str(pipeline / "domain_checkpoint")}
+    second = json.loads((stages["instruction_checkpoint"] / "stage.json").read_text()) | edit
+    second["inputs"]["data/train"] = manifest["files"]["instruction/train.jsonl"]
+    write_json(stages["instruction_checkpoint"] / "stage.json", second)
+    own = pipeline / "data/tiny"
+    third = json.loads((stages["final_checkpoint"] / "stage.json").read_text())
+    third |= {"data_dir": str(own), "parent": str(stages["instruction_checkpoint"])}
+    assert evaluation.training_data(own, third) == ([own, data], [])
+    # The copy has the same texts and pairs: nothing to read twice.
+    assert evaluation.training_data(data, third) == ([data], [])
+    assert evaluation.training_data(own, None) == ([own], [])
+    # Prepared again in place, or gone: what was trained on cannot be looked at any more.
+    (data / "manifest.json").write_text((own / "manifest.json").read_text())
+    gone = f"{data}/instruction/train.jsonl (instruction stage)"
+    assert evaluation.training_data(own, third) == ([own], [gone])
+    shutil.rmtree(stages["instruction_checkpoint"])
+    directories, unchecked = evaluation.training_data(own, third)
+    assert directories == [own] and "instruction_checkpoint was trained on" in unchecked[0]
+    result = json.loads((pipeline / "evaluation/final.json").read_text())
+    assert result["contamination"]["unchecked"] == []
+    result["contamination"]["unchecked"] = unchecked
+    assert "WARNING: not looked at" in report.comparison_text({"final": result})
+    page = report.render("report_template.html", report.report_facts({"final": result}))
+    assert "Contamination was not looked for" in page
+
+
+def test_short_benchmark_questions_and_abstracts_are_looked_for(pipeline, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pipeline / "data/tiny", data)
+    asked = "Which organ makes insulin in humans"
+    abstract = " ".join(f"word{n}" for n in range(20))
+    knowledge = [
+        {"prompt": f"{asked}?", "context": None},
+        {"prompt": "Is it so?", "context": f"Background. {abstract}"},
+        {"prompt": "Which organ makes bile in all humans?", "context": None},
+    ]
+    rows = {"questions": [{"prompt": "What is the name of it?"}], "knowledge": knowledge}
+    file = data / "instruction/train.jsonl"
+    planted = [f"{asked}: heart, pancreas or skin?", f"Say more about {abstract}"]
+    planted.append("Tell me, what is the name of it?")
+    with file.open("a") as opened:
+        opened.writelines(json.dumps({"prompt": p, "completion": "No."}) + "\n" for p in planted)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["files"]["instruction/train.jsonl"] = sha256_file(file)
+    write_json(data / "manifest.json", manifest)
+    found = evaluation.contamination(rows, rows, [data])
+    # A short question that is not a benchmark's is found as a whole only, as in preparation.
+    assert found["by_set"] == {"questions": 0, "knowledge": 2}
+    assert {text for _, text in found["examples"]} == {f"{asked}?", "Is it so?"}
+
+
+def test_what_cannot_be_measured_or_compared_is_refused(pipeline, tmp_path, tiny_phi):
+    script, out = ROOT / "evaluate_model.py", tmp_path / "out"
+    copy_of = tmp_path / "final_b"
+    shutil.copytree(pipeline / "final_checkpoint", copy_of)
+    two = ("--checkpoint", "final_checkpoint", copy_of, "--output", out)
+    assert "both be written to final.json" in fail(2, script, *two, cwd=pipeline)
+    one = ("--checkpoint", "final_checkpoint")
+    # A quick look does not take the place of what took longer.
+    before = (pipeline / "evaluation/final.json").read_bytes()
+    message = fail(2, script, *one, "--limit", "2", "--dry_run", cwd=pipeline)
+    assert "--limit would replace it" in message and "quick_look" in message
+    assert (pipeline / "evaluation/final.json").read_bytes() == before
+    other = tmp_path / "other_base"
+    shutil.copytree(tiny_phi, other)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.bias"] = weights["lm_head.bias"] + 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    message = fail(2, script, *one, "--set", f"model.path={other}", cwd=pipeline)
+    assert "another base model" in message
+    assert "need --compare" in fail(2, script, *one, "--json", "t.json", cwd=pipeline)
+    (tmp_path / "file").write_text("")
+    message = fail(2, script, *one, "--output", tmp_path / "file", cwd=pipeline)
+    assert "is a file" in message
+    shutil.copy(pipeline / "liteguard_tiny.task", tmp_path / "renamed.task")
+    record = (pipeline / "liteguard_tiny.task.json").read_text()
+    (tmp_path / "renamed.task.json").write_text(record)
+    message = fail(2, script, "--bundle", tmp_path / "renamed.task", cwd=pipeline)
+    assert "keep the names" in message
+    (tmp_path / "renamed.task.json").write_text(record[: len(record) // 2])
+    message = fail(2, script, "--bundle", tmp_path / "renamed.task", cwd=pipeline)
+    assert "is damaged" in message
+
+
+def test_results_of_other_settings_are_not_compared(pipeline, tmp_path):
+    result = json.loads((pipeline / "evaluation/final.json").read_text())
+    names = []
+    for number in range(3):
+        names.append(str(tmp_path / f"run{number}/evaluation/final.json"))
+        Path(names[-1]).parent.mkdir(parents=True)
+        write_json(Path(names[-1]), result)
+    found = report.read_results(names, tmp_path)
+    assert list(found) == ["final", "evaluation/final", names[2]]
+    with pytest.raises(UserError, match="there twice"):
+        report.read_results([*names, names[2]], tmp_path)
+    changed = copy.deepcopy(result)
+    changed["inputs"]["evaluate"]["max_new_tokens"] += 1
+    write_json(Path(names[1]), changed)
+    with pytest.raises(UserError, match="not of the same rows"):
+        report.read_results(names, tmp_path)
 
 
 # --- workers ------------------------------------------------------------------------------------

@@ -150,6 +150,15 @@ def test_mistakes_and_failures_are_told_apart(service, monkeypatch):
     with pytest.raises(WorkError, match="run the same command again") as failure:
         list(judge.ask([("a", "b")]))
     assert KEY not in str(mistake.value) + str(failure.value)
+    # A content filter declines single texts; a wrong parameter is declined for all of them.
+    service.failures = [400]
+    replies = dict(judge.ask([("a", "b"), ("a", "c"), ("a", "d")]))
+    assert sorted(r.verdict for r in replies.values()) == ["answered", "answered", "unparsed"]
+    service.failures = [400]
+    assert [r.verdict for _, r in judge.ask([("a", "b")], accepted=True)] == ["unparsed"]
+    service.failures = [400, 400]
+    with pytest.raises(UserError, match="declined every question.*choices"):
+        list(judge.ask([("a", "b"), ("a", "c")]))
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(UserError, match="environment variable JUDGE_KEY"):
         llm_judge.Judge(config.evaluate.llm_judge)
