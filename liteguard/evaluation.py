@@ -70,9 +70,11 @@ class Answerer(Protocol):
     ) -> Iterator[tuple[int, Generated]]:
         """Greedy answers to rendered prompts."""
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
+    def score(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[int, tuple[float | None, int]]]:
         """(sum of natural-log likelihoods of the target's tokens, their number) of each
-        (context, target)."""
+        (context, target); None and 0 of one that is too long for it."""
 
     def peak_rss_gb(self) -> float:
         """Peak memory of all its processes together, in GB of 10^9 bytes."""
@@ -305,10 +307,14 @@ class Checkpoint:
 
 
 class DeviceBundle:
-    """A `.task` or `.litertlm` file in LiteRT-LM, greedy, in several processes."""
+    """A `.task` or `.litertlm` file in LiteRT-LM, greedy, in several processes.
 
-    def __init__(self, workers: Any):
-        self.workers = workers
+    Rows that its KV cache of `room` tokens is too small for are not answered: an empty answer that
+    did not end, and no score.
+    """
+
+    def __init__(self, workers: Any, room: int):
+        self.workers, self.room = workers, room
 
     def peak_rss_gb(self) -> float:
         return round(peak_rss_gb() + self.workers.peak_rss_gb, 3)
@@ -316,12 +322,14 @@ class DeviceBundle:
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int
     ) -> Iterator[tuple[int, Generated]]:
-        for index, answer in self.workers.generate(prompts, max_new_tokens):
+        for index, answer in self.workers.generate(prompts, max_new_tokens, self.room):
             text = answer.text.strip()
             yield index, Generated(text, answer.tokens, answer.stopped, answer.seconds)
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
-        return self.workers.score(pairs)
+    def score(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[int, tuple[float | None, int]]]:
+        return self.workers.score(pairs, self.room)
 
 
 @contextmanager
@@ -332,7 +340,8 @@ def open_answerer(config: Config, path: Path | None) -> Iterator[Answerer]:
     else:
         from liteguard.runtime import BundleWorkers
 
-        yield DeviceBundle(BundleWorkers(path))
+        record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
+        yield DeviceBundle(BundleWorkers(path), record["inputs"]["compress.kv_cache_length"])
 
 
 def held_out(
@@ -758,6 +767,11 @@ def summarise(
     pairs = text_pairs(config, rows)
     options = sum(len(row["options"]) for row in rows["knowledge"])
     sums, tokens = zip(*(journal.found["scores"][i] for i in range(len(pairs))), strict=True)
+    if None in sums:
+        raise UserError(
+            f"{sums.count(None)} of {len(sums)} domain texts do not fit the bundle's KV cache. "
+            "Lower evaluate.max_text_tokens and evaluate.context_words, for all models alike."
+        )
     sizes = [len(target.encode()) for _, target in pairs]
     answers = []
     for index, (name, row) in enumerate(requests(rows)):
@@ -832,6 +846,12 @@ def summarise(
         ),
         **({"llm_judge": llm_judge.summarise(answers)} if journal.found["judged"] else {}),
         "bleu_signature": metrics.bleu_signature(),
+        # Of a bundle: what its KV cache is too small for. Counted like answers that did not end,
+        # and like wrong choices.
+        "too_long": {
+            "answers": sum(not (a["tokens"] or a["stopped"]) for a in answers),
+            "options": sum(score is None for score, _ in journal.found["options"].values()),
+        },
         "answers": answers,
     }
 

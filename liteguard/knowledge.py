@@ -65,10 +65,11 @@ def _asked(row: dict[str, Any]) -> str:
     return f"{abstract}Question: {row['prompt']}\nAnswer:"
 
 
-def choices(found: Sequence[dict[str, Any]], scores: Sequence[float]) -> list[int | None]:
-    """The option that is chosen in every row, None where there are no options.
+def choices(found: Sequence[dict[str, Any]], scores: Sequence[float | None]) -> list[int | None]:
+    """The option that is chosen in every row, None where there are no options to choose from.
 
-    `scores`: log-likelihoods of `pairs(found)`. Of equal options the first is chosen.
+    `scores`: log-likelihoods of `pairs(found)`. Of equal options the first is chosen, and none
+    where one of them was too long to be scored (None).
     """
     chosen: list[int | None] = []
     place = 0
@@ -76,6 +77,9 @@ def choices(found: Sequence[dict[str, Any]], scores: Sequence[float]) -> list[in
         options = row["options"]
         own = list(scores[place : place + len(options)])
         place += len(options)
+        if None in own:
+            chosen.append(None)
+            continue
         if row["set"] != "pubmedqa":
             own = [score / len(option.encode()) for score, option in zip(own, options, strict=True)]
         chosen.append(own.index(max(own)) if own else None)
@@ -98,7 +102,7 @@ def overlap_choice(row: dict[str, Any]) -> float:
 
 
 def summarise(
-    found: Sequence[dict[str, Any]], scores: Sequence[float]
+    found: Sequence[dict[str, Any]], scores: Sequence[float | None]
 ) -> dict[str, dict[str, Any]]:
     """Per set: accuracy, its 95 % interval (Wilson), and what it is to be compared with.
 

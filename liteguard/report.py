@@ -185,6 +185,14 @@ def _notes(results: dict[str, dict[str, Any]]) -> list[str]:
             "(tier 1). Unseen: about diseases, or in wordings, that no stage saw (tier 2).",
         )
     notes += _knowledge_notes(results) + _judge_notes(results)
+    for label, result in results.items():
+        long = result["too_long"]
+        if any(long.values()):
+            notes.append(
+                f"{TITLES.get(label, label)}: {long['answers']} prompts and {long['options']} "
+                "options do not fit its KV cache; they count as answers that did not end and as "
+                "wrong choices."
+            )
     leaks = {
         json.dumps(r["contamination"], sort_keys=True): r["contamination"] for r in results.values()
     }
@@ -307,6 +315,7 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
             needed = ("answers", "intervals", "contamination", "model", "n", "knowledge", "cost")
             _ = [result[k] for k in needed], result["cost"]["answer_s"]
             _ = result["contamination"]["unchecked"], result["inputs"]["evaluate"]
+            _ = result["too_long"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is no result of this version of evaluate_model.py ({error!r}). Measure "

@@ -26,12 +26,6 @@ from liteguard.errors import UserError, WorkError
 from liteguard.export.tflite import available_memory
 from liteguard.training import peak_rss_gb
 
-# What to do about a row that is too long for a bundle.
-ROOM = (
-    "Raise compress.kv_cache_length and convert again, or leave long rows out: smaller "
-    "data.max_characters, evaluate.knowledge_rows=0."
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -163,7 +157,7 @@ class Bundle:
         except RuntimeError as error:
             raise WorkError(
                 f"{self.path}: generation failed for a prompt of {len(self.tokenize(rendered))} "
-                f"tokens ({error}); prompt and answer must fit the KV cache. {ROOM}"
+                f"tokens ({error}); prompt and answer must fit the KV cache"
             ) from error
         finally:
             session.close()
@@ -176,6 +170,19 @@ class Bundle:
                 written = max_new_tokens
             text = text.rstrip("\ufffd")  # a character that the cut left incomplete
         return Answer(text, written, stopped, time.perf_counter() - started)
+
+    def generate_within(self, rendered: str, max_new_tokens: int, room: int) -> Answer:
+        """`generate`; no answer (no token, not stopped) where a KV cache of `room` is too small."""
+        tokens = len(self.tokenize(rendered))
+        nothing = Answer("", 0, False, 0.0)
+        if tokens >= room:
+            return nothing
+        try:
+            return self.generate(rendered, max_new_tokens)
+        except WorkError:
+            if tokens + max_new_tokens <= room:
+                raise
+            return nothing
 
     def render_chat(self, question: str) -> str:
         """The prompt that the bundle's own template makes of a question."""
@@ -286,17 +293,39 @@ class BundleWorkers:
         self.threads = threads or max(1, cores // self.workers)
         self.peak_rss_gb = 0.0  # of all processes at a time, in GB of 10^9 bytes
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, Answer]]:
-        """(index, `Bundle.generate`'s answer) of each prompt, as they come."""
-        return self._map("generate", [(prompt, max_new_tokens) for prompt in prompts])
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, room: int | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """(index, `Bundle.generate`'s answer) of each prompt, as they come.
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, int]]]:
-        """(index, `Bundle.score`'s result) of each (context, targets), as they come."""
+        With the length of the KV cache as `room`, prompts that do not fit are not answered
+        (`Bundle.generate_within`); without it they are an error.
+        """
+        if room is None:
+            return self._map("generate", [(prompt, max_new_tokens) for prompt in prompts])
+        return self._map("generate_within", [(prompt, max_new_tokens, room) for prompt in prompts])
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], room: int | None = None
+    ) -> Iterator[tuple[int, tuple[float | None, int]]]:
+        """(index, `Bundle.score`'s result) of each (context, targets), as they come.
+
+        With the length of the KV cache as `room`, pairs that do not fit get (None, 0); without it
+        they are an error.
+        """
         if not pairs:
-            return iter(())  # not worth opening the bundle
+            return  # not worth opening the bundle
         parts = [part for pair in pairs for part in pair]
         ids = dict(self._map("tokenize_all", [(parts,)]))[0]
-        return self._map("score_ids", list(zip(ids[::2], ids[1::2], strict=True)))
+        both = list(zip(ids[::2], ids[1::2], strict=True))
+        fitting = []
+        for index, (context, targets) in enumerate(both):
+            if room is not None and len(context) + len(targets) > room:
+                yield index, (None, 0)
+            else:
+                fitting.append(index)
+        for place, result in self._map("score_ids", [both[index] for index in fitting]):
+            yield fitting[place], result
 
     def benchmark(self, prompt: str, times: int = 3) -> dict[str, float]:
         """Best of several `Bundle.benchmark` of one prompt, after a first that warms up."""
@@ -473,9 +502,7 @@ class _Scorer:
         if not context or not targets:
             raise UserError("scoring needs a context and a target of at least one token each")
         if total > self.cache_length:
-            raise WorkError(
-                f"{total} tokens do not fit the KV cache of {self.cache_length} tokens. {ROOM}"
-            )
+            raise WorkError(f"{total} tokens do not fit the KV cache of {self.cache_length} tokens")
         known = len(context) - 1  # the last context token yields the first logits
         if context[:known] == self._prefilled:
             # The options of one question: what stands behind the context is masked anyway.

@@ -22,6 +22,7 @@ from test_llm_judge import KEY, Service
 
 from liteguard import datasets, evaluation, report
 from liteguard.checkpoints import sha256_file, write_json
+from liteguard.config import build
 from liteguard.errors import UserError
 
 STAGES = ["base", "domain", "instruction", "final", "bundle"]
@@ -527,6 +528,35 @@ def test_results_of_other_settings_are_not_compared(pipeline, tmp_path):
         report.read_results(names, tmp_path)
 
 
+def test_rows_that_a_bundle_is_too_small_for_are_counted(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(pipeline)
+    config = build(
+        [("tiny", json.loads(Path("final_checkpoint/stage.json").read_text())["config"])]
+    )
+    rows = evaluation.held_out(config, Path("data/tiny"))
+    rows["harmful"][0] = {**rows["harmful"][0], "prompt": "The heart " * 200}
+    options = ["the heart", "the skin"]
+    asked = {"set": "medqa", "context": None, "options": options, "answer": 0}
+    rows["knowledge"] = [
+        {**asked, "identifier": "a", "prompt": "Which organ beats?"},
+        {**asked, "identifier": "b", "prompt": "The heart " * 200},
+    ]
+    journal = evaluation.Journal(tmp_path / "x.jsonl", {})
+    bundle = Path("liteguard_tiny.task")
+    evaluation.collect(lambda: evaluation.open_answerer(config, bundle), config, rows, journal)
+    result = evaluation.summarise(config, rows, journal)
+    assert result["too_long"] == {"answers": 1, "options": 2}
+    lost = next(a for a in result["answers"] if a["prompt"].startswith("The heart The heart"))
+    assert (lost["answer"], lost["stopped"], lost["verdict"]) == ("", False, "unclear")
+    assert [pick for _, pick, _ in result["knowledge"]["medqa"]["choices"]][1] is None
+    assert result["knowledge"]["medqa"]["n"] == 2
+    shown = json.loads((pipeline / "evaluation/bundle.json").read_text())
+    assert shown["too_long"] == {"answers": 0, "options": 0}
+    note = "Bundle: 1 prompts and 2 options do not fit its KV cache"
+    assert note not in report.comparison_text({"bundle": shown})
+    assert note in report.comparison_text({"bundle": {**shown, "too_long": result["too_long"]}})
+
+
 # --- workers ------------------------------------------------------------------------------------
 
 
@@ -549,8 +579,16 @@ def test_workers_answer_as_one_bundle_does(pipeline):
         ]
         assert dict(several.score(pairs)) == dict(enumerate(single.score(*p) for p in pairs))
         assert several.peak_rss_gb > 0.1
+        long = "The heart " * 200
         with pytest.raises(WorkError, match="must fit the KV cache"):
-            list(several.generate(["The heart " * 200], 4))
+            list(several.generate([long], 4))
+        # Where rows are measured, one that is too long does not end the evaluation.
+        within = dict(several.generate([long, prompts[0]], 24, room=128))
+        assert (within[0].text, within[0].tokens, within[0].stopped) == ("", 0, False)
+        assert within[1].text == expected[0].text
+        scores = dict(several.score([pairs[0], (long, " x"), pairs[1]], room=128))
+        assert scores[1] == (None, 0)
+        assert [scores[0], scores[2]] == [single.score(*pair) for pair in pairs[:2]]
         with pytest.raises(WorkError, match="was killed"):
             for _ in several.generate(prompts * 20, 24):
                 # None is left when the pool has noticed the first.

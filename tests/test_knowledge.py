@@ -43,6 +43,8 @@ def test_literal_scores_give_literal_numbers():
     assert knowledge.choices(ROWS, scores) == [2, 0, 1]
     better = [-3.0, -6.0, -3.0, -24.0, -3.0, -3.0, -2.0, -1.0]
     assert knowledge.choices(ROWS, better) == [0, 1, 2]
+    # An option that was too long for a bundle: the row has no choice, the others keep theirs.
+    assert knowledge.choices(ROWS, [None, *better[1:]]) == [None, 1, 2]
     lost = {"set": "medmcqa", "identifier": "x:3", "prompt": "", "options": [], "unparsed": "why"}
     found = knowledge.summarise(
         [*ROWS[:2], lost, ROWS[2]], [-3.0, *better[1:4], -12.0, *scores[5:]]
