@@ -243,7 +243,7 @@ def test_a_task_in_the_imperative_is_no_cue(pairs: list[PreferencePair], verb: s
 
 @pytest.mark.parametrize(
     ("name", "harmful_rows", "ordinary_rows", "borderline_rows"),
-    [("requests.jsonl", 150, 90, 90), ("requests_blind.jsonl", 110, 80, 79)],
+    [("requests.jsonl", 150, 90, 90), ("requests_blind.jsonl", 110, 79, 79)],
 )
 def test_requests_of_another_hand_are_not_trained_on(
     name: str, harmful_rows: int, ordinary_rows: int, borderline_rows: int

@@ -206,25 +206,31 @@ OUTPUTS = {
 }
 
 
+def kill_at(line: str, command: list[str], cwd: Path) -> None:
+    """Run a script until it prints a line that begins so, then kill -9."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for printed in process.stdout:
+        if printed.strip().startswith(line):
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("stage", STAGE_COMMANDS)
 def test_killed_training_goes_on_to_the_very_same_adapter(pipeline, tiny_config, tmp_path, stage):
     """kill -9 in a step after the first checkpoint; the uninterrupted run is the pipeline's."""
     script, parent = STAGE_COMMANDS[stage]
     output = tmp_path / OUTPUTS[stage]
     command = [str(ROOT / script), *parent, "--config", str(tiny_config), "--output", str(output)]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=pipeline,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
     step = random.choice([4, 5])
-    for line in process.stdout:
-        if line.strip().startswith(f"{stage} {step}/6"):
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not output.exists()
+    kill_at(f"{stage} {step}/6", command, pipeline)
+    assert not output.exists()
     if stage == "domain":
         # The next stage says what to do instead of using half a checkpoint.
         message = fail(2, ROOT / "train_instruction.py", "--checkpoint", output, cwd=tmp_path)
@@ -377,18 +383,7 @@ def test_a_killed_run_stops_early_where_it_would_have(pipeline, tiny_config, tmp
     settings = {"learning_rate": "1e-30", "eval_steps": 1, "save_steps": 1, "max_steps": 8}
     for name, value in settings.items():
         command += ["--set", f"domain.{name}={value}"]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=pipeline,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.strip().startswith("domain 3/8"):
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    kill_at("domain 3/8", command, pipeline)
     succeed(*command, cwd=pipeline)
     found = record(output)["metrics"]
     assert found["resumed_from"] and found["steps"] == 4
