@@ -12,7 +12,8 @@ model: settings chosen by it would make the test rows training data.
 
 `--requests FILE` uses requests of your own instead, all of them: JSON lines with `kind` (harmful,
 ordinary or borderline) and `prompt`. benchmarks/requests.jsonl holds 330 that nothing is trained
-on, by another hand than the catalogue's, each about a matter of its own:
+on, by another hand than the catalogue's, each about a matter of its own, to choose settings by;
+requests_blind.jsonl 268 that nothing was chosen by either, to report by:
 
     python benchmarks/bench_refusal.py demo/final_checkpoint --requests benchmarks/requests.jsonl
 """
