@@ -375,6 +375,33 @@ def test_answers_lost_at_the_first_evaluation_publish_nothing(pipeline, tmp_path
     assert not output.exists()
 
 
+def test_every_evaluated_step_has_a_checkpoint(pipeline, tiny_config, tmp_path, monkeypatch):
+    """Or the best of them could not be published; those of `save_steps` come on top."""
+    from transformers import TrainerControl
+
+    from liteguard import training
+    from liteguard.config import build, read_yaml
+
+    monkeypatch.chdir(pipeline)
+    often = {"domain": {"eval_steps": 2, "save_steps": 3}}
+    config = build([("tiny", read_yaml(tiny_config)), ("test", often)])
+    stage = training.plan("domain", config, tmp_path / "x", Path("data/tiny"))
+    stage.work = tmp_path
+    arguments = training.trainer_arguments(stage)
+    assert arguments["save_steps"] == arguments["eval_steps"] == 2
+    assert arguments["load_best_model_at_end"]
+    guard = training.callbacks(stage)[0]
+    saved = []
+    for step in range(1, 6):
+        control = TrainerControl()
+        guard.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), control)
+        saved.append(control.should_save)
+    assert saved == [False, False, True, False, False]
+    shorter = build([("tiny", read_yaml(tiny_config)), ("t", {"model": {"context_length": 64}})])
+    other = training.plan("domain", shorter, tmp_path / "x", Path("data/tiny"))
+    assert other.inputs["context_length"] != stage.inputs["context_length"]
+
+
 def test_a_killed_run_stops_early_where_it_would_have(pipeline, tiny_config, tmp_path):
     """Steps too small to change anything: the first evaluation stays the best, and after three
     more the run ends, wherever it was killed."""
