@@ -35,7 +35,7 @@ from liteguard import checkpoints, cli, datasets, public_benchmarks, sources
 from liteguard.errors import UserError
 
 # Changes when a result of an older version lacks what this one reads.
-FORMAT = 5
+FORMAT = 6
 
 
 def parse_args():

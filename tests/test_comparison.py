@@ -31,18 +31,18 @@ STAGES = ["base", "domain", "instruction", "final", "bundle"]
 @pytest.fixture(scope="module")
 def compared(pipeline):
     """The pipeline's directory after --compare, with what was printed."""
-    command = ["--compare", *STAGES, "--markdown", "table.md", "--json", "table.json"]
+    command = ["--compare", *STAGES, "--markdown", "tables/table.md", "--json", "tables/table.json"]
     screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
     return pipeline, screen
 
 
 def test_the_table_holds_the_results_numbers(compared):
     directory, screen = compared
-    table = (directory / "table.md").read_text()
+    table = (directory / "tables/table.md").read_text()
     assert "| Metric | n | Base | Domain | Instruction | Final | Bundle |" in table
     header = next(line for line in screen.splitlines() if line.startswith("Metric"))
     assert header.split() == ["Metric", "n", *(s.capitalize() for s in STAGES)]
-    stages = json.loads((directory / "table.json").read_text())["stages"]
+    stages = json.loads((directory / "tables/table.json").read_text())["stages"]
     assert list(stages) == STAGES
     for label in STAGES:
         result = json.loads((directory / f"evaluation/{label}.json").read_text())
