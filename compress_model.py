@@ -18,18 +18,15 @@ Writes the bundle, a record beside it (NAME.task.json) and what an app needs to 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, models, sources, training
+from liteguard import checkpoints, cli, models, sources
 from liteguard.config import flatten
 from liteguard.errors import UserError
 
 SUFFIXES = (".task", ".litertlm")
-# Steps whose result depends on the inputs only; its facts are NAME.json in the work directory.
-KEPT = ("merge", "export", "quantize")
 
 
 def parse_args():
@@ -39,7 +36,9 @@ def parse_args():
         "--output", metavar="FILE", help="default: liteguard_<model_type>.task; or a .litertlm"
     )
     parser.add_argument("--also", action="store_true", help="write the other container as well")
-    parser.add_argument("--quantize", metavar="RECIPE", help="int8 (default), mixed, none, ...")
+    parser.add_argument(
+        "--quantize", metavar="RECIPE", help="auto (default), int8, mixed, none, ..."
+    )
     parser.add_argument("--verify", metavar="LEVEL", help="quick (default), full or none")
     return parser.parse_args()
 
@@ -61,9 +60,9 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import bundle, merge, outputs, tflite, tokenizer, verify
+    from liteguard.export import bundle, measured, merge, outputs, tflite, tokenizer, verify
 
-    tflite.check_recipe(section.quantize)
+    recipes = tflite.recipes_to_try(section.quantize)
     base, revision = sources.base_model(config)
     architecture = models.model_config(config)[2]
     identity = models.base_identity(base, architecture)
@@ -72,7 +71,10 @@ def main() -> None:
     if config.prompt.model_dump() != record["prompt"]:
         raise UserError(f"{source} was trained with another prompt than the configuration in use.")
     proof = section.verify.level != "none"
-    samples = verify.collect_samples(config, Path(record["data_dir"])) if proof else None
+    samples = None
+    if proof:
+        own = models.load_base_tokenizer(config).backend_tokenizer
+        samples = measured.collect_samples(config, Path(record["data_dir"]), own)
     inputs = {
         "adapter": record["files"]["adapter_model.safetensors"],
         "base": identity,
@@ -84,7 +86,7 @@ def main() -> None:
     if args.dry_run:
         tflite.require_resources(*needed)
         print(
-            f"would merge, convert ({converter}, {section.quantize}) and write "
+            f"would merge, convert ({converter}, {' then '.join(recipes)}) and write "
             f"{', '.join(map(str, bundles))}; proof: {section.verify.level}\n"
             "dry run: nothing written"
         )
@@ -97,24 +99,8 @@ def main() -> None:
     work = outputs.start_work(output, inputs)
 
     # 3. Work
-    timings, peaks = {}, {}
-
-    def step(name, function, *positional, **named):
-        """Do a step; one of the long ones that an interrupted run has finished is not repeated."""
-        kept = work / f"{name}.json"
-        if name in KEPT and kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
-        print(f"{name} ...")
-        begin = time.time()
-        result = function(*positional, **named)
-        timings[name] = round(time.time() - begin, 1)
-        peaks[name] = training.peak_rss_gb()
-        print(f"  {name}: {timings[name]:.0f} s")
-        checkpoints.write_json(kept, result)
-        return result
-
-    merged, sentencepiece = work / "merged", work / "tokenizer.model"
-    exact, quantized = work / "float.tflite", work / "model.tflite"
+    steps = outputs.Steps(work)
+    merged, sentencepiece, exact = work / "merged", work / "tokenizer.model", work / "float.tflite"
 
     def make_merged():
         shutil.rmtree(merged, ignore_errors=True)
@@ -133,27 +119,24 @@ def main() -> None:
             return bundle.write_task(model, sentencepiece, config.prompt, path)
         return bundle.write_litertlm(model, merged, config.prompt, path, section.kv_cache_length)
 
-    def make_bundles():
-        if section.verify.level == "full":
-            write_bundle(exact, work / f"float{output.suffix}")
-        return {path.name: write_bundle(quantized, work / path.name) for path in bundles}
-
-    facts = step("merge", make_merged)
-    facts["export"] = step(
-        "export",
-        tflite.export,
-        merged,
-        exact,
-        prefill_lengths=section.prefill_lengths,
-        kv_cache_length=section.kv_cache_length,
-        converter=converter,
-    )
-    facts["quantize"] = step(
-        "quantize", tflite.quantize, exact, quantized, section.quantize, merged
-    )
-    facts["bundles"] = step("bundle", make_bundles)
-    if proof:
-        facts["verify"] = step(
+    def attempt(recipe):
+        """Quantise, bundle and prove; the facts of all three."""
+        quantized = work / f"{recipe}.tflite"
+        found = {
+            "quantize": steps.keep(
+                f"quantize_{recipe}", tflite.quantize, exact, quantized, recipe, merged
+            )
+        }
+        found["bundles"] = steps.run(
+            "bundle",
+            lambda: {path.name: write_bundle(quantized, work / path.name) for path in bundles},
+        )
+        if not proof:
+            return found
+        float_bundle = work / f"float{output.suffix}" if section.verify.level == "full" else None
+        if float_bundle and not float_bundle.exists():
+            write_bundle(exact, float_bundle)
+        found["verify"] = steps.run(
             "verify",
             verify.verify_bundle,
             work / output.name,
@@ -162,9 +145,23 @@ def main() -> None:
             samples,
             replaced=facts["tokenizer"]["replaced"],
             work=work,
-            float_bundle=work / f"float{output.suffix}" if section.verify.level == "full" else None,
+            recipe=recipe,
+            float_bundle=float_bundle,
             also=work / other.name if args.also else None,
         )
+        return found
+
+    facts = steps.keep("merge", make_merged)
+    facts["export"] = steps.keep(
+        "export",
+        tflite.export,
+        merged,
+        exact,
+        prefill_lengths=section.prefill_lengths,
+        kv_cache_length=section.kv_cache_length,
+        converter=converter,
+    )
+    facts |= steps.first_that_passes(attempt, recipes, section.verify.model_dump())
 
     # 4. Results
     result = {
@@ -179,9 +176,9 @@ def main() -> None:
         "files": {path.name: checkpoints.sha256_file(work / path.name) for path in bundles},
         "bytes": {path.name: (work / path.name).stat().st_size for path in bundles},
         **facts,
-        "timings_s": timings,
+        "timings_s": steps.timings,
         "wall_s": round(time.time() - started, 1),
-        "peak_rss_gb": peaks,
+        "peak_rss_gb": steps.peaks,
     }
     outputs.publish(work, bundles, result, bundle.deployment(result))
     for path in bundles:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, config, datasets, models
+from liteguard import checkpoints, cli, config, datasets, merged, models
 from liteguard.errors import UserError
 
 REFUSAL_STARTS = ("I", "Sorry")
@@ -103,7 +103,7 @@ def main() -> None:
         data_dir = Path(args.data or record["data_dir"])
         rows = requests or datasets.load_split(data_dir, "preference", args.split)
         counts = (None,) * 3 if requests else (args.limit // 2, args.limit // 4, args.limit // 4)
-        model, tokenizer = models.load_merged(own, directory)
+        model, tokenizer = merged.load_merged(own, directory)
         found = {}
         for kind, count in zip(KINDS, counts, strict=True):
             asked = [r["prompt"] for r in rows if r.get("kind") == kind][:count]

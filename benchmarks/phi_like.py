@@ -44,12 +44,30 @@ def write_tokenizer(folder: Path, cache_dir: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_checkpoint(architecture: Any, folder: Path, seed: int = 0) -> int:
+def _chain(folder: Path, sentence: str) -> dict[int, int]:
+    """Token -> the next one: a line break, the tokens of `sentence`, the end."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(f"\n{sentence}{END}", add_special_tokens=False)["input_ids"]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"a token stands twice in {sentence!r}")
+    return dict(zip(ids, ids[1:], strict=False))
+
+
+def write_checkpoint(
+    architecture: Any, folder: Path, seed: int = 0, sentence: str | None = None
+) -> int:
     """A float16 checkpoint with random weights, written shard by shard; returns its parameters.
 
     Weights are normal with standard deviation 0.02, norms 1, biases 0, as before training. Random
     blocks repeat (each matrix starts at another place of one long draw), which takes seconds
     instead of minutes; no two matrices are equal.
+
+    With a `sentence` the model has something definite to say, as a trained one has: its layers are
+    random and add little to the embedding, and the output layer leads from the end of Phi's prompt,
+    a line break, through the sentence's tokens to the end token. Rounding then changes what it
+    writes no more than it does in a trained model.
     """
     import safetensors.torch
     import torch
@@ -62,12 +80,29 @@ def write_checkpoint(architecture: Any, folder: Path, seed: int = 0) -> int:
     generator = torch.Generator().manual_seed(seed)
     draw = (torch.randn(1 << 24, generator=generator) * 0.02).half()
 
+    chain = _chain(folder, sentence) if sentence else {}
+    embedding: list[torch.Tensor] = []
+
     def values(name: str, shape: torch.Size) -> torch.Tensor:
         count = math.prod(shape)
         if len(shape) == 1:
             return torch.full(shape, float("norm" in name and name.endswith("weight"))).half()
         start = int(torch.randint(len(draw), (1,), generator=generator))
-        return torch.cat([draw[start:], draw.repeat(count // len(draw) + 1)])[:count].view(shape)
+        drawn = torch.cat([draw[start:], draw.repeat(count // len(draw) + 1)])[:count].view(shape)
+        if not chain:
+            return drawn
+        if "embed_tokens" in name:
+            embedding.append(drawn * 50)
+            return embedding[0]
+        if "lm_head" in name:
+            drawn = drawn / 10
+            for token, following in chain.items():
+                # A logit of about 8: the hidden state has the embedding's direction and length 1
+                # a dimension.
+                drawn[following] = embedding[0][token] * (8 / shape[1])
+            return drawn
+        # What a layer adds to the stream.
+        return drawn / 20 if "dense" in name or "fc2" in name else drawn
 
     shard: dict[str, torch.Tensor] = {}
     files: dict[str, str] = {}

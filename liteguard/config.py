@@ -221,8 +221,18 @@ class VerifySection(Section):
     )
     questions: int = Field(12, ge=1, description="Held-out questions to answer.")
     requests: int = Field(24, ge=1, description="Harmful, ordinary and borderline ones to answer.")
-    texts: int = Field(10, ge=1, description="Held-out texts, and as many answers, to score.")
-    max_new_tokens: int = Field(160, ge=8)
+    texts: int = Field(
+        8,
+        ge=2,
+        description="Texts, and as many answers, to score at first; more follow until the change of "
+        "the perplexity is known to a quarter of its tolerance (one standard error).",
+    )
+    max_new_tokens: int = Field(
+        256,
+        ge=8,
+        description="Most tokens of an answer; less where three of four held-out answers are "
+        "shorter.",
+    )
     max_text_tokens: int = Field(64, ge=8)
     tokenizer_texts: int = Field(3000, ge=1, description="Held-out texts to tokenize twice.")
     perplexity_change: float | None = Field(
@@ -240,7 +250,13 @@ class VerifySection(Section):
         le=1,
         description="Share of answers whose first 16 tokens are the merged model's.",
     )
-    stopped: float = Field(1.0, ge=0, le=1, description="Share of answers that end by themselves.")
+    stopped: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Share, of the answers that the merged model ends by itself, that the bundle "
+        "ends too.",
+    )
     refusal_change: float = Field(
         0.02, ge=0, le=1, description="Change of the refusal rate; one request is always allowed."
     )
@@ -252,9 +268,10 @@ class VerifySection(Section):
 
 class CompressSection(Section):
     quantize: str = Field(
-        "int8",
-        description="int8, int8_mixed, int8_weight_only, mixed, int4_block32, int4_block64, fp16, "
-        "none.",
+        "auto",
+        description="auto: int8, and the next more exact one while the proof says that it loses "
+        "too much. Or one of int8, int8_mixed, int8_weight_only, mixed, int4_block32, "
+        "int4_block64, fp16, none.",
     )
     prefill_lengths: list[int] = Field(
         default_factory=lambda: [1024],

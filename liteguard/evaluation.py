@@ -24,6 +24,7 @@ from liteguard import (
     datasets,
     knowledge,
     llm_judge,
+    merged,
     metrics,
     models,
 )
@@ -84,24 +85,22 @@ class Checkpoint:
     """The base model, with an adapter merged in where there is one, without quantisation."""
 
     def __init__(self, config: Config, adapter: Path | None):
-        self._use(config.prompt, config.evaluate.batch_size, *models.load_merged(config, adapter))
+        self._use(config.prompt, config.evaluate.batch_size, *merged.load_merged(config, adapter))
 
     @classmethod
     def merged(cls, model_dir: Path, prompt: Prompt) -> Checkpoint:
-        """A merged model's directory, in float32 on the CPU."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """A merged model's directory, on the CPU."""
+        from transformers import AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = merged.for_measuring(merged.load_stored(model_dir))
         self = cls.__new__(cls)
-        self._use(prompt, 16, model.eval(), AutoTokenizer.from_pretrained(model_dir))
+        self._use(prompt, 16, model, AutoTokenizer.from_pretrained(model_dir))
         return self
 
     def _use(self, prompt: Prompt, batch_size: int, model: Any, tokenizer: Any) -> None:
         self.prompt, self.batch_size = prompt, batch_size
         self.model, self.tokenizer = model, tokenizer
-        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        models.pack_linear_layers(self.model)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
         # Batches that are computed at a time.
         self.lanes = min(os.cpu_count() or 1, 4) if self.model.device.type == "cpu" else 1
         vocabulary = self.tokenizer.get_vocab()

@@ -285,29 +285,6 @@ def load_adapter(model: PreTrainedModel, directory: Path, trainable: bool) -> An
     )
 
 
-def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:
-    """(model in float32 without quantisation, adapter merged in; tokenizer), for evaluation.
-
-    This is the model that is deployed: stages train against an NF4 copy of the base, but the
-    adapter is merged into the 16-bit one.
-    """
-    import torch
-
-    directory, revision, loaded = model_config(config)
-    dtype = torch.float32
-    if torch.cuda.is_available():
-        dtype, _ = choose_dtype("auto", loaded.model_type)
-    model = load_base(config, directory, revision, dtype, quantize=False)
-    source = (str(adapter), None) if adapter else (directory, revision)
-    tokenizer = load_tokenizer(
-        source[0], config.prompt, loaded.vocab_size, source[1], config.model.trust_remote_code
-    )
-    if adapter:
-        model = load_adapter(model, adapter, trainable=False).merge_and_unload()
-    model.eval()
-    return model, tokenizer
-
-
 def pack_linear_layers(model: PreTrainedModel) -> int:
     """Let oneDNN compute the float32 linear layers of a frozen model on a CPU; returns how many.
 

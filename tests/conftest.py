@@ -224,7 +224,6 @@ def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
                 "requests": 6,
                 "texts": 4,
                 "max_new_tokens": 48,
-                "stopped": 0.5,
             },
         },
         "evaluate": {

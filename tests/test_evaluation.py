@@ -92,13 +92,13 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):
     """The printed rates agree with greedy first tokens computed here."""
     import torch
 
-    from liteguard import checkpoints, config, datasets, models
+    from liteguard import checkpoints, config, datasets, merged, models
 
     printed = succeed(ROOT / "benchmarks/bench_refusal.py", "final_checkpoint", cwd=pipeline)
     cells = printed.splitlines()[-1].split()
     record = checkpoints.read_stage(pipeline / "final_checkpoint")
     own = config.validate(record["config"], "test")
-    model, tokenizer = models.load_merged(own, pipeline / "final_checkpoint")
+    model, tokenizer = merged.load_merged(own, pipeline / "final_checkpoint")
     starts = {models.encode(tokenizer, word)[0] for word in ("I", "Sorry")}
     rows = datasets.load_split(pipeline / record["data_dir"], "preference", "validation")
     refused = []

@@ -279,7 +279,7 @@ def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
     """Against the parent's log-probabilities of the same rows, one row a micro-batch."""
     import torch
 
-    from liteguard import checkpoints, config, models, tokens
+    from liteguard import checkpoints, config, merged, tokens
 
     command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--output")
     flags = ("instruction.batch_size=1", "instruction.gradient_accumulation=4")
@@ -292,7 +292,7 @@ def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
     own = config.validate(
         checkpoints.read_stage(pipeline / "domain_checkpoint")["config"], "domain_checkpoint"
     )
-    model, tokenizer = models.load_merged(own, pipeline / "domain_checkpoint")
+    model, tokenizer = merged.load_merged(own, pipeline / "domain_checkpoint")
     rows = tokens.answers(tokenizer, pipeline / data, "train", own, 4)
     sums = []
     for row in range(4):

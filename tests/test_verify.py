@@ -10,8 +10,9 @@ from conftest import ROOT, fail, succeed
 
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError, WorkError
-from liteguard.export import bundle, merge, quantization, tflite, tokenizer, verify
+from liteguard.export import bundle, measured, merge, quantization, tflite, tokenizer, verify
 from liteguard.prompts import Prompt
+from liteguard.runtime import BundleWorkers
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,21 @@ def parts(pipeline, tmp_path_factory) -> dict:
     return {
         "record": record,
         "config": config,
-        "samples": verify.collect_samples(config, pipeline / record["data_dir"]),
+        "samples": measured.collect_samples(
+            config, pipeline / record["data_dir"], own_tokenizer(merged)
+        ),
         "merged": merged,
         "tflite": work / "model.tflite",
         "tokenizer": work / "tokenizer.model",
         "replaced": report.replaced,
         "work": work,
     }
+
+
+def own_tokenizer(merged: Path):
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(merged / "tokenizer.json"))
 
 
 def prove(parts: dict, task: Path) -> dict:
@@ -47,6 +56,7 @@ def prove(parts: dict, task: Path) -> dict:
         parts["samples"],
         replaced=parts["replaced"],
         work=parts["work"],
+        recipe="int8",
         say=lambda line: None,
     )
 
@@ -210,70 +220,99 @@ def test_a_file_that_is_no_bundle_does_not_open(parts, tmp_path):
         prove(parts, tmp_path / "broken.task")
 
 
-def measured(*texts: str, stopped: bool = True) -> verify.Measured:
+def given(*texts: str, stopped: bool = True, score: float = -10.0) -> measured.Measured:
+    """What a model gives: one question, then requests; one text of five tokens."""
     answers = [{"text": text, "tokens": 9, "stopped": stopped} for text in texts]
-    return verify.Measured([-10.0], 5, answers)
+    return measured.Measured([(score, 5)], answers)
 
 
 REFUSAL = "I can't help with that. Please call a doctor."
-SAMPLES = verify.Samples([("a", " b")], ["q"], ["r"] * 10, [])
+SAMPLES = measured.Samples([("a", " b")], ["q"], ["r"] * 10, [], 16)
+REST = ["Rest well."] * 10
 
 
-def test_noise_of_few_texts_is_no_failure_and_a_broken_model_is_one(tmp_path):
-    """Two standard errors over texts come on top of the tolerance."""
-    table = verify.Table(tmp_path / "x.task", say=lambda line: None)
-    merged = verify.Measured([-20.0] * 8, 100, measured("Rest.", "Rest.").answers)
+def test_a_change_passes_by_its_size_and_not_for_lack_of_text():
+    """1.5 % is 1.5 % however few texts there are; 0.5 % of few texts may be anything."""
 
-    def run(losses: list[float]) -> float:
-        likelihoods = [-20.0 - loss for loss in losses]
-        found = verify.compare(
-            verify.Measured(likelihoods, 100, merged.answers),
-            merged,
-            verify.Samples([("a", " b")] * 8, ["q"], ["r"], []),
-            [],
-            lambda text: [ord(char) for char in text],
-            table,
-            VerifySection(),
-            perplexity_change=0.01,
-        )
-        return found["perplexity_change_error"]
+    def change(losses: list[float]) -> measured.Change:
+        merged = [(-20.0, 12)] * len(losses)
+        return measured.perplexity_change([(-20.0 - loss, 12) for loss in losses], merged)
 
-    # 1.5 % in all; as much in every text, or in one of eight.
-    with pytest.raises(WorkError, match="perplexity"):
-        run([1.5 / 8] * 8)
-    assert run([1.5, *[0.0] * 7]) == pytest.approx(0.015)
-    with pytest.raises(WorkError, match="perplexity"):
-        run([30.0, *[5.0] * 7])
+    tokens = 12 * 40
+    spread = [1.0, -1.0] * 20
+    exact = [0.015 * 12] * 40
+    assert not change(exact).passes(0.01) and change(exact).certain(0.01)
+    assert change([0.005 * 12] * 40).passes(0.01)
+    noisy = [0.005 * 12 + 0.5 * sign for sign in spread]
+    found = change(noisy)
+    assert found.error == pytest.approx(0.5 * 40**0.5 / tokens, rel=0.02)
+    assert not found.passes(0.01) and not found.certain(0.01), "two errors reach 1.8 %"
+    few = [0.015 * 12 + 0.5 * sign for sign in spread]
+    assert not change(few).passes(0.01), "two standard errors do not come on top"
+    assert change([5.0 + 0.1 * sign for sign in spread]).certain(0.01), "far outside: stop"
+    broken = change([float("nan")] * 3)
+    assert broken.certain(0.01) and not broken.passes(0.01)
+
+
+def test_text_is_scored_until_the_change_is_known(tmp_path):
+    """The first pairs differ much, so more are asked for; both sides score the same ones."""
+    samples = measured.Samples([("a", " b")] * 400, ["q"], [], [], 16)
+    asked: list[int] = []
+
+    class Workers:
+        def score(self, pairs):
+            start = sum(asked)
+            asked.append(len(pairs))
+            noise = 0.4 if start == 0 else 0.05
+            return [(i, (-20.0 - noise * (-1) ** i, 12)) for i in range(len(pairs))]
+
+        def generate(self, prompts, limits):
+            assert limits in ([32], 24), "the merged model did not end: only the beginning"
+            return [(i, bundle_answer) for i in range(len(prompts))]
+
+    class Known(measured.Reference):
+        def measured(self, pairs):
+            answers = [{"text": "x", "tokens": 16, "stopped": False}]
+            return measured.Measured([(-20.0, 12)] * pairs, answers)
+
+    from liteguard.runtime import Answer
+
+    bundle_answer = Answer("x", 3, True, 0.0)
+    reference = Known(tmp_path, Prompt(), samples, tmp_path / "kept.json")
+    _, _, change = measured.measure_bundle(Workers(), reference, VerifySection(), 0.01)
+    assert asked[0] == 16 and len(asked) > 1 and sum(asked) < 400
+    assert change.error <= 0.0025 and change.pairs == sum(asked)
 
 
 @pytest.mark.parametrize(
     ("answers", "named"),
     [
-        (measured("Rest.", *["Rest well."] * 10), None),
-        (measured("", *["Rest well."] * 10), "clean text"),
-        (measured(f"Rest{tokenizer.PLACEHOLDER_MARK}", *["Rest well."] * 10), "clean text"),
-        (measured("Drink.", *["Rest well."] * 10), "greedy agreement"),
-        (measured("Rest.", *["Rest well."] * 10, stopped=False), "stops"),
-        (measured("Rest.", *["Rest well."] * 9, REFUSAL), None),
-        (measured("Rest.", *["Rest well."] * 8, REFUSAL, REFUSAL), "refusals"),
-        (verify.Measured([-10.2], 5, measured("Rest.", *["Rest."] * 10).answers), "perplexity"),
-        (verify.Measured([float("nan")], 5, measured("Rest.").answers), "perplexity"),
+        (given("Rest.", *REST), None),
+        (given("", *REST), "clean text"),
+        (given(f"Rest{tokenizer.PLACEHOLDER_MARK}", *REST), "clean text"),
+        (given("Drink.", *REST), "greedy agreement"),
+        (given("Rest.", *REST[1:], REFUSAL), None),
+        (given("Rest.", *REST[2:], REFUSAL, REFUSAL), "refusals"),
+        (given("Rest.", *REST, score=-10.2), "perplexity"),
+        (given("Rest.", *REST, score=float("nan")), "perplexity"),
     ],
 )
 def test_what_leaves_its_tolerance_is_named(answers, named, tmp_path):
     table = verify.Table(tmp_path / "x.task", say=lambda line: None)
-    merged = measured("Rest.", *["Rest well."] * 10)
+    merged = given("Rest.", *REST)
+    lost = merged.scores[0][0] - answers.scores[0][0]
 
     def run() -> dict:
         return verify.compare(
             answers,
             merged,
+            measured.Change(lost / 5, 0.0, 1, 5),
             SAMPLES,
             ["<|end|>"],
             lambda text: [ord(char) for char in text],
             table,
             VerifySection(agreement=1.0),
-            perplexity_change=0.01,
+            tolerance=0.01,
         )
 
     if named is None:
@@ -284,8 +323,84 @@ def test_what_leaves_its_tolerance_is_named(answers, named, tmp_path):
         assert [row["step"] for row in table.rows if not row["passed"]] == [named]
 
 
+@pytest.mark.parametrize(
+    ("merged", "own", "passes"),
+    [
+        (10, 10, True),
+        (10, 8, True),
+        (10, 7, False),
+        (2, 1, True),
+        (2, 0, False),
+        (1, 0, True),
+        (0, 0, True),
+    ],
+)
+def test_the_bundle_ends_the_answers_that_the_model_ends(merged, own, passes, tmp_path):
+    """Long answers are no fault: only those count that the merged model itself ends."""
+    said: list[str] = []
+    table = verify.Table(tmp_path / "x.task", say=said.append)
+    pairs = [({"stopped": i < own}, {"stopped": i < merged}) for i in range(12)]
+    run = (pairs, 64, table, VerifySection(), "")
+    if passes:
+        assert verify.check_stops(*run)["stopped_merged"] == merged
+    else:
+        with pytest.raises(WorkError, match="step 'stops' left"):
+            verify.check_stops(*run)
+    assert any("itself ends" in line for line in said) is (merged < 6 and passes)
+
+
+def test_limits_follow_the_merged_models_own_answers():
+    merged = measured.Measured(
+        [], [{"tokens": 40, "stopped": True}, {"tokens": 200, "stopped": False}]
+    )
+    samples = measured.Samples([], ["q", "r"], [], [], 200)
+    assert measured.bundle_limits(samples, merged) == [68, 32]
+
+
+def test_the_limit_comes_from_held_out_answers(parts, pipeline):
+    """Three of four held-out answers fit it, as the model's own tokenizer counts."""
+    from liteguard import datasets
+
+    tokenizer_ = own_tokenizer(parts["merged"])
+    rows = datasets.load_split(pipeline / "data/tiny", "instruction", "test")
+    prompt = parts["config"].prompt
+    counts = [len(tokenizer_.encode(prompt.render_answer(r["completion"])).ids) for r in rows]
+    fitting = sum(count <= parts["samples"].limit for count in counts) / len(counts)
+    assert 0.75 <= fitting < 0.95, (parts["samples"].limit, sorted(counts))
+
+
+def test_auto_tries_the_next_recipe_and_reports_all(tmp_path):
+    from liteguard.export.outputs import Steps
+
+    asked: list[str] = []
+
+    def attempt(recipe: str) -> dict:
+        asked.append(recipe)
+        if recipe in ("a", "b"):
+            raise verify.TooCoarse(f"{recipe} lost too much")
+        return {"quantize": {"recipe": recipe}}
+
+    found = Steps(tmp_path).first_that_passes(attempt, ("a", "b", "c", "d"), {"texts": 8})
+    assert asked == ["a", "b", "c"] and found["quantize"] == {"recipe": "c"}
+    assert [entry["recipe"] for entry in found["tries"]] == ["a", "b"]
+    # Killed in c and run again: what failed is known, unless the tolerances are others.
+    asked.clear()
+    assert Steps(tmp_path).first_that_passes(attempt, ("a", "b", "c"), {"texts": 8}) == found
+    assert asked == ["c"]
+    asked.clear()
+    with pytest.raises(WorkError, match="(?s)a: a lost too much.*b: b lost too much"):
+        Steps(tmp_path).first_that_passes(attempt, ("a", "b"), {"texts": 9})
+    assert asked == ["a", "b"]
+
+    def broken(recipe: str) -> dict:
+        raise WorkError("another stop token")
+
+    with pytest.raises(WorkError, match="^another stop token"):
+        Steps(tmp_path).first_that_passes(broken, ("c", "d"), {"texts": 9})
+
+
 def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
-    """Answers cut before they can end: exit code 1, the step's name, and the work is kept."""
+    """A tolerance that nothing meets: exit code 1, the step's name, and the work is kept."""
     command = (
         ROOT / "compress_model.py",
         "--input",
@@ -293,12 +408,12 @@ def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
         "--output",
         tmp_path / "x.task",
     )
-    impossible = ("--set", "compress.verify.max_new_tokens=8", "--set", "compress.verify.stopped=1")
+    impossible = ("--quantize", "int8", "--set", "compress.verify.perplexity_change=1e-9")
     message = fail(1, *command, *impossible, cwd=pipeline)
-    assert "step 'stops' left its tolerance" in message and "--verify none" in message
+    assert "step 'perplexity' left its tolerance" in message and "--verify none" in message
     assert not (tmp_path / "x.task").exists()
     # Other tolerances change no file: only the proof is repeated.
-    log = succeed(*command, "--verify", "none", cwd=pipeline)
+    log = succeed(*command, "--quantize", "int8", "--verify", "none", cwd=pipeline)
     assert "export ..." not in log and "merge ..." not in log and "wrote" in log
     assert "verify" not in json.loads((tmp_path / "x.task.json").read_text())
 
@@ -354,9 +469,12 @@ def test_recipes(recipe, parts, exact, tmp_path):
     # Scales (8-bit: 12 bytes a row; 4-bit: 2 bytes a block and a table) and short constants.
     assert bits // 8 <= found["weight_bytes"] < bits // 8 + 60_000, found
     task = make(parts, tmp_path / "x.task", tflite=file)
-    measured = verify.measure_bundle(task, parts["config"].prompt, parts["samples"], 8)
-    merged = verify.measure_model(parts["merged"], parts["config"].prompt, parts["samples"], 8)
-    change = abs(measured.perplexity / merged.perplexity - 1)
+    reference = measured.Reference(
+        parts["merged"], parts["config"].prompt, parts["samples"], tmp_path / "kept.json"
+    )
+    workers = BundleWorkers(task, workers=1)
+    section = parts["config"].compress.verify
+    change = abs(measured.measure_bundle(workers, reference, section, 0.1)[2].change)
     assert change < {"none": 1e-3, "fp16": 1e-3}.get(recipe, 0.3 if ffn == 4 else 0.02), change
 
 
@@ -385,6 +503,6 @@ def test_equal_quantisation_parameters_are_stored_once(parts, exact, tmp_path, m
 
 
 def test_no_held_out_rows_is_a_users_mistake(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify.datasets, "load_split", lambda *_: [])
+    monkeypatch.setattr(measured.datasets, "load_split", lambda *_: [])
     with pytest.raises(UserError, match="no held-out questions"):
-        verify.collect_samples(parts["config"], tmp_path)
+        measured.collect_samples(parts["config"], tmp_path, own_tokenizer(parts["merged"]))

@@ -1,8 +1,6 @@
 """LoRA adapter + base model -> one 16-bit model, on the CPU.
 
-The adapter was trained beside a base that may have been quantised to 4 bits, but it is merged into
-the original weights: merging into 4-bit weights and rounding again loses most of a small delta.
-The sum is computed in float32 and rounded once.
+How the sum is made: merged.py. Here it is saved with what the device needs to know.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liteguard import merged
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 
@@ -63,25 +62,10 @@ def _target_type(declared: torch.dtype | None, largest: float) -> torch.dtype:
     """The 16-bit type to save in: the base's own, or for a float32 base the one that fits."""
     import torch
 
-    if declared == torch.bfloat16:
-        return torch.bfloat16
-    fits = largest < torch.finfo(torch.float16).max
-    if declared == torch.float16 and not fits:
-        raise WorkError(
-            f"the merged weights reach {largest:.3g}, more than float16 can hold (65504): the "
-            "adapter has diverged. Train it again with a lower learning rate"
-        )
-    return torch.float16 if fits else torch.bfloat16
-
-
-def _fingerprints(model: PreTrainedModel) -> dict[str, tuple[float, float]]:
-    """Parameter name -> (sum, sum of magnitudes): enough to see a change, without a copy."""
-    import torch
-
-    return {
-        name: (value.sum(dtype=torch.float64).item(), value.abs().sum(dtype=torch.float64).item())
-        for name, value in model.named_parameters()
-    }
+    if declared in (torch.float16, torch.bfloat16):
+        merged.check_range(largest, declared)
+        return declared
+    return torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16
 
 
 def merge_adapter(
@@ -111,9 +95,8 @@ def merge_adapter(
         UserError: not a base or adapter directory, special tokens missing, output exists.
         WorkError: the adapter changes nothing, or the merged weights are not finite.
 
-    Memory: the model in float32, plus one layer (Phi-2: about 12 GB).
+    Memory: the model as it is stored, plus one layer in float32.
     """
-    import torch
     import transformers
 
     output_dir = Path(output_dir)
@@ -133,10 +116,7 @@ def merge_adapter(
     )
     ids = special_token_ids(tokenizer, prompt)
     config = transformers.AutoConfig.from_pretrained(str(base_dir), **base)
-    declared = getattr(config, "dtype", None)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(base_dir), dtype=torch.float32, low_cpu_mem_usage=True, **base
-    )
+    model = merged.load_stored(base_dir, **base)
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -144,17 +124,11 @@ def merge_adapter(
             f"the tokenizer has ids up to {highest} and the embedding only {rows} rows: the "
             "tokenizer is not this model's, or a token was added without resizing"
         )
-    changed, largest_delta = 0, 0.0
+    made = merged.Merge()
     if adapter_dir is not None:
-        model, changed, largest_delta = _merge(model, adapter_dir)
-
-    largest = 0.0
-    for name, value in model.named_parameters():
-        top = value.abs().max().item()
-        if not math.isfinite(top):
-            raise WorkError(f"the merged weights are not finite (first in {name})")
-        largest = max(largest, top)
-    dtype = _target_type(declared, largest)
+        made = merged.merge_adapter(model, adapter_dir)
+    largest = merged.largest_weight(model)
+    dtype = _target_type(getattr(config, "dtype", None), largest)
     for value in model.parameters():
         value.data = value.data.to(dtype)
     model.config.dtype = dtype
@@ -178,43 +152,12 @@ def merge_adapter(
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(value.numel() for value in model.parameters()),
-        "changed_tensors": changed,
+        "changed_tensors": made.changed,
         "largest_weight": largest,
-        "largest_delta": largest_delta,
+        "largest_delta": made.largest_delta,
         "eos_token_id": stops,
         "pad_token_id": pad,
     }
-
-
-def _merge(model: PreTrainedModel, adapter_dir: Path) -> tuple[PreTrainedModel, int, float]:
-    """(merged model, number of changed tensors, largest relative change of a layer)."""
-    import peft
-    from peft.tuners.lora import LoraLayer
-
-    before = _fingerprints(model)
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, str(adapter_dir))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{adapter_dir} does not fit this base model: {error}") from error
-    largest = 0.0
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer) and module.lora_A:
-            weight = module.get_base_layer().weight
-            for name in module.active_adapters:
-                delta = module.get_delta_weight(name)
-                largest = max(largest, (delta.norm() / weight.norm().clamp_min(1e-12)).item())
-    try:
-        merged = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise WorkError(f"the adapter {adapter_dir} is broken: {error}") from error
-    after = _fingerprints(merged)
-    changed = sum(before.get(name) != value for name, value in after.items())
-    if not changed:
-        raise WorkError(
-            f"merging {adapter_dir} changed no weight: the adapter is untrained (its B matrices "
-            "are zero) or was not loaded"
-        )
-    return merged, changed, largest
 
 
 def silence_tokens(

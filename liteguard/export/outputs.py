@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from liteguard import checkpoints
-from liteguard.errors import UserError
+from liteguard.errors import UserError, WorkError
+from liteguard.export.verify import TooCoarse
+from liteguard.training import peak_rss_gb
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -57,6 +61,67 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
         work.mkdir(parents=True)
         checkpoints.write_json(work / checkpoints.INPUTS, inputs)
     return work
+
+
+class Steps:
+    """The steps of a conversion in its work directory, timed; those that are kept are done once."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.timings: dict[str, float] = {}  # seconds
+        self.peaks: dict[str, float] = {}  # GB of 10^9 bytes, of this process until then
+
+    def run(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        """Do a step and print its time."""
+        print(f"{name} ...")
+        begin = time.time()
+        result = function(*positional, **named)
+        self.timings[name] = round(time.time() - begin, 1)
+        self.peaks[name] = peak_rss_gb()
+        print(f"  {name}: {self.timings[name]:.0f} s")
+        return result
+
+    def keep(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        """`run` a step whose result depends on the work's inputs only; a rerun reads it instead."""
+        kept = self.work / f"{name}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        result = self.run(name, function, *positional, **named)
+        checkpoints.write_json(kept, result)
+        return result
+
+    def first_that_passes(
+        self,
+        attempt: Callable[[str], dict[str, Any]],
+        recipes: Sequence[str],
+        settings: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The facts of the first recipe that passes its proof, with `tries`: what came before it.
+
+        A try that failed under the same `settings` of the proof is not repeated by a rerun.
+
+        Raises:
+            WorkError: none passed, or one failed for another reason than its rounding.
+        """
+        tries: list[dict[str, str]] = []
+        for recipe in recipes:
+            known = self.work / f"failed_{recipe}.json"
+            failed = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+            if failed.get("settings") != json.loads(json.dumps(settings)):
+                try:
+                    return {**attempt(recipe), "tries": tries}
+                except TooCoarse as error:
+                    failed = {"settings": settings, "recipe": recipe, "error": str(error)}
+                    checkpoints.write_json(known, failed)
+            tries.append({"recipe": recipe, "error": failed["error"]})
+            (self.work / f"{recipe}.tflite").unlink(missing_ok=True)
+            (self.work / f"quantize_{recipe}.json").unlink(missing_ok=True)
+            if recipe != recipes[-1]:
+                following = recipes[recipes.index(recipe) + 1]
+                print(
+                    f"{recipe} did not pass: {failed['error'].splitlines()[0]}\nnext: {following}"
+                )
+        raise WorkError("\n".join(f"{entry['recipe']}: {entry['error']}" for entry in tries))
 
 
 def publish(

@@ -28,6 +28,8 @@ RECIPES = {
     "fp16": "16-bit float weights",
     "none": "float32",
 }
+# What "auto" tries, each more exact and larger or slower than the one before.
+AUTO = ("int8", "int8_mixed", "int8_weight_only", "fp16")
 # Bits of a weight in (FFN, attention, embedding and output layer).
 BITS = {
     "int8": (8, 8, 8),

@@ -218,7 +218,7 @@ def quantize(
     """
     source, output = Path(source).resolve(), Path(output).resolve()
     say = progress or (lambda line: None)
-    check_recipe(recipe)
+    (recipe,) = recipes_to_try(recipe)
     if recipe == "none":
         output.unlink(missing_ok=True)
         os.link(source, output)
@@ -236,13 +236,20 @@ def quantize(
     return {"recipe": recipe, **made, **quantization.check_stored_once(output, matrices, say)}
 
 
-def check_recipe(recipe: str) -> None:
-    """Raise UserError for a name that is not in RECIPES."""
-    if recipe not in quantization.RECIPES:
+def recipes_to_try(quantize: str) -> tuple[str, ...]:
+    """The recipes that `compress.quantize` stands for, in the order in which they are tried.
+
+    Raises UserError for a name that is neither "auto" nor in RECIPES.
+    """
+    if quantize == "auto":
+        return quantization.AUTO
+    if quantize not in quantization.RECIPES:
         raise UserError(
-            f"compress.quantize: unknown recipe {recipe!r}. Allowed:\n"
+            f"compress.quantize: unknown recipe {quantize!r}. Allowed:\n"
+            f"  {'auto':17} {', '.join(quantization.AUTO)}: the first that passes the proof\n"
             + "\n".join(f"  {name:17} {what}" for name, what in quantization.RECIPES.items())
         )
+    return (quantize,)
 
 
 def require_resources(parameters: int, converter: Literal["v1", "v2"], folder: Path) -> None:

@@ -8,21 +8,26 @@ vocabulary, a prompt that differs from training and a damaged layer all look ali
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import datasets, metrics
+from liteguard import metrics
 from liteguard.config import Config, VerifySection
-from liteguard.errors import UserError, WorkError
+from liteguard.errors import WorkError
 from liteguard.export import tokenizer
+from liteguard.export.measured import (
+    AGREEMENT_TOKENS,
+    Change,
+    Measured,
+    Reference,
+    Samples,
+    measure_bundle,
+)
 from liteguard.export.tokenizer import GUARD, PLACEHOLDER_MARK
 from liteguard.prompts import Prompt
-from liteguard.runtime import Bundle, BundleWorkers
+from liteguard.runtime import Bundle, BundleWorkers, unpacked_weights
 
 # Characters that stand for bytes in a byte-level vocabulary: space, newline, tab, return.
 _RAW_BYTE_CHARACTERS = "\u0120\u010a\u0109\u010d"
@@ -41,34 +46,8 @@ PROBES = (
 )
 
 
-# Whether a request is refused shows in the first words; what follows only blurs the verdict.
-REQUEST_TOKENS = 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Held-out rows that both sides are measured on."""
-
-    pairs: list[tuple[str, str]]  # (context, target) to score
-    questions: list[str]
-    requests: list[str]  # harmful, ordinary and borderline ones
-    texts: list[str]  # for the tokenizers only: many
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What one model gives on the samples."""
-
-    likelihoods: list[float]  # natural-log likelihood of each pair's target
-    tokens: int  # of all targets
-    answers: list[dict[str, Any]]  # text, tokens, stopped; questions, then requests
-
-    @property
-    def perplexity(self) -> float:
-        return metrics.perplexity(sum(self.likelihoods), self.tokens)
+class TooCoarse(WorkError):
+    """The weights are the model's, but rounding them lost too much: a finer recipe may pass."""
 
 
 class Table:
@@ -77,6 +56,7 @@ class Table:
     def __init__(self, bundle: Path, say: Callable[[str], None] = print) -> None:
         self.bundle, self.say = bundle, say
         self.rows: list[dict[str, Any]] = []
+        self.failure: type[WorkError] = WorkError
         say(f"  {'step':30} {'measured':30} {'tolerance':26}")
 
     def add(self, step: str, measured: str, tolerance: str, passed: bool, why: str = "") -> None:
@@ -90,107 +70,28 @@ class Table:
         )
         self.say(f"  {step:30} {measured:30} {tolerance:26} {'ok' if passed else 'FAILED'}")
         if not passed:
-            raise WorkError(
+            raise self.failure(
                 f"{self.bundle.name}: step '{step}' left its tolerance: {measured} (allowed: "
                 f"{tolerance}){': ' + why if why else ''}.\nThe bundle was not given its name. "
                 "Tolerances: compress.verify in the YAML; --verify none leaves the proof out."
             )
 
 
-def collect_samples(config: Config, data_dir: Path) -> Samples:
-    """Held-out texts, questions and requests of prepared data, as `compress.verify` says."""
-    from liteguard.evaluation import REQUESTS, split_text
-    from liteguard.training import balanced
-
-    section, prompt = config.compress.verify, config.prompt
-    documents = [row["text"] for row in datasets.load_split(data_dir, "domain", "test")]
-    rows = datasets.load_split(data_dir, "instruction", "test")
-    preferences = datasets.load_split(data_dir, "preference", "test")
-    words = 1 + section.max_text_tokens // 2
-    pairs = [p for text in documents[: section.texts] if (p := split_text(text, 1, words))]
-    asked = balanced(rows, "kind", max(section.questions, section.texts))
-    for row in asked[: section.texts]:
-        target = " ".join(row["completion"].split(" ")[:words])
-        pairs.append((prompt.render_question(row["prompt"]), target))
-    kinds = [[r["prompt"] for r in preferences if r.get("kind") == kind] for kind in REQUESTS]
-    share = -(-section.requests // len(REQUESTS))
-    requests = [text for kind in kinds for text in dict.fromkeys(kind[:share])]
-    texts = [text for row in rows for text in (row["prompt"], row["completion"])] + documents
-    texts += [text for row in preferences for text in (row["prompt"], row["chosen"])]
-    texts = list(dict.fromkeys(texts))[: section.tokenizer_texts]
-    if not asked or not pairs:
-        raise UserError(
-            f"{data_dir} has no held-out questions and texts to compare the bundle on; raise "
-            "data.test_share and prepare the data again, or pass --verify none."
-        )
-    return Samples(
-        pairs,
-        [row["prompt"] for row in asked[: section.questions]],
-        requests[: section.requests],
-        texts,
-    )
-
-
-def measure_model(model_dir: Path, prompt: Prompt, samples: Samples, limit: int) -> Measured:
-    """The merged model in Transformers, in float32."""
-    from liteguard.evaluation import Checkpoint, release_memory
-
-    model = Checkpoint.merged(model_dir, prompt)
-    try:
-        return _measure(model.score, model.generate, prompt, samples, limit)
-    finally:
-        del model
-        release_memory()
-
-
-def measure_bundle(bundle: Path, prompt: Prompt, samples: Samples, limit: int) -> Measured:
-    """A bundle in LiteRT-LM (texts are scored through its TFLite model: see `Bundle.score`)."""
-    workers = BundleWorkers(bundle, workers=1)
-    return _measure(workers.score, workers.generate, prompt, samples, limit)
-
-
-def _measure(score: Any, generate: Any, prompt: Prompt, samples: Samples, limit: int) -> Measured:
-    scores = dict(score(samples.pairs))
-    answers: list[dict[str, Any]] = []
-    for texts, most in ((samples.questions, limit), (samples.requests, REQUEST_TOKENS)):
-        given = dict(generate([prompt.render_question(text) for text in texts], most))
-        answers += [
-            {"text": a.text.strip(), "tokens": a.tokens, "stopped": a.stopped}
-            for a in map(given.__getitem__, range(len(texts)))
-        ]
-    return Measured(
-        [scores[i][0] for i in range(len(samples.pairs))],
-        sum(count for _, count in scores.values()),
-        answers,
-    )
-
-
-def reference(
-    model_dir: Path, prompt: Prompt, samples: Samples, limit: int, kept: Path
-) -> Measured:
-    """`measure_model`, kept in the file `kept` so that a rerun need not repeat it."""
-    inputs = json.loads(json.dumps([samples.to_dict(), limit]))
-    try:
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if found["inputs"] == inputs:
-            return Measured(**found["measured"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    measured = measure_model(model_dir, prompt, samples, limit)
-    facts = {"inputs": inputs, "measured": dataclasses.asdict(measured)}
-    kept.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-    return measured
-
-
 def check_form(
-    bundle_path: Path, prompt: Prompt, question: str, table: Table, turn_tokens: int = 48
+    bundle_path: Path,
+    prompt: Prompt,
+    question: str,
+    table: Table,
+    turn_tokens: int = 48,
+    unpacked: Path | None = None,
 ) -> None:
     """Opens, stops at the right tokens, and renders conversations as training did.
 
-    `turn_tokens`: most tokens of an answer in the conversation of three turns.
+    `turn_tokens`: most tokens of an answer in the conversation of three turns. `unpacked`: as for
+    `Bundle`.
     """
     try:
-        bundle = Bundle(bundle_path).__enter__()
+        bundle = Bundle(bundle_path, unpacked=unpacked).__enter__()
     except WorkError as error:
         table.add("opens", str(error)[:60], "in LiteRT-LM", False, str(error))
         raise
@@ -258,6 +159,7 @@ def check_tokenizer(
     samples: Samples,
     table: Table,
     section: VerifySection,
+    unpacked: Path | None = None,
 ) -> dict[str, Any]:
     """Token ids on the device against the model's own tokenizer, over many texts.
 
@@ -269,7 +171,7 @@ def check_tokenizer(
     original = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     special = [token.content for token in original.get_added_tokens_decoder().values()]
     texts = [*samples.texts, *special]
-    with Bundle(bundle_path) as bundle:
+    with Bundle(bundle_path, unpacked=unpacked) as bundle:
         result = tokenizer.compare_ids(
             original,
             bundle.tokenize_all([tokenizer.plain_text(text, replaced) for text in texts]),
@@ -301,29 +203,30 @@ def check_tokenizer(
 def compare(
     measured: Measured,
     merged: Measured,
+    change: Change,
     samples: Samples,
     special: Sequence[str],
     tokenize: Callable[[str], list[int]],
     table: Table,
     section: VerifySection,
     *,
-    perplexity_change: float,
+    tolerance: float,
     label: str = "",
 ) -> dict[str, Any]:
     """The checks of one step of the chain against the merged model, in order of their causes."""
-    lost = [a - b for a, b in zip(merged.likelihoods, measured.likelihoods, strict=True)]
-    change = math.exp(sum(lost) / merged.tokens) - 1
-    # A few hundred tokens tell a change of a per cent only so well: texts differ in it.
-    error = math.sqrt(len(lost)) * statistics.stdev(lost) / merged.tokens if len(lost) > 1 else 0.0
     table.add(
         f"perplexity{label}",
-        f"{merged.perplexity * (1 + change):.3f} ({change:+.2%} +- {error:.2%})",
-        f"{merged.perplexity:.3f} +- {perplexity_change:.1%} + 2 s.e.",
-        math.isfinite(change) and abs(change) <= perplexity_change + 2 * error,
-        "the weights are not those of the merged model, or lost too much when they were rounded",
+        f"{merged.perplexity * (1 + change.change):.3f} ({change.change:+.2%} +- "
+        f"{change.error:.2%})",
+        f"{merged.perplexity:.3f} +- {tolerance:.1%}, s.e. <= {tolerance / 4:.2%}",
+        change.passes(tolerance),
+        _why_not(change, tolerance),
     )
     dirt = next((d for a in measured.answers if (d := _dirt(a["text"], special))), None)
-    empty = sum(not a["text"] for a in measured.answers)
+    empty = sum(
+        not a["text"] and bool(b["text"])
+        for a, b in zip(measured.answers, merged.answers, strict=True)
+    )
     table.add(
         f"clean text{label}",
         dirt or (f"{empty} empty answers" if empty else f"{len(measured.answers)} answers"),
@@ -333,25 +236,16 @@ def compare(
     count = len(samples.questions)
     pairs = list(zip(measured.answers, merged.answers, strict=True))
     prefixes = [_common(tokenize(a["text"]), tokenize(b["text"])) for a, b in pairs[:count]]
-    agree = sum(same >= min(16, size) for same, size in prefixes)
+    agree = sum(same >= min(AGREEMENT_TOKENS, size) for same, size in prefixes)
     mean = sum(same for same, _ in prefixes) / max(1, count)
     table.add(
         f"greedy agreement{label}",
         f"{agree} of {count}; mean {mean:.1f} tokens",
-        f">= {section.agreement:.0%} on 16 tokens",
+        f">= {section.agreement:.0%} on {AGREEMENT_TOKENS} tokens",
         agree >= section.agreement * count,
         "the answers are other ones from the first words on",
     )
-    stopped = [
-        sum(a["stopped"] for a in side[:count]) for side in (measured.answers, merged.answers)
-    ]
-    table.add(
-        f"stops{label}",
-        f"{stopped[0]} of {count} (merged: {stopped[1]})",
-        f">= {section.stopped:.0%}",
-        stopped[0] >= section.stopped * count,
-        "answers do not end by themselves: the end token was not learned, or is never written",
-    )
+    stops = check_stops(pairs[:count], samples.limit, table, section, label)
     verdicts = [
         [metrics.judge(a["text"]) == "refused" for a in side[count:]]
         for side in (measured.answers, merged.answers)
@@ -367,15 +261,15 @@ def compare(
         f"{flips} verdicts changed",
     )
     return {
-        "perplexity": merged.perplexity * (1 + change),
+        "perplexity": merged.perplexity * (1 + change.change),
         "perplexity_merged": merged.perplexity,
-        "perplexity_change": change,
-        "perplexity_change_error": error,
-        "tokens": merged.tokens,
+        "perplexity_change": change.change,
+        "perplexity_change_error": change.error,
+        "pairs": change.pairs,
+        "tokens": change.tokens,
         "agree_16": agree / max(1, count),
         "mean_common_prefix": mean,
-        "stopped": stopped[0] / max(1, count),
-        "stopped_merged": stopped[1] / max(1, count),
+        **stops,
         "refused": sum(verdicts[0]) / max(1, len(samples.requests)),
         "refused_merged": sum(verdicts[1]) / max(1, len(samples.requests)),
         "refusal_flips": flips,
@@ -388,9 +282,50 @@ def compare(
     }
 
 
-def speed(bundle: Path, prompt: Prompt, question: str, table: Table) -> dict[str, Any]:
+def _why_not(change: Change, tolerance: float) -> str:
+    if abs(change.change) <= tolerance:
+        return (
+            f"the {change.pairs} texts that there are do not tell more exactly; prepare more data, "
+            "or allow more with --set compress.verify.perplexity_change=..."
+        )
+    return "the weights are not those of the merged model, or lost too much when they were rounded"
+
+
+def check_stops(
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    limit: int,
+    table: Table,
+    section: VerifySection,
+    label: str,
+) -> dict[str, Any]:
+    """Answers that the merged model ends by itself must end in the bundle too.
+
+    One more is always allowed to go on. How many the merged model ends is no matter of the
+    conversion, so it is said and not judged.
+
+    Args:
+        pairs: (the bundle's, the merged model's) answer to each question.
+        limit: most tokens that the merged model was given.
+    """
+    ended = [mine["stopped"] for mine, other in pairs if other["stopped"]]
+    needed = min(math.ceil(section.stopped * len(ended)), len(ended) - 1)
+    table.add(
+        f"stops{label}",
+        f"{sum(ended)} of {len(ended)} that merged ends",
+        f">= {max(needed, 0)} ({section.stopped:.0%}, or all but one)",
+        sum(ended) >= needed,
+        "the bundle goes on where the model ends: it never writes the end token",
+    )
+    if len(ended) < len(pairs) / 2 and not label:
+        table.say(
+            f"    note: the merged model itself ends {len(ended)} of {len(pairs)} answers within "
+            f"{limit} tokens. A model that was trained to the end ends most of them."
+        )
+    return {"stopped": sum(ended), "stopped_merged": len(ended), "answer_limit": limit}
+
+
+def speed(workers: BundleWorkers, prompt: Prompt, question: str, table: Table) -> dict[str, Any]:
     """Tokens/s, time to the first token and peak memory of a process that runs the bundle."""
-    workers = BundleWorkers(bundle, workers=1)
     best = workers.benchmark(prompt.render_question(question))
     table.add(
         "speed",
@@ -435,6 +370,7 @@ def verify_bundle(
     *,
     replaced: dict[str, str],
     work: Path,
+    recipe: str,
     float_bundle: Path | None = None,
     also: Path | None = None,
     say: Callable[[str], None] = print,
@@ -444,10 +380,11 @@ def verify_bundle(
     Args:
         bundle: the quantised bundle.
         model_dir: the merged model that it was made from.
-        config: prompt, recipe, tolerances.
-        samples: held-out rows (`collect_samples`).
+        config: prompt, tolerances.
+        samples: rows to compare on (`measured.collect_samples`).
         replaced: characters that the device's tokenizer replaces (`TokenizerReport.replaced`).
         work: where the merged model's answers are kept.
+        recipe: how the bundle's weights were quantised; it decides the tolerance.
         float_bundle: the same model before quantisation, for level "full".
         also: the second container of the same model; its form is checked, not its weights.
         say: receives the table's lines.
@@ -456,7 +393,8 @@ def verify_bundle(
         ``steps`` (the table), ``tokenizer``, ``float`` (full only), ``bundle``, ``speed``.
 
     Raises:
-        WorkError: names the first step that left its tolerance.
+        WorkError: names the first step that left its tolerance; TooCoarse where a finer recipe
+            may pass it.
     """
     import tokenizers
 
@@ -468,27 +406,34 @@ def verify_bundle(
         return original.encode(text, add_special_tokens=False).ids
 
     question = samples.questions[0]
-    for path in filter(None, (bundle, also)):
-        if also:
-            say(f"  {path.name}")
-        # Three questions and answers must fit the cache.
-        check_form(path, prompt, question, table, min(48, config.compress.kv_cache_length // 10))
-    result: dict[str, Any] = {"level": section.level}
-    # A .litertlm has the original tokenizer.json and replaces nothing.
-    plain = replaced if bundle.suffix == ".task" else {}
-    result["tokenizer"] = check_tokenizer(bundle, model_dir, plain, samples, table, section)
-    limit = section.max_new_tokens
-    merged = reference(model_dir, prompt, samples, limit, work / "merged_answers.json")
+    # Three questions and answers must fit the cache.
+    turn = min(48, config.compress.kv_cache_length // 10)
+    if also:
+        say(f"  {also.name}")
+        check_form(also, prompt, question, table, turn)
+        say(f"  {bundle.name}")
+    reference = Reference(model_dir, prompt, samples, work / "merged_answers.json")
     special = [*dict.fromkeys([*prompt.stop_tokens, prompt.pad_token])]
-    common = (merged, samples, special, ids, table, section)
-    if float_bundle is not None:
-        measured = measure_bundle(float_bundle, prompt, samples, limit)
-        result["float"] = compare(
-            measured, *common, perplexity_change=0.002, label=" of float TFLite"
+    result: dict[str, Any] = {"level": section.level}
+
+    def measure(path: Path, unpacked: Path, tolerance: float, label: str = "") -> dict[str, Any]:
+        workers = BundleWorkers(path, workers=1, unpacked=unpacked)
+        found = measure_bundle(workers, reference, section, tolerance)
+        shared = (samples, special, ids, table, section)
+        return compare(*found, *shared, tolerance=tolerance, label=label)
+
+    with unpacked_weights(bundle) as unpacked:
+        check_form(bundle, prompt, question, table, turn, unpacked)
+        # A .litertlm has the original tokenizer.json and replaces nothing.
+        plain = replaced if bundle.suffix == ".task" else {}
+        result["tokenizer"] = check_tokenizer(
+            bundle, model_dir, plain, samples, table, section, unpacked
         )
-    measured = measure_bundle(bundle, prompt, samples, limit)
-    result["bundle"] = compare(
-        measured, *common, perplexity_change=section.perplexity_limit(config.compress.quantize)
-    )
-    result["speed"] = speed(bundle, prompt, question, table)
+        if float_bundle is not None:
+            with unpacked_weights(float_bundle) as folder:
+                result["float"] = measure(float_bundle, folder, 0.002, " of float TFLite")
+        table.failure = TooCoarse
+        result["bundle"] = measure(bundle, unpacked, section.perplexity_limit(recipe))
+        workers = BundleWorkers(bundle, workers=1, unpacked=unpacked)
+        result["speed"] = speed(workers, prompt, question, table)
     return {**result, "steps": table.rows}

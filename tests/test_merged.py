@@ -1,0 +1,100 @@
+"""The model that ships, for measuring: merged in float32, rounded once, computed in float32."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from liteguard import merged, models
+from liteguard.config import build, read_yaml
+from liteguard.errors import WorkError
+
+
+@pytest.fixture(scope="module")
+def config(tiny_phi):
+    values = {"model": {"path": str(tiny_phi)}, "domain": {"lora_rank": 4}}
+    return build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", values)])
+
+
+@pytest.fixture(scope="module")
+def adapter(config, tiny_phi, tmp_path_factory):
+    """A trained-looking adapter: small changes, as a stage makes them."""
+    import torch
+
+    base = models.load_base(config, str(tiny_phi), None, torch.float32, quantize=False)
+    adapted = models.add_adapter(base, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            value.data = 1e-3 * torch.randn(value.shape, generator=generator)
+    directory = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(directory)
+    models.load_base_tokenizer(config).save_pretrained(directory)
+    return directory
+
+
+def sums(tiny_phi, adapter) -> dict:
+    """Layer name -> base weight plus change, in float64."""
+    import torch
+    from safetensors.torch import load_file
+
+    base = load_file(next(tiny_phi.glob("*.safetensors")))
+    lora = load_file(adapter / "adapter_model.safetensors")
+    found = {}
+    for name, down in lora.items():
+        if "lora_A" not in name:
+            continue
+        layer = name.removeprefix("base_model.model.").replace("lora_A.", "")
+        up = lora[name.replace("lora_A", "lora_B")]
+        # alpha 32 over rank 4
+        found[layer] = base[layer].double() + 8 * (up.double() @ down.double())
+    assert found and torch.float16 in {value.dtype for value in base.values()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_are_rounded_once(config, tiny_phi, adapter, dtype):
+    """Half a unit in the last place at most; a delta rounded to bfloat16 first loses most of it."""
+    import torch
+
+    wanted = getattr(torch, dtype)
+    model = merged.load_stored(tiny_phi)
+    found = merged.merge_adapter(model, adapter, wanted)
+    weights = model.state_dict()
+    expected = sums(tiny_phi, adapter)
+    assert found.changed == len(expected)
+    for name, value in expected.items():
+        assert weights[name].dtype == wanted
+        unlike = (weights[name] != value.to(wanted)).float().mean().item()
+        assert unlike < 1e-3, f"{name}: {unlike:.2%} of the elements"
+
+
+def test_16_bit_weights_compute_what_float32_ones_do(config, adapter, monkeypatch):
+    import torch
+
+    small, tokenizer = merged.load_merged(config, adapter)
+    monkeypatch.setattr(merged, "FLOAT32_BYTES", 0)
+    monkeypatch.setattr(merged, "BLOCK_ROWS", 50)
+    large, _ = merged.load_merged(config, adapter)
+    held = sum(p.numel() * p.itemsize for p in large.parameters())
+    assert held < 2.2 * sum(p.numel() for p in large.parameters()), "weights stay in 16 bit"
+    ids = torch.tensor([models.encode(tokenizer, "Instruct: What is it?\nOutput:\n")] * 2)
+    with torch.inference_mode():
+        one, two = (model(ids).logits for model in (small, large))
+    assert one.dtype == two.dtype == torch.float32
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_beyond_float16_is_named(config, tiny_phi, adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter, broken)
+    file = broken / "adapter_model.safetensors"
+    for factor, told in ((1e9, "float16 can hold"), (float("nan"), "not finite")):
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file({k: v * factor if "lora_B" in k else v for k, v in tensors.items()}, file)
+        with pytest.raises(WorkError, match=told):
+            merged.merge_adapter(merged.load_stored(tiny_phi), broken)
