@@ -31,7 +31,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, public_benchmarks, sources
+from liteguard import checkpoints, cli, datasets, machine, public_benchmarks, sources
 from liteguard.errors import UserError
 
 # Changes when a result of an older version lacks what this one reads.
@@ -84,10 +84,10 @@ def main() -> None:
 
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
-    base = None
+    base = architecture = None
     if args.base or args.checkpoint:  # a bundle needs no base model
-        directory, _ = sources.base_model(config)
-        base = models.base_identity(directory, models.model_config(config)[2])
+        directory, _, architecture = models.model_config(config)
+        base = models.base_identity(directory, architecture)
     for path, record in records.items():
         if base not in (None, record.get("base_identity") or record["inputs"]["base"]):
             raise UserError(f"{path} was trained on another base model than {config.model.name}.")
@@ -118,6 +118,12 @@ def main() -> None:
         }
         if args.limit is not None and not args.overwrite:
             keep_longer_runs(output, label, inputs[label])
+    if args.overwrite or not all(reuse(output / f"{n}.json", inputs[n]) for n in targets):
+        bundle = Path(args.bundle) if args.bundle else None
+        needed = evaluation.expected_memory(config, architecture, bundle)
+        print(f"expected peak memory: {needed / 1e9:.1f} GB at most")
+        less = "; a smaller evaluate.batch_size needs less for a checkpoint."
+        machine.require_memory(needed, "evaluating", less)
     if args.dry_run:
         print(f"would measure: {', '.join(targets)}\ndry run: nothing written")
         return

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, memory, metrics, sources
+from liteguard import checkpoints, cli, memory, models, sources
 from liteguard.config import Config
-from liteguard.export import bundle, merge, quantization, tflite, tokenizer, verify
+from liteguard.export import bundle, measured, merge, quantization, tflite, tokenizer
 from liteguard.runtime import BundleWorkers
 
 
@@ -53,7 +52,10 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     config = Config.model_validate(record["config"])
     section = config.compress.verify
     section.questions, section.requests, section.texts = args.rows, 3, args.rows
-    samples = verify.collect_samples(config, Path(args.data or record["data_dir"]))
+    section.max_new_tokens = args.tokens
+    own = models.load_base_tokenizer(config).backend_tokenizer
+    data_dir = Path(args.data or record["data_dir"])
+    samples = measured.collect_samples(config, data_dir, own)
     base, _ = sources.base_model(config)
     merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
@@ -66,21 +68,25 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         kv_cache_length=config.compress.kv_cache_length,
         progress=None,
     )
-    reference = verify.measure_model(merged, config.prompt, samples, args.tokens)
-    report = {"texts": len(samples.pairs), "tokens": reference.tokens, "recipes": {}}
-    report["merged_perplexity"] = round(reference.perplexity, 3)
+    reference = measured.Reference(merged, config.prompt, samples, work / "merged.json")
+    report = {"tolerance": section.perplexity_limit("int8"), "recipes": {}}
     question = config.prompt.render_question(samples.questions[0])
     for recipe in args.recipes:
         made = tflite.quantize(exact, file, recipe, merged, progress=None)
         task = work / f"{recipe}.task"
         bundle.write_task(file, work / "tokenizer.model", config.prompt, task)
-        found = verify.measure_bundle(task, config.prompt, samples, args.tokens)
-        answers = list(zip(found.answers, reference.answers, strict=True))[: args.rows]
-        change = sum(reference.likelihoods) - sum(found.likelihoods)
+        found, exact_model, change = measured.measure_bundle(
+            BundleWorkers(task, workers=1), reference, section, report["tolerance"]
+        )
+        answers = list(zip(found.answers, exact_model.answers, strict=True))[: args.rows]
+        report["merged_perplexity"] = round(exact_model.perplexity, 3)
         report["recipes"][recipe] = {
             "megabytes": round(made["file_bytes"] / 1e6, 1),
-            "perplexity": round(metrics.perplexity(sum(found.likelihoods), reference.tokens), 3),
-            "change": round(math.exp(change / reference.tokens) - 1, 5),
+            "perplexity": round(found.perplexity, 3),
+            "change": round(change.change, 5),
+            "error": round(change.error, 5),
+            "texts": change.pairs,
+            "tokens": change.tokens,
             "same_answers": sum(a["text"] == b["text"] for a, b in answers),
             "answers": len(answers),
             "phi1_5_gb": round(phi_bytes("phi-1_5", recipe) / 1e9, 2),
@@ -117,14 +123,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_recipes_") as work:
         report = measure(args, Path(work))
     print(
-        f"\nmerged model: perplexity {report['merged_perplexity']} over {report['tokens']} tokens\n"
-        f"{'recipe':17}     MB  perplexity   change  same answers  tokens/s  first token"
+        f"\nmerged model: perplexity {report['merged_perplexity']}; texts until a change is known "
+        f"to {report['tolerance'] / 4:.2%}\n"
+        f"{'recipe':17}     MB  perplexity   change   +-     same answers  tokens/s  first token"
         "  Phi-1.5 GB  Phi-2 GB"
     )
     for name, row in report["recipes"].items():
         print(
             f"{name:17} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
-            f"{row['same_answers']:6} of {row['answers']:<3} {row['decode_tok_s']:8.1f} "
+            f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} {row['decode_tok_s']:8.1f} "
             f"{row['first_token_s']:10.2f} s {row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
         )
     if args.json:

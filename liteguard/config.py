@@ -224,8 +224,8 @@ class VerifySection(Section):
     texts: int = Field(
         8,
         ge=2,
-        description="Texts, and as many answers, to score at first; more follow until the change of "
-        "the perplexity is known to a quarter of its tolerance (one standard error).",
+        description="Texts, and as many answers, to score at first; more follow until the change "
+        "of the perplexity is known to a quarter of its tolerance (one standard error).",
     )
     max_new_tokens: int = Field(
         256,

@@ -31,6 +31,7 @@ from liteguard import (
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
+from liteguard.runtime import bundle_memory
 from liteguard.training import balanced, peak_rss_gb
 
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
@@ -101,8 +102,9 @@ class Checkpoint:
         self.prompt, self.batch_size = prompt, batch_size
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = self.model.config.get_text_config().vocab_size
-        # Batches that are computed at a time.
-        self.lanes = min(os.cpu_count() or 1, 4) if self.model.device.type == "cpu" else 1
+        # Batches that are computed at a time. Weights in 16 bit become float32 once a batch.
+        one = self.model.device.type != "cpu" or self.model.dtype.itemsize == 2
+        self.lanes = 1 if one else min(os.cpu_count() or 1, 4)
         vocabulary = self.tokenizer.get_vocab()
         self.stop_ids = [vocabulary[token] for token in self.prompt.stop_tokens]
 
@@ -303,6 +305,32 @@ class Checkpoint:
             chosen = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
         for row, index in enumerate(batch):
             yield index, (float(chosen[row, : sizes[row]].double().sum()), sizes[row])
+
+
+def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> int:
+    """Bytes of host memory that evaluating takes, at the longest rows that the settings allow.
+
+    architecture: the base model's transformers config, or None where only a `bundle` is measured.
+    """
+    import torch
+
+    needed = 0
+    if bundle is not None:
+        needed = sum(bundle_memory(bundle.stat().st_size)) + 300_000_000
+    if architecture is None:
+        return needed
+    parameters = models.count_parameters(architecture)
+    if torch.cuda.is_available():
+        return max(needed, 1_000_000_000 + 5 * parameters // 2)  # merged here, measured there
+    section, text = config.evaluate, architecture.get_text_config()
+    lanes = 1 if merged.keeps_16_bit(parameters) else min(os.cpu_count() or 1, 4)
+    width = text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    # Keys and values in float32; a question is about as long as a text.
+    tokens = lanes * section.batch_size * (section.max_text_tokens + section.max_new_tokens)
+    cache = tokens * text.num_hidden_layers * 2 * heads * width * 4
+    logits = lanes * 4 * LOGITS_PER_BATCH
+    return max(needed, merged.measuring_memory(parameters, cache, logits))
 
 
 class DeviceBundle:

@@ -150,12 +150,27 @@ def for_measuring(model: PreTrainedModel) -> PreTrainedModel:
     model.eval().requires_grad_(False)
     models.fuse_gelu(model)
     if model.device.type == "cpu":
-        if 4 * sum(value.numel() for value in model.parameters()) <= FLOAT32_BYTES:
+        if keeps_16_bit(sum(value.numel() for value in model.parameters())):
+            keep_16_bit(model)
+        else:
             model.float()
             models.pack_linear_layers(model)
-        else:
-            keep_16_bit(model)
     return model
+
+
+def keeps_16_bit(parameters: int) -> bool:
+    """Whether `for_measuring` leaves a model of that size in 16 bit on a CPU."""
+    return 4 * parameters > FLOAT32_BYTES
+
+
+def measuring_memory(parameters: int, cache_bytes: int, logits_bytes: int) -> int:
+    """Bytes of host memory that measuring a merged model on a CPU takes, loading included.
+
+    Python and its libraries (0.6 GB), the weights (16 bit and a block of float32, or float32 and
+    one layer more), keys and values, and logits with their softmax.
+    """
+    weights = 2 * parameters + 0.5e9 if keeps_16_bit(parameters) else 4.4 * parameters
+    return int(0.6e9 + weights + cache_bytes + 2 * logits_bytes)
 
 
 def keep_16_bit(model: PreTrainedModel) -> int:

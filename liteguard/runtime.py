@@ -14,10 +14,8 @@ import multiprocessing
 import multiprocessing.util
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.export.tflite import available_memory
+from liteguard.machine import available_memory, end_with_parent
 from liteguard.training import peak_rss_gb
 
 
@@ -445,14 +443,7 @@ def _start_worker(path: Path, threads: int, unpacked: Path) -> None:
     _worker = Bundle(path, threads=threads, unpacked=unpacked)
     multiprocessing.util.Finalize(None, _close_worker, exitpriority=10)
 
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    # Ctrl-C reaches the whole group; the parent ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A killed parent cannot say so, and its workers would wait for work for ever.
-    threading.Thread(target=follow_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _close_worker() -> None:

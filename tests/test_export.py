@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
+from liteguard import machine
 from liteguard.errors import UserError, WorkError
 from liteguard.export import bundle, merge, tflite, tokenizer, verify
 from liteguard.prompts import Prompt
@@ -390,10 +391,10 @@ def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) ->
         convert(kv_cache_length=4096)
     with pytest.raises(UserError, match="int4_block32"):
         tflite.recipes_to_try("int3")
-    monkeypatch.setattr(tflite, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     with pytest.raises(UserError, match="needs about .* GB of memory"):
         convert()
-    monkeypatch.setattr(tflite, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
     monkeypatch.setattr(tflite.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(UserError, match="GB of disk"):
         tflite.require_resources(10**9, "v2", tmp_path)

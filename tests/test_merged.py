@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from liteguard import merged, models
+from liteguard import machine, merged, models
 from liteguard.config import build, read_yaml
 from liteguard.errors import WorkError
 
@@ -98,3 +98,32 @@ def test_an_adapter_beyond_float16_is_named(config, tiny_phi, adapter, tmp_path)
         save_file({k: v * factor if "lora_B" in k else v for k, v in tensors.items()}, file)
         with pytest.raises(WorkError, match=told):
             merged.merge_adapter(merged.load_stored(tiny_phi), broken)
+
+
+def killed(how: str) -> str:
+    """Work for `in_child`: what the kernel does when memory runs out, an error, or a result."""
+    import os
+    import signal
+
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise":
+        raise WorkError("what went wrong")
+    return how
+
+
+def test_work_that_the_kernel_kills_is_named_by_its_step():
+    assert machine.in_child("proof", killed, "well") == "well"
+    with pytest.raises(WorkError, match="what went wrong"):
+        machine.in_child("proof", killed, "raise")
+    with pytest.raises(WorkError, match="step 'proof' was killed.*memory"):
+        machine.in_child("proof", killed, "kill")
+
+
+def test_too_little_memory_is_said_before_the_work(monkeypatch):
+    from liteguard.errors import UserError
+
+    monkeypatch.setattr(machine, "available_memory", lambda: 2 * 10**9)
+    machine.require_memory(10**9, "evaluating", ".")
+    with pytest.raises(UserError, match="evaluating needs about 3.0 GB of memory, and 2.0 GB is"):
+        machine.require_memory(3 * 10**9, "evaluating", ".")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets, metrics
+from liteguard import checkpoints, datasets, machine, metrics
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
@@ -167,21 +167,27 @@ class Reference:
         return Measured(self._scores[:pairs], self._answers)
 
     def _compute(self, pairs: int) -> None:
-        from liteguard.evaluation import Checkpoint, release_memory
-
-        model = Checkpoint.merged(self.model_dir, self.prompt)
-        try:
-            if self._answers is None:
-                limit = self.samples.limit
-                self._answers = _answers(model.generate, self.prompt, self.samples, limit)
-            missing = self.samples.pairs[len(self._scores) : pairs]
-            found = dict(model.score(missing))
-            self._scores += [found[i] for i in range(len(missing))]
-        finally:
-            del model
-            release_memory()
+        missing = self.samples.pairs[len(self._scores) : pairs]
+        asked = self.samples if self._answers is None else None
+        answers, scores = machine.in_child(
+            "proof, merged model", _measure_model, self.model_dir, self.prompt, asked, missing
+        )
+        self._answers = self._answers or answers
+        self._scores += scores
         facts = {"inputs": self.inputs, "answers": self._answers, "scores": self._scores}
         checkpoints.write_json(self.kept, facts)
+
+
+def _measure_model(
+    model_dir: Path, prompt: Prompt, samples: Samples | None, pairs: list[tuple[str, str]]
+) -> tuple[list[dict[str, Any]] | None, list[tuple[float, int]]]:
+    """(answers to `samples`, scores of `pairs`) of a merged model, in a process of its own."""
+    from liteguard.evaluation import Checkpoint
+
+    model = Checkpoint.merged(model_dir, prompt)
+    answers = _answers(model.generate, prompt, samples, samples.limit) if samples else None
+    found = dict(model.score(pairs))
+    return answers, [found[i] for i in range(len(pairs))]
 
 
 def bundle_limits(samples: Samples, merged: Measured) -> list[int]:

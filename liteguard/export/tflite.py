@@ -7,7 +7,6 @@ memory becomes a message instead of the end of this process.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -22,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from liteguard import machine
 from liteguard.errors import UserError, WorkError
 from liteguard.export import quantization
 
@@ -79,24 +79,6 @@ def count_parameters(model_dir: Path) -> tuple[int, int]:
                 total += math.prod(shape)
                 matrices += math.prod(shape) if len(shape) > 1 else 0
     return total, matrices
-
-
-def available_memory() -> int | None:
-    """Bytes that a new process can use (free, cache and swap, within the control group's limit).
-
-    None where the system does not say (not Linux).
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    free = values.get("MemAvailable", 0) + values.get("SwapFree", 0)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, limit - used)
-    return free
 
 
 def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple[int, int]:
@@ -253,16 +235,17 @@ def recipes_to_try(quantize: str) -> tuple[str, ...]:
 
 
 def require_resources(parameters: int, converter: Literal["v1", "v2"], folder: Path) -> None:
-    """Raise UserError where memory or disk do not suffice for a conversion, with both numbers."""
+    """Raise UserError where memory or disk do not suffice for a conversion, with both numbers.
+
+    The conversion is the step that needs the most: merging and the proof keep 16-bit weights, the
+    bundle maps its own (benchmarks/full_size.py).
+    """
     memory, disk = required_resources(parameters, converter)
-    free_memory = available_memory()
-    if free_memory is not None and free_memory < memory:
-        raise UserError(
-            f"converting {parameters / 1e9:.2f} billion parameters with converter {converter} "
-            f"needs about {memory / 1e9:.1f} GB of memory, and {free_memory / 1e9:.1f} GB is "
-            "free. Close other programs, add swap, or convert on a larger machine"
-            + (" (converter v2 needs half of that)" if converter == "v1" else "")
-        )
+    machine.require_memory(
+        memory,
+        f"converting {parameters / 1e9:.2f} billion parameters with converter {converter}",
+        " (converter v2 needs half of that)" if converter == "v1" else "",
+    )
     folder = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free_disk = shutil.disk_usage(folder).free
     if free_disk < disk:

@@ -1,0 +1,79 @@
+"""What this machine has free, and work in a process of its own that may be killed for memory."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from liteguard.errors import UserError, WorkError
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process can use (free, cache and swap, within the control group's limit).
+
+    None where the system does not say (not Linux).
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    free = values.get("MemAvailable", 0) + values.get("SwapFree", 0)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, limit - used)
+    return free
+
+
+def require_memory(needed: int, what: str, advice: str) -> None:
+    """Raise UserError, with both numbers, where less than `needed` bytes are free.
+
+    `what` begins the sentence, `advice` ends it: what lowers the need.
+    """
+    free = available_memory()
+    if free is not None and free < needed:
+        raise UserError(
+            f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB is free. "
+            f"Close other programs, add swap, or use a larger machine{advice}"
+        )
+
+
+def in_child(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a process of its own, whose memory is given back as a whole.
+
+    Function, arguments and result must be picklable. An exception of the function is raised here.
+
+    Raises WorkError, with the name of the step, when the process is killed: by the kernel, most
+    often, because memory ran out.
+    """
+    # Forking a process whose libraries run threads can deadlock.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise WorkError(
+                f"step '{step}' was killed, most often because memory ran out. Close other "
+                "programs or add swap, and run the same command again: finished steps are kept."
+            ) from None
+
+
+def end_with_parent() -> None:
+    """Let a worker process end with its parent, which a killed parent cannot ask for."""
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # Ctrl-C reaches the whole group; the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
