@@ -93,6 +93,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
             "phi2_gb": round(phi_bytes("phi-2", recipe) / 1e9, 2),
         }
         print(f"{recipe}: {report['recipes'][recipe]}", flush=True)
+    report["tokens"] = max(row["tokens"] for row in report["recipes"].values())
     # Speeds last and in turns: on a shared machine a recipe's minutes are not another's.
     speeds: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in args.recipes}
     for _ in range(args.rounds):
@@ -125,14 +126,14 @@ def main() -> None:
     print(
         f"\nmerged model: perplexity {report['merged_perplexity']}; texts until a change is known "
         f"to {report['tolerance'] / 4:.2%}\n"
-        f"{'recipe':17}     MB  perplexity   change   +-     same answers  tokens/s  first token"
+        f"{'recipe':17}     MB  perplexity   change     +-  same answers  tokens/s  first token"
         "  Phi-1.5 GB  Phi-2 GB"
     )
     for name, row in report["recipes"].items():
         print(
             f"{name:17} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
-            f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} {row['decode_tok_s']:8.1f} "
-            f"{row['first_token_s']:10.2f} s {row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
+            f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} "
+            f"{row['decode_tok_s']:8.1f} {row['first_token_s']:10.2f} s {row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
         )
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
