@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from liteguard import (
     packing,
     tokens,
     tracking,
+    validation,
 )
 from liteguard.config import Config, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
@@ -193,6 +195,7 @@ class Counts:
     tokens: np.ndarray  # of examples, prompts included, padding not
     supervised: np.ndarray  # tokens that the loss is about
     padding: np.ndarray  # padding tokens that the model runs on
+    chosen: np.ndarray | None = None  # of `supervised`, tokens of chosen answers (stage 3)
 
 
 @dataclass
@@ -276,23 +279,32 @@ def feed(stage: Stage, tokenizer: Any, train: tokens.TokenRows, held_out: tokens
     )
 
 
+def pair_order(section: TrainSection, pairs: int) -> list[int]:
+    """The pairs of a run of stage 3 in order, `batch_size` x `gradient_accumulation` a step.
+
+    The first pass keeps their order, the mixture; further ones are shuffled, as in stage 2.
+    """
+    order = packing.repeat_order(pairs, section.seed, shuffle_first=False)
+    return list(itertools.islice(order, needed_rows(section)))
+
+
 def pair_counts(stage: Stage, pairs: Any) -> Counts:
-    """Counts of a stage-3 run over `pairs` (TRL's tokenized dataset), taken in their order."""
+    """Counts of a stage-3 run over `pairs` (TRL's tokenized dataset), taken in `pair_order`."""
     import numpy as np
 
     section = stage.section
-    lengths = {
-        name: np.array([len(ids) for ids in pairs[f"{name}_ids"]])
+    rows = pair_order(section, len(pairs))
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in pairs[f"{name}_ids"]])[rows]
         for name in ("prompt", "chosen", "rejected")
-    }
-    supervised = lengths["chosen"] + lengths["rejected"]
-    real = 2 * lengths["prompt"] + supervised
-    widest = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
-    rows = np.arange(needed_rows(section)) % len(pairs)
-    batches = widest[rows].reshape(-1, section.batch_size)
-    fed = 2 * section.batch_size * batches.max(1).reshape(section.max_steps, -1).sum(1)
-    real, supervised = (x[rows].reshape(section.max_steps, -1).sum(1) for x in (real, supervised))
-    return Counts(real, supervised, (fed - real) * (not section.packing))
+    )
+    widest = (prompt + np.maximum(chosen, rejected)).reshape(-1, section.batch_size).max(1)
+    fed = 2 * section.batch_size * widest.reshape(section.max_steps, -1).sum(1)
+    real, supervised, chosen = (
+        lengths.reshape(section.max_steps, -1).sum(1)
+        for lengths in (2 * prompt + chosen + rejected, chosen + rejected, chosen)
+    )
+    return Counts(real, supervised, (fed - real) * (not section.packing), chosen)
 
 
 # Enough for full speed of the matrix products on a CPU; more only costs memory there.
@@ -835,6 +847,7 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         packing.check_isolation(model, stage.architecture.vocab_size)
     if stage.name == "safety" and stage.section.precompute_reference:
         precompute_reference(stage, trainer)
+    hook_losses(stage, trainer, counts)
     packing.watch_losses(base, _keep_bad_batch(stage))
     if getattr(stage.section, "loss_reduction", "token") != "token":
         packing.weigh_rows(base)
@@ -858,7 +871,6 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
             "raise safety.sft_weight, and pass --overwrite."
         )
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     seen, supervised, padding = (
         int(found[:last].sum()) for found in (counts.tokens, counts.supervised, counts.padding)
     )
@@ -867,7 +879,7 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         "steps": last,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "best_eval_loss": min(evaluations, default=None),
+        "best_eval_loss": trainer.state.best_metric if best else None,
         "train_runtime_s": round(seconds, 1),
         "tokens": seen,
         "supervised_tokens": supervised,
@@ -885,6 +897,22 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         f"{metrics['gpu_hours']:.2f} GPU hours"
     )
     return metrics
+
+
+def hook_losses(stage: Stage, trainer: Any, counts: Counts) -> None:
+    """Feed a trainer whole optimizer steps that all learn, and let its losses be means over them
+    and over the whole validation set."""
+    validation.warm_up_from_first_step(trainer)
+    if stage.name != "safety":
+        validation.score_whole_set(trainer, validation.answer_scores)
+        return
+    # The trainer itself would go round the pairs in one order, with a small step at each end.
+    pairs = trainer.train_dataset
+    trainer.train_dataset = pairs.select(pair_order(stage.section, len(pairs)))
+    weight = stage.section.sft_weight
+    validation.score_whole_set(trainer, validation.pair_scores, weight)
+    if weight:
+        validation.weigh_sft_by_step(trainer, weight, counts.chosen)
 
 
 def check_saved_adapter(model: Any, path: Path) -> None:

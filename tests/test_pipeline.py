@@ -248,9 +248,9 @@ def test_killed_training_goes_on_to_the_very_same_adapter(pipeline, tiny_config,
     assert found["metrics"]["tokens"] == uninterrupted["metrics"]["tokens"]
 
 
-def losses(directory: Path) -> list[float]:
+def losses(directory: Path, key: str = "loss") -> list[float]:
     history = json.loads((directory / "log_history.json").read_text())
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[key] for entry in history if key in entry]
 
 
 def test_reference_scored_once_gives_the_same_training(pipeline, tmp_path):
@@ -336,8 +336,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     found = record(output)
     assert [step["batch_size"] for step in found["metrics"]["out_of_memory"]] == [4, 2]
     assert found["config"]["instruction"]["batch_size"] == 4, "the configuration is the user's"
-    same = losses(pipeline / "instruction_checkpoint")
-    assert losses(output) == pytest.approx(same, rel=0.03), "the effective batch changed"
+    for key, what in (("loss", "effective batch"), ("eval_loss", "validation loss")):
+        same = losses(pipeline / "instruction_checkpoint", key)
+        assert losses(output, key) == pytest.approx(same, rel=0.03), f"the {what} changed"
 
 
 def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path, monkeypatch):
