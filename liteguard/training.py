@@ -27,7 +27,7 @@ from liteguard import (
     tracking,
     validation,
 )
-from liteguard.config import Config, TrainSection, flatten
+from liteguard.config import Config, SafetySection, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
 
 if TYPE_CHECKING:
@@ -322,29 +322,43 @@ def micro_batch_tokens(stage: Stage, lengths: np.ndarray) -> int:
     return min(allowed, max(CPU_MICRO_BATCH_TOKENS, int(lengths.max())))
 
 
-def render_preferences(
-    tokenizer: Any, rows: list[dict], config: Config, part: str, limit: int
-) -> list[dict[str, str]]:
-    """Preference rows as rendered text (prompt, chosen, rejected), their kinds taking turns.
+def kind_weights(section: SafetySection, rows: list[dict]) -> dict[str, float]:
+    """The weight of each kind of pairs that `safety.kind_weights` means, given the train rows.
 
-    `safety.kind_weights` sets their shares, and with them where stage 3 leaves the line between
-    helping and refusing.
+    It sets where stage 3 leaves the line between helping and refusing. Raises UserError for a kind
+    that no pair is of.
+    """
+    kinds = Counter(row.get("kind") for row in rows)
+    if section.kind_weights == "prepared":
+        return dict(kinds)
+    unknown = {*section.kind_weights} - {*kinds}
+    if unknown:
+        raise UserError(
+            f"safety.kind_weights names {', '.join(map(repr, sorted(unknown)))}, and no preference "
+            f"pair is of that kind. Kinds in the data: {', '.join(sorted(map(str, kinds)))}"
+        )
+    return section.kind_weights
+
+
+def render_preferences(
+    tokenizer: Any,
+    rows: list[dict],
+    config: Config,
+    part: str,
+    limit: int,
+    weights: dict[str, float],
+    sources: dict[str, str],
+) -> list[dict[str, str]]:
+    """Up to `limit` pairs as rendered text (prompt, chosen, rejected), kinds taking turns by
+    `weights`; prints the mixture.
 
     Pairs longer than `safety.max_length` are left out, because the trainer would cut the end of
-    their answers; more than 1 % of them is an error.
+    their answers; more than 1 % of them is an error. sources: see `datasets.source_titles`.
     """
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
-    unknown = {*config.safety.kind_weights} - {row.get("kind") for row in rows}
-    if unknown and part == "train":
-        raise UserError(
-            f"safety.kind_weights names {', '.join(map(repr, sorted(unknown)))}, and no preference "
-            f"pair is of that kind. Kinds in the data: "
-            + ", ".join(sorted({str(row.get("kind")) for row in rows}))
-        )
-    kept, lost = [], 0
-    kinds: Counter[str] = Counter()
-    for row in balanced(rows, "kind", limit, config.safety.kind_weights):
+    kept, used, lost = [], [], 0
+    for row in balanced(rows, "kind", len(rows), weights):
         rendered = {
             "prompt": prompt.render_question(row["prompt"]),
             "chosen": prompt.render_answer(row["chosen"]),
@@ -353,18 +367,35 @@ def render_preferences(
         ids = {key: len(models.encode(tokenizer, text)) for key, text in rendered.items()}
         if ids["prompt"] + max(ids["chosen"], ids["rejected"]) > length:
             lost += 1
-        else:
-            kept.append(rendered)
-            kinds[str(row.get("kind"))] += 1
+            continue
+        kept.append(rendered)
+        used.append(row)
+        if len(kept) == limit:
+            break
     if lost > 0.01 * (lost + len(kept)):
         raise UserError(
             f"{lost} of {lost + len(kept)} {part} preference pairs are longer than "
             f"safety.max_length = {length} tokens. Raise it or shorten the answers."
         )
-    # A kind that runs out leaves its turns to the others, so the shares may not be those asked for.
-    shares = ", ".join(f"{kind} {n:,} ({n / len(kept):.0%})" for kind, n in kinds.most_common())
-    print(f"{part} pairs: {shares}")
+    print(f"{part} pairs: {mixture(used, rows, sources)}")
     return kept
+
+
+def mixture(used: list[dict], rows: list[dict], sources: dict[str, str]) -> str:
+    """Kinds and sources of the pairs that are `used`, and how many of its `rows` a source has.
+
+    A kind that runs out leaves its turns to the others, so shares may not be those asked for.
+    """
+    kinds = Counter(str(row.get("kind")) for row in used)
+    shares = ", ".join(f"{kind} {n:,} ({n / len(used):.0%})" for kind, n in kinds.most_common())
+    taken, there = (
+        Counter(sources.get(row.get("dataset"), "unknown") for row in some) for some in (used, rows)
+    )
+    origins = ", ".join(
+        f"{name} {n / len(used):.0%} ({n:,} of its {there[name]:,})"
+        for name, n in taken.most_common()
+    )
+    return f"{shares}; sources: {origins}"
 
 
 def balanced(

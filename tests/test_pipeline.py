@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import signal
@@ -110,6 +111,17 @@ def test_dpo_starts_at_ln2_with_zero_margins(pipeline):
     assert first["loss"] == pytest.approx(math.log(2), abs=5e-3)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-2)
     assert "frozen copy of instruction_checkpoint" in logs(pipeline)["safety"]
+
+
+def test_stage_3_says_what_it_is_going_to_train_on(pipeline):
+    log = logs(pipeline)["safety"]
+    [mixture] = re.findall(r"^train pairs: .*", log, re.MULTILINE)
+    assert re.fullmatch(
+        r"train pairs: (harmful|ordinary) 12 \(50%\), (harmful|ordinary) 12 \(50%\); "
+        r"sources: preferences.jsonl 100% \(24 of its \d+\)",
+        mixture,
+    ), mixture
+    assert log.index(mixture) < log.index("safety 1/6")
 
 
 def test_stage_json_says_what_was_done(pipeline):
