@@ -972,6 +972,9 @@ def check_saved_adapter(model: Any, path: Path) -> None:
 def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
+    probe = validation.probe_rows(trainer)
+    with trainer.compute_loss_context_manager():
+        trained = validation.mean_loss(trainer.model, probe)
     # A sharded model is gathered by all processes; one of them writes.
     state = trainer.accelerator.get_state_dict(trainer.model) if distributed.uses_fsdp() else None
     if not distributed.is_main():
@@ -988,6 +991,9 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
     tokenizer.save_pretrained(str(work))
     checkpoints.write_json(work / "log_history.json", trainer.state.log_history)
     plot_curves(trainer.state.log_history, work / "curves.png", stage.name)
+    if not distributed.uses_fsdp():  # whose shards are small, and not a tensor of their own each
+        validation.release(model)
+    metrics = {**metrics, "both_bases": both_bases(stage, probe, trained)}
     config = stage.config
     record = {
         "stage": stage.name,
@@ -1024,6 +1030,32 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
     files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
     checkpoints.publish(work, stage.output, record, files)
     distributed.barrier()
+
+
+def both_bases(stage: Stage, probe: validation.Rows, trained: float) -> dict[str, Any]:
+    """The saved adapter's validation loss on the base it was trained on and on the one that ships.
+
+    Stages train against an NF4 copy of the base, which for a small model is another model; the
+    adapter is merged into the 16-bit one.
+    """
+    parameters = models.count_parameters(stage.architecture)
+    shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
+    found = {
+        "rows": len(probe),
+        "tokens": sum(int((labels[1:] != -100).sum()) for _, labels in probe),
+        "storage": stage.storage,
+        "trained_loss": trained,
+        "shipped_loss": shipped,
+    }
+    for name in ("trained", "shipped"):
+        loss = found[f"{name}_loss"]
+        found[f"{name}_perplexity"] = None if loss is None else math.exp(loss)
+    print(
+        f"{stage.name}: perplexity of {found['rows']} validation rows ({found['tokens']:,} tokens) "
+        f"{found['trained_perplexity']:.2f} on the base as trained on ({stage.storage})"
+        + ("" if shipped is None else f", {math.exp(shipped):.2f} on the 16-bit base that ships")
+    )
+    return found
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -8,12 +8,23 @@ processes. The likelihood term of stage 3's loss is treated alike, by optimizer 
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from liteguard import models
+from liteguard.config import Config
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+# Validation rows that are scored on both bases, and their tokens on a CPU: one second each for the
+# embedded default, some minutes for Phi-2. Both bases get the same rows, so few are enough.
+PROBE_ROWS = 32
+PROBE_TOKENS = 4096
 
 # Name of a number -> (its sums, its counts) by row, shape (rows,) each.
 Scores = dict[str, tuple["torch.Tensor", "torch.Tensor"]]
@@ -147,3 +158,84 @@ def warm_up_from_first_step(trainer: Any) -> None:
         return trainer.lr_scheduler
 
     trainer.create_scheduler = create_scheduler
+
+
+Rows = list[tuple["torch.Tensor", "torch.Tensor"]]  # (ids, labels), int64, shape (tokens,) each
+
+
+def probe_rows(trainer: Any) -> Rows:
+    """The first validation rows of a trainer, of a pair its chosen answer, without padding."""
+    import torch
+
+    found: Rows = []
+    room = math.inf if torch.cuda.is_available() else PROBE_TOKENS
+    for number in range(min(PROBE_ROWS, len(trainer.eval_dataset))):
+        batch = trainer.data_collator([trainer.eval_dataset[number]])
+        ids, length = batch["input_ids"][0], int(batch["attention_mask"][0].sum())
+        room -= length
+        if found and room < 0:
+            break
+        if "labels" in batch:
+            labels = batch["labels"][0]
+        else:
+            labels = ids.masked_fill(batch["completion_mask"][0] == 0, -100)
+        found.append((ids[:length], labels[:length]))
+    return found
+
+
+def mean_loss(model: Any, rows: Rows) -> float:
+    """Nats per supervised token of rows, one row at a time, from the model's own logits."""
+    import torch
+
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    model.eval()
+    for ids, labels in rows:
+        targets = labels[1:].to(device)
+        first = int((targets != -100).nonzero()[0])
+        targets = targets[first:]
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids[None].to(device),
+                use_cache=False,
+                logits_to_keep=len(targets) + 1,
+            ).logits[0, :-1]
+            # In parts: float32 logits of a long text are more than its 16-bit ones and the rest.
+            for part, wanted in zip(logits.split(256), targets.split(256), strict=True):
+                total += torch.nn.functional.cross_entropy(
+                    part.float(), wanted, reduction="sum"
+                ).item()
+        count += int((targets != -100).sum())
+    return total / count
+
+
+def release(model: Any) -> None:
+    """Give the memory of a model's weights back, whoever still refers to it."""
+    import torch
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def shipped_loss(config: Config, adapter: Path, parameters: int, rows: Rows) -> float | None:
+    """`mean_loss` of an adapter merged into the 16-bit base, or None where that does not fit.
+
+    A number is not worth a finished stage: too little memory must not end its process.
+    """
+    import torch
+
+    from liteguard.export.tflite import available_memory
+
+    needed, free = 2.5 * parameters + 1e9, available_memory()
+    if not torch.cuda.is_available() and free is not None and free < needed:
+        print(f"not scored on the 16-bit base: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} free")
+        return None
+    try:
+        model, _ = models.load_merged(config, adapter)
+        return mean_loss(model, rows)
+    except torch.OutOfMemoryError as error:
+        print(f"not scored on the 16-bit base: {str(error).splitlines()[0]}")
+        return None

@@ -135,6 +135,46 @@ def test_stage_json_says_what_was_done(pipeline):
         assert {"torch", "trl", "peft"} <= found["versions"].keys()
 
 
+def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
+    """Against the merged model's own logits; NF4 differs from it, and both are said."""
+    import torch
+
+    from liteguard import checkpoints, config, models, tokens
+
+    monkeypatch.chdir(pipeline)
+    for stage in ("domain", "instruction", "safety"):
+        found = record(Path(OUTPUTS[stage]))["metrics"]["both_bases"]
+        assert found["storage"] == "nf4" and found["rows"] == 8
+        assert 0 < abs(found["trained_loss"] - found["shipped_loss"]) < 0.5
+        assert found["shipped_perplexity"] == pytest.approx(math.exp(found["shipped_loss"]))
+        printed = logs(pipeline)[stage]
+        assert f" {found['trained_perplexity']:.2f} on the base as trained on (nf4)" in printed
+        assert f" {found['shipped_perplexity']:.2f} on the 16-bit base that ships" in printed
+        assert record(Path(OUTPUTS[stage]))["metrics"]["best_eval_loss"] == pytest.approx(
+            min(losses(Path(OUTPUTS[stage]), "eval_loss"))
+        )
+    # The rows are few enough here for the validation loss to be about the same ones.
+    for stage in ("domain", "instruction"):
+        metrics = record(Path(OUTPUTS[stage]))["metrics"]
+        assert metrics["both_bases"]["trained_loss"] == pytest.approx(
+            metrics["best_eval_loss"], rel=0.01
+        )
+    path = Path("instruction_checkpoint")
+    own = config.validate(checkpoints.read_stage(path)["config"], "instruction_checkpoint")
+    model, tokenizer = models.load_merged(own, path)
+    rows = tokens.answers(tokenizer, Path("data/tiny"), "validation", own, 8)
+    total = 0.0
+    for row in range(8):
+        ids, labels = (torch.from_numpy(part)[None] for part in rows.row(row))
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].float().log_softmax(-1)
+        wanted = labels[0, 1:] != -100
+        total -= scores[wanted].gather(1, labels[0, 1:][wanted, None]).sum().item()
+    found = record(path)["metrics"]["both_bases"]
+    assert found["tokens"] == rows.supervised.sum()
+    assert found["shipped_loss"] == pytest.approx(total / found["tokens"], rel=1e-4)
+
+
 def test_progress_shows_loss_and_speed_and_wandb_got_the_keys(pipeline):
     assert "train_loss" in logs(pipeline)["domain"]
     assert "tokens_per_second" in logs(pipeline)["domain"]

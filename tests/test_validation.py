@@ -306,3 +306,24 @@ def test_the_first_step_learns_and_the_rest_of_the_schedule_is_as_configured(sch
     theirs = rates(get_scheduler(scheduler, plain, 4, 10), plain)
     assert ours[4:] == theirs[4:]
     assert ours[:4] == ([2.0] * 4 if scheduler == "constant" else [0.5, 1.0, 1.5, 2.0])
+
+
+def test_a_released_model_holds_no_memory(tiny_phi, tmp_path):
+    """Something always refers to a trainer's model; its storage goes all the same."""
+    stage = stage_of("domain", tiny_phi, tmp_path, quantization="nf4")
+    model = training.load_model(stage)
+    tensors = [*model.parameters(), *model.buffers()]
+    held = [tensor.untyped_storage() for tensor in tensors]
+    assert sum(storage.nbytes() for storage in held) > 100_000
+    del held
+    validation.release(model)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
+
+
+def test_a_number_that_does_not_fit_in_memory_is_left_out(tiny_phi, tmp_path, monkeypatch, capsys):
+    from liteguard.export import tflite
+
+    config = stage_of("domain", tiny_phi, tmp_path).config
+    monkeypatch.setattr(tflite, "available_memory", lambda: 6_000_000_000)
+    assert validation.shipped_loss(config, tmp_path, 2_780_000_000, []) is None
+    assert "8.0 GB needed, 6.0 free" in capsys.readouterr().out
