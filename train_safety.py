@@ -44,11 +44,15 @@ def main() -> None:
     tokenizer = training.load_tokenizer(stage)
     rows = datasets.load_split(stage.data_dir, "preference", "train")
     held_out = datasets.load_split(stage.data_dir, "preference", "validation")
+    mixture = (
+        training.kind_weights(config.safety, rows),
+        datasets.source_titles(datasets.read_manifest(stage.data_dir), "preference"),
+    )
     train_set = training.render_preferences(
-        tokenizer, rows, config, "train", training.needed_rows(config.safety)
+        tokenizer, rows, config, "train", training.needed_rows(config.safety), *mixture
     )
     eval_set = training.render_preferences(
-        tokenizer, held_out, config, "validation", config.safety.max_eval_rows
+        tokenizer, held_out, config, "validation", config.safety.max_eval_rows, *mixture
     )
     pairs = f"{config.safety.batch_size} x {config.safety.gradient_accumulation} pairs"
     passes = training.needed_rows(config.safety) / len(rows)

@@ -203,10 +203,11 @@ class SafetySection(TrainSection):
         description="Stop when the chosen answers have lost so many nats of log-probability on "
         "validation rows: DPO may lower both answers of a pair. null turns it off.",
     )
-    kind_weights: dict[str, PositiveFloat] = Field(
+    kind_weights: dict[str, PositiveFloat] | Literal["prepared"] = Field(
         default_factory=dict,
-        description="Relative share of harmful, ordinary, ... pairs; 1 for a kind not named. Fewer "
-        "harmful ones make the model refuse less.",
+        description="Relative share of harmful, ordinary, ... pairs; 1 for a kind not named (pairs "
+        "that name none are unknown). Fewer harmful ones make the model refuse less. prepared: "
+        "every kind's share of the prepared pairs.",
     )
     precompute_reference: bool = Field(
         False, description="Compute the reference's log-probabilities once, before training."

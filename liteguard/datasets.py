@@ -1042,6 +1042,19 @@ def _again(manifest: dict[str, Any]) -> str:
     return f"Prepare it again: python prepare_datasets.py --model_type {manifest['model_type']} --overwrite"
 
 
+def source_titles(manifest: dict[str, Any], part: str) -> dict[str, str]:
+    """What a row's `dataset` stands for in a part: a hub id, a file's name, or a dataset function.
+
+    Rows do not tell two sources of one function apart: their names are joined.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in manifest["sources"]:
+        if entry["part"] == part:
+            file = entry["path"] and Path(entry["path"]).name
+            found.setdefault(entry["dataset"], []).append(entry["hub"] or file or entry["dataset"])
+    return {dataset: " and ".join(names) for dataset, names in found.items()}
+
+
 def read_manifest(data_dir: Path) -> dict[str, Any]:
     """manifest.json of a prepared data directory."""
     path = data_dir / "manifest.json"

@@ -423,6 +423,11 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             for label, result in results.items()
             if (history := Path(result["model"]["path"] or "") / "log_history.json").is_file()
         ],
+        "both_bases": {
+            label: found
+            for label, record in records.items()
+            if (found := record.get("metrics", {}).get("both_bases"))
+        },
         "lengths": length_plot(results),
         "latencies": latency_plot(results),
         "samples": samples(results),

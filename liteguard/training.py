@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -24,8 +25,9 @@ from liteguard import (
     packing,
     tokens,
     tracking,
+    validation,
 )
-from liteguard.config import Config, TrainSection, flatten
+from liteguard.config import Config, SafetySection, TrainSection, flatten
 from liteguard.errors import UserError, WorkError
 
 if TYPE_CHECKING:
@@ -193,6 +195,7 @@ class Counts:
     tokens: np.ndarray  # of examples, prompts included, padding not
     supervised: np.ndarray  # tokens that the loss is about
     padding: np.ndarray  # padding tokens that the model runs on
+    chosen: np.ndarray | None = None  # of `supervised`, tokens of chosen answers (stage 3)
 
 
 @dataclass
@@ -276,23 +279,32 @@ def feed(stage: Stage, tokenizer: Any, train: tokens.TokenRows, held_out: tokens
     )
 
 
+def pair_order(section: TrainSection, pairs: int) -> list[int]:
+    """The pairs of a run of stage 3 in order, `batch_size` x `gradient_accumulation` a step.
+
+    The first pass keeps their order, the mixture; further ones are shuffled, as in stage 2.
+    """
+    order = packing.repeat_order(pairs, section.seed, shuffle_first=False)
+    return list(itertools.islice(order, needed_rows(section)))
+
+
 def pair_counts(stage: Stage, pairs: Any) -> Counts:
-    """Counts of a stage-3 run over `pairs` (TRL's tokenized dataset), taken in their order."""
+    """Counts of a stage-3 run over `pairs` (TRL's tokenized dataset), taken in `pair_order`."""
     import numpy as np
 
     section = stage.section
-    lengths = {
-        name: np.array([len(ids) for ids in pairs[f"{name}_ids"]])
+    rows = pair_order(section, len(pairs))
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in pairs[f"{name}_ids"]])[rows]
         for name in ("prompt", "chosen", "rejected")
-    }
-    supervised = lengths["chosen"] + lengths["rejected"]
-    real = 2 * lengths["prompt"] + supervised
-    widest = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
-    rows = np.arange(needed_rows(section)) % len(pairs)
-    batches = widest[rows].reshape(-1, section.batch_size)
-    fed = 2 * section.batch_size * batches.max(1).reshape(section.max_steps, -1).sum(1)
-    real, supervised = (x[rows].reshape(section.max_steps, -1).sum(1) for x in (real, supervised))
-    return Counts(real, supervised, (fed - real) * (not section.packing))
+    )
+    widest = (prompt + np.maximum(chosen, rejected)).reshape(-1, section.batch_size).max(1)
+    fed = 2 * section.batch_size * widest.reshape(section.max_steps, -1).sum(1)
+    real, supervised, chosen = (
+        lengths.reshape(section.max_steps, -1).sum(1)
+        for lengths in (2 * prompt + chosen + rejected, chosen + rejected, chosen)
+    )
+    return Counts(real, supervised, (fed - real) * (not section.packing), chosen)
 
 
 # Enough for full speed of the matrix products on a CPU; more only costs memory there.
@@ -310,29 +322,43 @@ def micro_batch_tokens(stage: Stage, lengths: np.ndarray) -> int:
     return min(allowed, max(CPU_MICRO_BATCH_TOKENS, int(lengths.max())))
 
 
-def render_preferences(
-    tokenizer: Any, rows: list[dict], config: Config, part: str, limit: int
-) -> list[dict[str, str]]:
-    """Preference rows as rendered text (prompt, chosen, rejected), their kinds taking turns.
+def kind_weights(section: SafetySection, rows: list[dict]) -> dict[str, float]:
+    """The weight of each kind of pairs that `safety.kind_weights` means, given the train rows.
 
-    `safety.kind_weights` sets their shares, and with them where stage 3 leaves the line between
-    helping and refusing.
+    It sets where stage 3 leaves the line between helping and refusing. Raises UserError for a kind
+    that no pair is of.
+    """
+    kinds = Counter(row.get("kind") for row in rows)
+    if section.kind_weights == "prepared":
+        return dict(kinds)
+    unknown = {*section.kind_weights} - {*kinds}
+    if unknown:
+        raise UserError(
+            f"safety.kind_weights names {', '.join(map(repr, sorted(unknown)))}, and no preference "
+            f"pair is of that kind. Kinds in the data: {', '.join(sorted(map(str, kinds)))}"
+        )
+    return section.kind_weights
+
+
+def render_preferences(
+    tokenizer: Any,
+    rows: list[dict],
+    config: Config,
+    part: str,
+    limit: int,
+    weights: dict[str, float],
+    sources: dict[str, str],
+) -> list[dict[str, str]]:
+    """Up to `limit` pairs as rendered text (prompt, chosen, rejected), kinds taking turns by
+    `weights`; prints the mixture.
 
     Pairs longer than `safety.max_length` are left out, because the trainer would cut the end of
-    their answers; more than 1 % of them is an error.
+    their answers; more than 1 % of them is an error. sources: see `datasets.source_titles`.
     """
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
-    unknown = {*config.safety.kind_weights} - {row.get("kind") for row in rows}
-    if unknown and part == "train":
-        raise UserError(
-            f"safety.kind_weights names {', '.join(map(repr, sorted(unknown)))}, and no preference "
-            f"pair is of that kind. Kinds in the data: "
-            + ", ".join(sorted({str(row.get("kind")) for row in rows}))
-        )
-    kept, lost = [], 0
-    kinds: Counter[str] = Counter()
-    for row in balanced(rows, "kind", limit, config.safety.kind_weights):
+    kept, used, lost = [], [], 0
+    for row in balanced(rows, "kind", len(rows), weights):
         rendered = {
             "prompt": prompt.render_question(row["prompt"]),
             "chosen": prompt.render_answer(row["chosen"]),
@@ -341,18 +367,35 @@ def render_preferences(
         ids = {key: len(models.encode(tokenizer, text)) for key, text in rendered.items()}
         if ids["prompt"] + max(ids["chosen"], ids["rejected"]) > length:
             lost += 1
-        else:
-            kept.append(rendered)
-            kinds[str(row.get("kind"))] += 1
+            continue
+        kept.append(rendered)
+        used.append(row)
+        if len(kept) == limit:
+            break
     if lost > 0.01 * (lost + len(kept)):
         raise UserError(
             f"{lost} of {lost + len(kept)} {part} preference pairs are longer than "
             f"safety.max_length = {length} tokens. Raise it or shorten the answers."
         )
-    # A kind that runs out leaves its turns to the others, so the shares may not be those asked for.
-    shares = ", ".join(f"{kind} {n:,} ({n / len(kept):.0%})" for kind, n in kinds.most_common())
-    print(f"{part} pairs: {shares}")
+    print(f"{part} pairs: {mixture(used, rows, sources)}")
     return kept
+
+
+def mixture(used: list[dict], rows: list[dict], sources: dict[str, str]) -> str:
+    """Kinds and sources of the pairs that are `used`, and how many of its `rows` a source has.
+
+    A kind that runs out leaves its turns to the others, so shares may not be those asked for.
+    """
+    kinds = Counter(str(row.get("kind")) for row in used)
+    shares = ", ".join(f"{kind} {n:,} ({n / len(used):.0%})" for kind, n in kinds.most_common())
+    taken, there = (
+        Counter(sources.get(row.get("dataset"), "unknown") for row in some) for some in (used, rows)
+    )
+    origins = ", ".join(
+        f"{name} {n / len(used):.0%} ({n:,} of its {there[name]:,})"
+        for name, n in taken.most_common()
+    )
+    return f"{shares}; sources: {origins}"
 
 
 def balanced(
@@ -835,6 +878,7 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         packing.check_isolation(model, stage.architecture.vocab_size)
     if stage.name == "safety" and stage.section.precompute_reference:
         precompute_reference(stage, trainer)
+    hook_losses(stage, trainer, counts)
     packing.watch_losses(base, _keep_bad_batch(stage))
     if getattr(stage.section, "loss_reduction", "token") != "token":
         packing.weigh_rows(base)
@@ -858,7 +902,6 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
             "raise safety.sft_weight, and pass --overwrite."
         )
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     seen, supervised, padding = (
         int(found[:last].sum()) for found in (counts.tokens, counts.supervised, counts.padding)
     )
@@ -867,7 +910,7 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         "steps": last,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "best_eval_loss": min(evaluations, default=None),
+        "best_eval_loss": trainer.state.best_metric if best else None,
         "train_runtime_s": round(seconds, 1),
         "tokens": seen,
         "supervised_tokens": supervised,
@@ -885,6 +928,22 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         f"{metrics['gpu_hours']:.2f} GPU hours"
     )
     return metrics
+
+
+def hook_losses(stage: Stage, trainer: Any, counts: Counts) -> None:
+    """Feed a trainer whole optimizer steps that all learn, and let its losses be means over them
+    and over the whole validation set."""
+    validation.warm_up_from_first_step(trainer)
+    if stage.name != "safety":
+        validation.score_whole_set(trainer, validation.answer_scores)
+        return
+    # The trainer itself would go round the pairs in one order, with a small step at each end.
+    pairs = trainer.train_dataset
+    trainer.train_dataset = pairs.select(pair_order(stage.section, len(pairs)))
+    weight = stage.section.sft_weight
+    validation.score_whole_set(trainer, validation.pair_scores, weight)
+    if weight:
+        validation.weigh_sft_by_step(trainer, weight, counts.chosen)
 
 
 def check_saved_adapter(model: Any, path: Path) -> None:
@@ -913,6 +972,9 @@ def check_saved_adapter(model: Any, path: Path) -> None:
 def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
+    probe = validation.probe_rows(trainer)
+    with trainer.compute_loss_context_manager():
+        trained = validation.mean_loss(trainer.model, probe)
     # A sharded model is gathered by all processes; one of them writes.
     state = trainer.accelerator.get_state_dict(trainer.model) if distributed.uses_fsdp() else None
     if not distributed.is_main():
@@ -929,6 +991,9 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
     tokenizer.save_pretrained(str(work))
     checkpoints.write_json(work / "log_history.json", trainer.state.log_history)
     plot_curves(trainer.state.log_history, work / "curves.png", stage.name)
+    if not distributed.uses_fsdp():  # whose shards are small, and not a tensor of their own each
+        validation.release(model)
+    metrics = {**metrics, "both_bases": both_bases(stage, probe, trained)}
     config = stage.config
     record = {
         "stage": stage.name,
@@ -965,6 +1030,32 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
     files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
     checkpoints.publish(work, stage.output, record, files)
     distributed.barrier()
+
+
+def both_bases(stage: Stage, probe: validation.Rows, trained: float) -> dict[str, Any]:
+    """The saved adapter's validation loss on the base it was trained on and on the one that ships.
+
+    Stages train against an NF4 copy of the base, which for a small model is another model; the
+    adapter is merged into the 16-bit one.
+    """
+    parameters = models.count_parameters(stage.architecture)
+    shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
+    found = {
+        "rows": len(probe),
+        "tokens": sum(int((labels[1:] != -100).sum()) for _, labels in probe),
+        "storage": stage.storage,
+        "trained_loss": trained,
+        "shipped_loss": shipped,
+    }
+    for name in ("trained", "shipped"):
+        loss = found[f"{name}_loss"]
+        found[f"{name}_perplexity"] = None if loss is None else math.exp(loss)
+    print(
+        f"{stage.name}: perplexity of {found['rows']} validation rows ({found['tokens']:,} tokens) "
+        f"{found['trained_perplexity']:.2f} on the base as trained on ({stage.storage})"
+        + ("" if shipped is None else f", {math.exp(shipped):.2f} on the 16-bit base that ships")
+    )
+    return found
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:

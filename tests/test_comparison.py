@@ -96,6 +96,12 @@ def test_the_page_needs_nothing_from_outside(compared):
     for label in STAGES:
         assert f'data-label="{label.capitalize()}"' in page
     assert "records" in page and "domain/train.jsonl" in page and "transformers" in page
+    for stage in ("domain", "instruction", "final"):
+        record = json.loads((compared[0] / f"{stage}_checkpoint/stage.json").read_text())
+        found = record["metrics"]["both_bases"]
+        shown = rf"{found['trained_perplexity']:.2f}\s+\(NF4\)"
+        shown += rf"</td>\s+<td[^>]*>{found['shipped_perplexity']:.2f}</td>"
+        assert re.search(shown, page), stage
 
 
 def test_answers_are_shown_as_text(compared):

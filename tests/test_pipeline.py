@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import signal
@@ -112,6 +113,17 @@ def test_dpo_starts_at_ln2_with_zero_margins(pipeline):
     assert "frozen copy of instruction_checkpoint" in logs(pipeline)["safety"]
 
 
+def test_stage_3_says_what_it_is_going_to_train_on(pipeline):
+    log = logs(pipeline)["safety"]
+    [mixture] = re.findall(r"^train pairs: .*", log, re.MULTILINE)
+    assert re.fullmatch(
+        r"train pairs: ordinary \d+ \(\d+%\), harmful \d+ \(\d+%\); "
+        r"sources: preferences.jsonl 100% \(24 of its \d+\)",
+        mixture,
+    ), mixture
+    assert log.index(mixture) < log.index("safety 1/6")
+
+
 def test_stage_json_says_what_was_done(pipeline):
     for name, stage in (("domain_checkpoint", "domain"), ("final_checkpoint", "safety")):
         found = record(pipeline / name)
@@ -121,6 +133,46 @@ def test_stage_json_says_what_was_done(pipeline):
         assert found["metrics"]["steps"] == 6
         assert found["wall_s"] > 0 and found["peak_rss_gb"] > 0
         assert {"torch", "trl", "peft"} <= found["versions"].keys()
+
+
+def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
+    """Against the merged model's own logits; NF4 differs from it, and both are said."""
+    import torch
+
+    from liteguard import checkpoints, config, models, tokens
+
+    monkeypatch.chdir(pipeline)
+    for stage in ("domain", "instruction", "safety"):
+        found = record(Path(OUTPUTS[stage]))["metrics"]["both_bases"]
+        assert found["storage"] == "nf4" and found["rows"] == 8
+        assert 0 < abs(found["trained_loss"] - found["shipped_loss"]) < 0.5
+        assert found["shipped_perplexity"] == pytest.approx(math.exp(found["shipped_loss"]))
+        printed = logs(pipeline)[stage]
+        assert f" {found['trained_perplexity']:.2f} on the base as trained on (nf4)" in printed
+        assert f" {found['shipped_perplexity']:.2f} on the 16-bit base that ships" in printed
+        assert record(Path(OUTPUTS[stage]))["metrics"]["best_eval_loss"] == pytest.approx(
+            min(losses(Path(OUTPUTS[stage]), "eval_loss"))
+        )
+    # The rows are few enough here for the validation loss to be about the same ones.
+    for stage in ("domain", "instruction"):
+        metrics = record(Path(OUTPUTS[stage]))["metrics"]
+        assert metrics["both_bases"]["trained_loss"] == pytest.approx(
+            metrics["best_eval_loss"], rel=0.01
+        )
+    path = Path("instruction_checkpoint")
+    own = config.validate(checkpoints.read_stage(path)["config"], "instruction_checkpoint")
+    model, tokenizer = models.load_merged(own, path)
+    rows = tokens.answers(tokenizer, Path("data/tiny"), "validation", own, 8)
+    total = 0.0
+    for row in range(8):
+        ids, labels = (torch.from_numpy(part)[None] for part in rows.row(row))
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].float().log_softmax(-1)
+        wanted = labels[0, 1:] != -100
+        total -= scores[wanted].gather(1, labels[0, 1:][wanted, None]).sum().item()
+    found = record(path)["metrics"]["both_bases"]
+    assert found["tokens"] == rows.supervised.sum()
+    assert found["shipped_loss"] == pytest.approx(total / found["tokens"], rel=1e-4)
 
 
 def test_progress_shows_loss_and_speed_and_wandb_got_the_keys(pipeline):
@@ -248,9 +300,9 @@ def test_killed_training_goes_on_to_the_very_same_adapter(pipeline, tiny_config,
     assert found["metrics"]["tokens"] == uninterrupted["metrics"]["tokens"]
 
 
-def losses(directory: Path) -> list[float]:
+def losses(directory: Path, key: str = "loss") -> list[float]:
     history = json.loads((directory / "log_history.json").read_text())
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[key] for entry in history if key in entry]
 
 
 def test_reference_scored_once_gives_the_same_training(pipeline, tmp_path):
@@ -336,8 +388,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     found = record(output)
     assert [step["batch_size"] for step in found["metrics"]["out_of_memory"]] == [4, 2]
     assert found["config"]["instruction"]["batch_size"] == 4, "the configuration is the user's"
-    same = losses(pipeline / "instruction_checkpoint")
-    assert losses(output) == pytest.approx(same, rel=0.03), "the effective batch changed"
+    for key, what in (("loss", "effective batch"), ("eval_loss", "validation loss")):
+        same = losses(pipeline / "instruction_checkpoint", key)
+        assert losses(output, key) == pytest.approx(same, rel=0.03), f"the {what} changed"
 
 
 def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +104,31 @@ def test_kinds_take_turns_by_their_weights():
     assert [sum(r["kind"] == kind for r in weighted) for kind in "abc"] == [10, 5, 5]
     everything = training.balanced(rows, "kind", 60, {"a": 9})
     assert len(everything) == 60 and len({(r["kind"], r["n"]) for r in everything}) == 60
+
+
+@pytest.mark.parametrize("name", ["phi-2", "phi-1_5"])
+def test_phis_stage_3_takes_the_hubs_pairs_by_their_prepared_share(name):
+    """A tenth of what the guide's set and the catalogue have, and as many pairs as a run takes."""
+    section = build([("phi", read_yaml(ROOT / f"configs/{name}.yaml"))]).safety
+    made = {("unknown", "preference"): 13_300, ("harmful", "safety_catalogue"): 480}
+    made |= {("borderline", "safety_catalogue"): 434, ("ordinary", "safety_catalogue"): 241}
+    rows = [
+        {"kind": k, "dataset": d, "n": n} for (k, d), count in made.items() for n in range(count)
+    ]
+    weights, needed = training.kind_weights(section, rows), training.needed_rows(section)
+    used = training.balanced(rows, "kind", needed, weights)
+    counts = Counter(row["kind"] for row in used)
+    assert len(used) == 1600
+    for (kind, _), count in made.items():
+        assert counts[kind] / 1600 == pytest.approx(count / len(rows), abs=1e-3)
+    assert all(Counter(row["kind"] for row in used[:400])[kind] > 0 for kind in counts)
+    titles = {"preference": "Julian2002/Medical-ChatBot-DPO", "safety_catalogue": "catalogue"}
+    text = training.mixture(used, rows, titles)
+    assert text.startswith("unknown 1,472 (92%), harmful 53 (3%)")
+    assert "sources: Julian2002/Medical-ChatBot-DPO 92% (1,472 of its 13,300), catalogue 8%" in text
+    # By numbers, as the embedded default names its kinds.
+    numbers = section.model_copy(update={"kind_weights": {"harmful": 2}})
+    assert training.kind_weights(numbers, rows) == {"harmful": 2}
 
 
 def test_evaluations_without_improvement_are_counted_from_the_log():
