@@ -139,7 +139,7 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
     """Against the merged model's own logits; NF4 differs from it, and both are said."""
     import torch
 
-    from liteguard import checkpoints, config, models, tokens
+    from liteguard import checkpoints, config, merged, tokens
 
     monkeypatch.chdir(pipeline)
     for stage in ("domain", "instruction", "safety"):
@@ -161,7 +161,7 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
         )
     path = Path("instruction_checkpoint")
     own = config.validate(checkpoints.read_stage(path)["config"], "instruction_checkpoint")
-    model, tokenizer = models.load_merged(own, path)
+    model, tokenizer = merged.load_merged(own, path)
     rows = tokens.answers(tokenizer, Path("data/tiny"), "validation", own, 8)
     total = 0.0
     for row in range(8):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, diseases
 
-from liteguard import models, training, validation
+from liteguard import machine, models, training, validation
 from liteguard.config import build, read_yaml
 from liteguard.tokens import TokenRows
 
@@ -321,9 +321,7 @@ def test_a_released_model_holds_no_memory(tiny_phi, tmp_path):
 
 
 def test_a_number_that_does_not_fit_in_memory_is_left_out(tiny_phi, tmp_path, monkeypatch, capsys):
-    from liteguard.export import tflite
-
     config = stage_of("domain", tiny_phi, tmp_path).config
-    monkeypatch.setattr(tflite, "available_memory", lambda: 6_000_000_000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 6_000_000_000)
     assert validation.shipped_loss(config, tmp_path, 2_780_000_000, []) is None
     assert "8.0 GB needed, 6.0 free" in capsys.readouterr().out
