@@ -133,7 +133,8 @@ def main() -> None:
         print(
             f"{name:17} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
             f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} "
-            f"{row['decode_tok_s']:8.1f} {row['first_token_s']:10.2f} s {row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
+            f"{row['decode_tok_s']:8.1f} {row['first_token_s']:10.2f} s "
+            f"{row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
         )
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Validation rows that are scored on both bases, and their tokens on a CPU, where Phi-2 takes one and
-# a half minutes for so many (11 TFLOP at 120 GFLOP/s). Both bases get the same rows, so few will do.
+# Validation rows that are scored on both bases, and their tokens on a CPU, where Phi-2 takes one
+# and a half minutes for so many (11 TFLOP at 120 GFLOP/s). Both bases get the same rows, so few
+# will do.
 PROBE_ROWS = 32
 PROBE_TOKENS = 2048
 
