@@ -7,10 +7,11 @@
 
 Merges the adapter into the 16-bit base model on the CPU, converts to TFLite and quantises it
 (litert-torch, in child processes), makes the tokenizer, and bundles all as a MediaPipe .task
-(SentencePiece with the same token ids) or a LiteRT-LM .litertlm (the original tokenizer). Then it
-opens the bundle in LiteRT-LM and compares it with the merged model on held-out rows: token ids,
-perplexity, answers, where they stop, who is refused. The first step that leaves its tolerance is
-named, and only a bundle that passes gets its name. An interrupted run goes on where it was.
+(SentencePiece with the same token ids; what it cannot show, its model never writes) or a LiteRT-LM
+.litertlm (the original tokenizer, nothing is silenced). Then it opens the bundle in LiteRT-LM and
+compares it with the merged model on held-out rows: token ids, perplexity, answers, where they
+stop, who is refused. The first step that leaves its tolerance is named, and only a bundle that
+passes gets its name. An interrupted run goes on where it was.
 
 Writes the bundle, a record beside it (NAME.task.json) and what an app needs to know
 (NAME.deploy.json: prompt, stop tokens, lengths, sha256, licence).
@@ -61,7 +62,7 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import bundle, merge, outputs, tflite, tokenizer, verify
+    from liteguard.export import bundle, merge, outputs, silence, tflite, tokenizer, verify
 
     tflite.check_recipe(section.quantize)
     base, revision = sources.base_model(config)
@@ -123,14 +124,11 @@ def main() -> None:
             "merge": merge.merge_adapter(base, source, merged, config.prompt, revision, trusted)
         }
         vocabulary = tokenizer.build_sentencepiece(merged, sentencepiece)
-        # Tokens that the device cannot show as text must never be written.
-        silenced = vocabulary.silenced, vocabulary.single_bytes
-        silent = merge.silence_tokens(merged, *silenced)
-        return {**facts, "tokenizer": vocabulary.to_dict(), "silence": silent}
+        return {**facts, "tokenizer": vocabulary.to_dict()}
 
     def write_bundle(model, path):
         if path.suffix == ".task":
-            return bundle.write_task(model, sentencepiece, config.prompt, path)
+            return bundle.write_task(model, sentencepiece, config.prompt, path, silenced)
         return bundle.write_litertlm(model, merged, config.prompt, path, section.kv_cache_length)
 
     def make_bundles():
@@ -139,6 +137,11 @@ def main() -> None:
         return {path.name: write_bundle(quantized, work / path.name) for path in bundles}
 
     facts = step("merge", make_merged)
+    # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows all.
+    vocabulary = tokenizer.TokenizerReport(**facts["tokenizer"])
+    silenced = silence.Silence.of(vocabulary, merged)
+    if any(path.suffix == ".task" for path in bundles):
+        facts["silence"] = step("silence", silenced.check, merged)
     facts["export"] = step(
         "export",
         tflite.export,
@@ -162,6 +165,7 @@ def main() -> None:
             samples,
             replaced=facts["tokenizer"]["replaced"],
             work=work,
+            silence=silenced,
             float_bundle=work / f"float{output.suffix}" if section.verify.level == "full" else None,
             also=work / other.name if args.also else None,
         )

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli, memory, metrics, sources
 from liteguard.config import Config
-from liteguard.export import bundle, merge, quantization, tflite, tokenizer, verify
+from liteguard.export import bundle, merge, quantization, silence, tflite, tokenizer, verify
 from liteguard.runtime import BundleWorkers
 
 
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
     vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
-    merge.silence_tokens(merged, vocabulary.silenced, vocabulary.single_bytes)
+    silenced = silence.Silence.of(vocabulary, merged)
     tflite.export(
         merged,
         exact,
@@ -66,14 +66,14 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         kv_cache_length=config.compress.kv_cache_length,
         progress=None,
     )
-    reference = verify.measure_model(merged, config.prompt, samples, args.tokens)
+    reference = verify.measure_model(merged, config.prompt, samples, args.tokens, silenced)
     report = {"texts": len(samples.pairs), "tokens": reference.tokens, "recipes": {}}
     report["merged_perplexity"] = round(reference.perplexity, 3)
     question = config.prompt.render_question(samples.questions[0])
     for recipe in args.recipes:
         made = tflite.quantize(exact, file, recipe, merged, progress=None)
         task = work / f"{recipe}.task"
-        bundle.write_task(file, work / "tokenizer.model", config.prompt, task)
+        bundle.write_task(file, work / "tokenizer.model", config.prompt, task, silenced)
         found = verify.measure_bundle(task, config.prompt, samples, args.tokens)
         answers = list(zip(found.answers, reference.answers, strict=True))[: args.rows]
         change = sum(reference.likelihoods) - sum(found.likelihoods)

@@ -20,6 +20,7 @@ from liteguard import datasets, metrics
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError, WorkError
 from liteguard.export import tokenizer
+from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD, PLACEHOLDER_MARK
 from liteguard.prompts import Prompt
 from liteguard.runtime import Bundle, BundleWorkers
@@ -131,11 +132,15 @@ def collect_samples(config: Config, data_dir: Path) -> Samples:
     )
 
 
-def measure_model(model_dir: Path, prompt: Prompt, samples: Samples, limit: int) -> Measured:
-    """The merged model in Transformers, in float32."""
+def measure_model(
+    model_dir: Path, prompt: Prompt, samples: Samples, limit: int, silence: Silence | None = None
+) -> Measured:
+    """The merged model in Transformers, in float32; with `silence` as a `.task` answers."""
     from liteguard.evaluation import Checkpoint, release_memory
 
     model = Checkpoint.merged(model_dir, prompt)
+    if silence:
+        silence.hook(model.model.get_output_embeddings())
     try:
         return _measure(model.score, model.generate, prompt, samples, limit)
     finally:
@@ -166,17 +171,23 @@ def _measure(score: Any, generate: Any, prompt: Prompt, samples: Samples, limit:
 
 
 def reference(
-    model_dir: Path, prompt: Prompt, samples: Samples, limit: int, kept: Path
+    model_dir: Path,
+    prompt: Prompt,
+    samples: Samples,
+    limit: int,
+    kept: Path,
+    silence: Silence | None = None,
 ) -> Measured:
     """`measure_model`, kept in the file `kept` so that a rerun need not repeat it."""
-    inputs = json.loads(json.dumps([samples.to_dict(), limit]))
+    silenced = silence and dataclasses.asdict(silence)
+    inputs = json.loads(json.dumps([samples.to_dict(), limit, silenced]))
     try:
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["inputs"] == inputs:
             return Measured(**found["measured"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    measured = measure_model(model_dir, prompt, samples, limit)
+    measured = measure_model(model_dir, prompt, samples, limit, silence)
     facts = {"inputs": inputs, "measured": dataclasses.asdict(measured)}
     kept.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
     return measured
@@ -435,6 +446,7 @@ def verify_bundle(
     *,
     replaced: dict[str, str],
     work: Path,
+    silence: Silence | None = None,
     float_bundle: Path | None = None,
     also: Path | None = None,
     say: Callable[[str], None] = print,
@@ -448,6 +460,7 @@ def verify_bundle(
         samples: held-out rows (`collect_samples`).
         replaced: characters that the device's tokenizer replaces (`TokenizerReport.replaced`).
         work: where the merged model's answers are kept.
+        silence: what a `.task` cannot write; the merged model then does not write it either.
         float_bundle: the same model before quantisation, for level "full".
         also: the second container of the same model; its form is checked, not its weights.
         say: receives the table's lines.
@@ -478,7 +491,8 @@ def verify_bundle(
     plain = replaced if bundle.suffix == ".task" else {}
     result["tokenizer"] = check_tokenizer(bundle, model_dir, plain, samples, table, section)
     limit = section.max_new_tokens
-    merged = reference(model_dir, prompt, samples, limit, work / "merged_answers.json")
+    silence = silence if bundle.suffix == ".task" else None
+    merged = reference(model_dir, prompt, samples, limit, work / "merged_answers.json", silence)
     special = [*dict.fromkeys([*prompt.stop_tokens, prompt.pad_token])]
     common = (merged, samples, special, ids, table, section)
     if float_bundle is not None:
