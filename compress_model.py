@@ -60,7 +60,16 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import bundle, measured, merge, outputs, tflite, tokenizer, verify
+    from liteguard.export import (
+        bundle,
+        measured,
+        merge,
+        outputs,
+        silence,
+        tflite,
+        tokenizer,
+        verify,
+    )
 
     recipes = tflite.recipes_to_try(section.quantize)
     base, revision = sources.base_model(config)
@@ -108,15 +117,14 @@ def main() -> None:
         facts = {
             "merge": merge.merge_adapter(base, source, merged, config.prompt, revision, trusted)
         }
-        vocabulary = tokenizer.build_sentencepiece(merged, sentencepiece)
-        # Tokens that the device cannot show as text must never be written.
-        silenced = vocabulary.silenced, vocabulary.single_bytes
-        silent = merge.silence_tokens(merged, *silenced)
-        return {**facts, "tokenizer": vocabulary.to_dict(), "silence": silent}
+        return {
+            **facts,
+            "tokenizer": tokenizer.build_sentencepiece(merged, sentencepiece).to_dict(),
+        }
 
     def write_bundle(model, path):
         if path.suffix == ".task":
-            return bundle.write_task(model, sentencepiece, config.prompt, path)
+            return bundle.write_task(model, sentencepiece, config.prompt, path, silenced)
         return bundle.write_litertlm(model, merged, config.prompt, path, section.kv_cache_length)
 
     def attempt(recipe):
@@ -146,12 +154,17 @@ def main() -> None:
             replaced=facts["tokenizer"]["replaced"],
             work=work,
             recipe=recipe,
+            silence=silenced,
             float_bundle=float_bundle,
             also=work / other.name if args.also else None,
         )
         return found
 
     facts = steps.keep("merge", make_merged)
+    # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows all.
+    silenced = silence.Silence.of(tokenizer.TokenizerReport(**facts["tokenizer"]), merged)
+    if any(path.suffix == ".task" for path in bundles):
+        facts["silence"] = steps.keep("silence", silenced.check, merged)
     facts["export"] = steps.keep(
         "export",
         tflite.export,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from liteguard import checkpoints, cli, sources
 from liteguard.config import Config
 from liteguard.errors import UserError
-from liteguard.export import bundle, merge, quantization, tflite, tokenizer
+from liteguard.export import bundle, merge, quantization, silence, tflite, tokenizer
 from liteguard.runtime import BundleWorkers
 
 LADDER = [32, 64, 128, 256, 1024]
@@ -164,14 +164,14 @@ def build(args: argparse.Namespace, work: Path) -> tuple[str, dict[str, Path], P
     merged = work / "merged"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
     vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
-    merge.silence_tokens(merged, vocabulary.silenced, vocabulary.single_bytes)
+    silenced = silence.Silence.of(vocabulary, merged)
     made = {}
     for number, (name, (lengths, cache)) in enumerate(VARIANTS.items()):
         exact, model = work / "float.tflite", work / f"{number}.tflite"
         tflite.export(merged, exact, prefill_lengths=lengths, kv_cache_length=cache, progress=None)
         tflite.quantize(exact, model, args.quantize, merged, progress=None)
         made[name] = work / f"{number}.task"
-        bundle.write_task(model, work / "tokenizer.model", config.prompt, made[name])
+        bundle.write_task(model, work / "tokenizer.model", config.prompt, made[name], silenced)
         exact.unlink()
         model.unlink()
         print(f"made {name}: {made[name].stat().st_size / 1e6:.1f} MB", flush=True)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli, memory, models, sources
 from liteguard.config import Config
-from liteguard.export import bundle, measured, merge, quantization, tflite, tokenizer
+from liteguard.export import bundle, measured, merge, quantization, silence, tflite, tokenizer
 from liteguard.runtime import BundleWorkers
 
 
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
     vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
-    merge.silence_tokens(merged, vocabulary.silenced, vocabulary.single_bytes)
+    silenced = silence.Silence.of(vocabulary, merged)
     tflite.export(
         merged,
         exact,
@@ -68,13 +68,13 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         kv_cache_length=config.compress.kv_cache_length,
         progress=None,
     )
-    reference = measured.Reference(merged, config.prompt, samples, work / "merged.json")
+    reference = measured.Reference(merged, config.prompt, samples, work / "merged.json", silenced)
     report = {"tolerance": section.perplexity_limit("int8"), "recipes": {}}
     question = config.prompt.render_question(samples.questions[0])
     for recipe in args.recipes:
         made = tflite.quantize(exact, file, recipe, merged, progress=None)
         task = work / f"{recipe}.task"
-        bundle.write_task(file, work / "tokenizer.model", config.prompt, task)
+        bundle.write_task(file, work / "tokenizer.model", config.prompt, task, silenced)
         found, exact_model, change = measured.measure_bundle(
             BundleWorkers(task, workers=1), reference, section, report["tolerance"]
         )

@@ -1,7 +1,8 @@
 """TFLite + tokenizer + prompt -> MediaPipe `.task`, or LiteRT-LM's own `.litertlm`.
 
-Both hold the same TFLite model. A `.task` is a zip file with a SentencePiece model and prefixes and
-suffixes; a `.litertlm` has the original tokenizer.json and a chat template in Jinja.
+Both hold the same TFLite model, but that of a `.task` never writes what a `.task` cannot show
+(silence.py). A `.task` is a zip file with a SentencePiece model and prefixes and suffixes; a
+`.litertlm` has the original tokenizer.json and a chat template in Jinja.
 
 What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
+from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
 
@@ -100,7 +102,13 @@ def bundle_metadata(sentencepiece: Path, prompt: Prompt) -> bytes:
     return b"".join(whole for number, whole in _fields(metadata) if number != _START_TOKEN_FIELD)
 
 
-def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) -> dict[str, Any]:
+def write_task(
+    tflite: Path,
+    sentencepiece: Path,
+    prompt: Prompt,
+    output: Path,
+    silence: Silence | None = None,
+) -> dict[str, Any]:
     """Write a `.task` whose own template renders exactly what `prompt` renders.
 
     Args:
@@ -108,6 +116,8 @@ def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) 
         sentencepiece: the tokenizer model (`tokenizer.build_sentencepiece`).
         prompt: stop tokens, prefixes and suffixes.
         output: the file to write, with the ending `.task`.
+        silence: the tokens that the model in the bundle must never write; None for a model that
+            may write all. `tflite` is not changed.
 
     Returns:
         ``bytes`` (of the bundle), ``stop_tokens`` (token -> id), ``prompt_tokens`` (tokens that
@@ -115,7 +125,7 @@ def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) 
 
     Raises:
         UserError: a file is missing, or a stop token is not one piece (the bundler does not look).
-        WorkError: the bundle could not be written.
+        WorkError: the bundle could not be written, or its tokens not silenced.
     """
     import sentencepiece as spm
 
@@ -144,7 +154,7 @@ def write_task(tflite: Path, sentencepiece: Path, prompt: Prompt, output: Path) 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     members = {
-        TASK_MODEL: tflite.read_bytes(),
+        TASK_MODEL: silence.copy_of(tflite) if silence else tflite.read_bytes(),
         "TOKENIZER_MODEL": sentencepiece.read_bytes(),
         "METADATA": bundle_metadata(sentencepiece, prompt),
     }

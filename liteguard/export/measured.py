@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from liteguard import checkpoints, datasets, machine, metrics
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError
+from liteguard.export.silence import Silence
 from liteguard.prompts import Prompt
 from liteguard.runtime import BundleWorkers
 
@@ -144,11 +145,21 @@ class Reference:
         prompt: as in training.
         samples: `collect_samples`.
         kept: the file that a rerun finds them in.
+        silence: tokens that the bundle cannot write; the merged model then does not either.
     """
 
-    def __init__(self, model_dir: Path, prompt: Prompt, samples: Samples, kept: Path) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        prompt: Prompt,
+        samples: Samples,
+        kept: Path,
+        silence: Silence | None = None,
+    ) -> None:
         self.model_dir, self.prompt, self.samples, self.kept = model_dir, prompt, samples, kept
-        self.inputs = json.loads(json.dumps(samples.to_dict()))
+        self.silence = silence
+        silenced = silence and dataclasses.asdict(silence)
+        self.inputs = json.loads(json.dumps([samples.to_dict(), silenced]))
         self._answers: list[dict[str, Any]] | None = None
         self._scores: list[tuple[float, int]] = []
         try:
@@ -170,7 +181,13 @@ class Reference:
         missing = self.samples.pairs[len(self._scores) : pairs]
         asked = self.samples if self._answers is None else None
         answers, scores = machine.in_child(
-            "proof, merged model", _measure_model, self.model_dir, self.prompt, asked, missing
+            "proof, merged model",
+            _measure_model,
+            self.model_dir,
+            self.prompt,
+            asked,
+            missing,
+            self.silence,
         )
         self._answers = self._answers or answers
         self._scores += scores
@@ -179,12 +196,18 @@ class Reference:
 
 
 def _measure_model(
-    model_dir: Path, prompt: Prompt, samples: Samples | None, pairs: list[tuple[str, str]]
+    model_dir: Path,
+    prompt: Prompt,
+    samples: Samples | None,
+    pairs: list[tuple[str, str]],
+    silence: Silence | None,
 ) -> tuple[list[dict[str, Any]] | None, list[tuple[float, int]]]:
     """(answers to `samples`, scores of `pairs`) of a merged model, in a process of its own."""
     from liteguard.evaluation import Checkpoint
 
     model = Checkpoint.merged(model_dir, prompt)
+    if silence:
+        silence.hook(model.model.get_output_embeddings())
     answers = _answers(model.generate, prompt, samples, samples.limit) if samples else None
     found = dict(model.score(pairs))
     return answers, [found[i] for i in range(len(pairs))]

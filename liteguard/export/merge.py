@@ -5,28 +5,18 @@ How the sum is made: merged.py. Here it is saved with what the device needs to k
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import merged
-from liteguard.errors import UserError, WorkError
+from liteguard.errors import UserError
 from liteguard.prompts import Prompt
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Logit offset of a silenced token; exact in both 16-bit types, far below any trained logit.
-SILENT_BIAS = -10000.0
-SILENT_SCALE = 0.01
-# For tokens that prompts may hold. The first layer normalises what it reads, so a tenth of an
-# embedding still says which token it was, and a tenth of a logit does not win.
-READ_ONLY_SCALE = 0.1
+    from transformers import PreTrainedTokenizerBase
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> dict[str, int]:
@@ -158,81 +148,3 @@ def merge_adapter(
         "eos_token_id": stops,
         "pad_token_id": pad,
     }
-
-
-def silence_tokens(
-    model_dir: Path, ids: Sequence[int], read_only: Sequence[int] = ()
-) -> dict[str, Any]:
-    """Make a saved model unable to write the tokens `ids`, in place and in its own type.
-
-    For tokens that the device's tokenizer cannot show (`TokenizerReport.silenced`): none of them
-    is ever in a prompt, so only the output changes. `read_only` are those that a prompt may hold
-    (`TokenizerReport.single_bytes`). An output layer with a bias gets a very negative one. Without
-    a bias, the tokens' rows are made a hundred times smaller (read-only ones ten times), so that
-    their logits stay near zero, below the winner's; with tied weights this changes their input
-    embeddings too, so the result is for export only. (Rows turned against the mean hidden state
-    look stronger and are not: SmolLM2's states change sign after some words, and all silenced
-    tokens win at once.) The second way is for greedy decoding: a sampler can still draw them.
-
-    Returns:
-        ``silenced`` (count), ``method`` ("bias", "rows" or "none"), and for "rows"
-        ``smallest_margin`` (winner's logit less the highest silenced one, over a few sentences).
-
-    Raises:
-        WorkError: a silenced token would still win somewhere in these sentences (nothing saved).
-    """
-    import torch
-    import transformers
-
-    model_dir = Path(model_dir)
-    if not ids and not read_only:
-        return {"silenced": 0, "method": "none"}
-    declared = json.loads((model_dir / "config.json").read_text()).get("dtype")
-    dtype = getattr(torch, declared or "float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=dtype)
-    head = model.get_output_embeddings()
-    hidden = torch.tensor(sorted(ids), dtype=torch.long)
-    read = torch.tensor(sorted(read_only), dtype=torch.long)
-    chosen = torch.cat([hidden, read])
-    result: dict[str, Any] = {"silenced": len(chosen)}
-    with torch.no_grad():
-        if head.bias is not None:
-            head.bias[chosen] = SILENT_BIAS
-            result["method"] = "bias"
-        else:
-            # Small and not zero: the quantiser divides by the largest weight of a row.
-            head.weight[hidden] = head.weight[hidden] * SILENT_SCALE
-            head.weight[read] = head.weight[read] * READ_ONLY_SCALE
-            margin = _smallest_margin(model, model_dir, chosen)
-            model.to(dtype)
-            result |= {"method": "rows", "smallest_margin": margin}
-            if margin <= 0:
-                raise WorkError(
-                    f"tokens that the device cannot show could not be silenced in {model_dir}: "
-                    f"one of them wins by {-margin:.1f} in a test sentence"
-                )
-    model.save_pretrained(model_dir, safe_serialization=True)
-    return result
-
-
-def _smallest_margin(model: PreTrainedModel, model_dir: Path, chosen: torch.Tensor) -> float:
-    """Least of (winner's logit - highest logit of `chosen`) over a few sentences, in float32."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_dir))
-    sentences = [
-        "Iron deficiency causes tiredness, pale skin and shortness of breath; see a doctor.",
-        "Instruct: What is asthma?\nOutput: Asthma is a disease of the airways in the lungs.",
-        "1. Take 500 mg twice a day.\n2. Do not exceed 4 g in 24 hours (\u2265 60 kg).\n",
-        "I cannot help with that. If you are in danger, call your local emergency number now.",
-        "There are guidelines to follow. In pregnancy, the American College recommends rest.",
-    ]
-    model.float()  # 16-bit matrix products are slow or missing on CPUs; these are few tokens
-    smallest = math.inf
-    for sentence in sentences:
-        ids = tokenizer.encode(sentence, add_special_tokens=False, return_tensors="pt")
-        logits = model(input_ids=ids).logits[0]
-        silenced = logits[:, chosen].max(1).values
-        logits[:, chosen] = -math.inf
-        smallest = min(smallest, (logits.max(1).values - silenced).min().item())
-    return smallest

@@ -8,8 +8,8 @@ Three things that byte-level BPE has and SentencePiece has not, and what is done
 
 - Tokens that are incomplete UTF-8 (GPT-2 spells some curly quotes with two of them) cannot be
   pieces. They get a placeholder that no text can match and that the report lists, so that the
-  merge can make the model unable to write them (`merge.silence_tokens`). Single bytes are pieces,
-  so any text can be read, but a stray one in an answer is shown as U+FFFD: they are silenced too.
+  bundle's model can be made unable to write them (`silence.Silence`). Single bytes are pieces, so
+  any text can be read, but a stray one in an answer is shown as U+FFFD: they are silenced too.
 - Characters that such tokens spell are replaced before tokenization where a plain equivalent
   exists (`PLAIN`), by a character map inside the model. Training text must be cleaned with the
   same map (`plain_text`).

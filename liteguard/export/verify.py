@@ -25,6 +25,7 @@ from liteguard.export.measured import (
     Samples,
     measure_bundle,
 )
+from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD, PLACEHOLDER_MARK
 from liteguard.prompts import Prompt
 from liteguard.runtime import Bundle, BundleWorkers, unpacked_weights
@@ -371,6 +372,7 @@ def verify_bundle(
     replaced: dict[str, str],
     work: Path,
     recipe: str,
+    silence: Silence | None = None,
     float_bundle: Path | None = None,
     also: Path | None = None,
     say: Callable[[str], None] = print,
@@ -385,6 +387,7 @@ def verify_bundle(
         replaced: characters that the device's tokenizer replaces (`TokenizerReport.replaced`).
         work: where the merged model's answers are kept.
         recipe: how the bundle's weights were quantised; it decides the tolerance.
+        silence: what a `.task` cannot write; the merged model then does not write it either.
         float_bundle: the same model before quantisation, for level "full".
         also: the second container of the same model; its form is checked, not its weights.
         say: receives the table's lines.
@@ -412,7 +415,8 @@ def verify_bundle(
         say(f"  {also.name}")
         check_form(also, prompt, question, table, turn)
         say(f"  {bundle.name}")
-    reference = Reference(model_dir, prompt, samples, work / "merged_answers.json")
+    silence = silence if bundle.suffix == ".task" else None
+    reference = Reference(model_dir, prompt, samples, work / "merged_answers.json", silence)
     special = [*dict.fromkeys([*prompt.stop_tokens, prompt.pad_token])]
     result: dict[str, Any] = {"level": section.level}
 
