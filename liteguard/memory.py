@@ -482,6 +482,66 @@ def estimate(
     )
 
 
+# Resident memory of Python, torch and the training libraries before a model is loaded (bytes):
+# 0.36 GB of its own and the pages of their files.
+LIBRARIES = 550_000_000
+# What the allocator keeps of the work of loading, as a share of the frozen base.
+KEPT_BY_ALLOCATOR = 0.3
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Resident memory of a training process, by time (bytes); `mapped` are pages of weight files.
+
+    The kernel drops mapped pages when memory is short, so a process needs less than it shows.
+    """
+
+    loading: int
+    training: int
+    scoring: int  # the adapter on the 16-bit base, at the end
+    mapped: int
+
+    @property
+    def peak(self) -> int:
+        """What the process shows at most."""
+        return max(self.loading, self.training, self.scoring)
+
+    @property
+    def needed(self) -> int:
+        """What must be free."""
+        return max(self.loading - self.mapped, self.training, self.scoring - self.mapped)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.peak / 1e9:.1f} GB of the machine's memory (loading {self.loading / 1e9:.1f}, "
+            f"training {self.training / 1e9:.1f}, scoring on the 16-bit base "
+            f"{self.scoring / 1e9:.1f}); {self.needed / 1e9:.1f} GB must be free"
+        )
+
+
+def host_memory(estimate: MemoryEstimate, parameters: int) -> HostMemory:
+    """What a training stage takes of the machine's memory, loading and last scores included.
+
+    estimate: of the stage, on its device. parameters: of the base model, stored in 16 bit.
+    Loading: the weight files' pages beside what has been made of them. Scoring: 16-bit weights,
+    whose merged layers are copies beside the file's pages, or float32 ones for a small model.
+    """
+    from liteguard import merged
+
+    file = 2 * parameters
+    base = next(size for name, size in estimate.always.items() if name.startswith("frozen base"))
+    scoring = merged.measuring_memory(parameters, 0, 0) + file
+    if estimate.cuda:
+        return HostMemory(LIBRARIES + file, LIBRARIES, scoring, file)
+    kept = round(KEPT_BY_ALLOCATOR * base)
+    return HostMemory(
+        loading=LIBRARIES + file + base + kept,
+        training=LIBRARIES + kept + estimate.total,
+        scoring=scoring,
+        mapped=file,
+    )
+
+
 def advice(config: Config, stage_name: str) -> str:
     """Settings of a stage that still lower its peak, the most effective first."""
     section = getattr(config, stage_name)

@@ -20,6 +20,7 @@ from liteguard import (
     checkpoints,
     datasets,
     distributed,
+    machine,
     memory,
     models,
     packing,
@@ -1128,22 +1129,31 @@ def check_disk(directory: Path, needed_gb: float) -> None:
         )
 
 
-def describe(stage: Stage, sample: str, what: str, rows: int, passes: float, dry_run: bool) -> None:
-    """Print what a run is going to do and the memory it may take, by term in a dry run."""
+def describe(
+    stage: Stage, sample: str, what: str, rows: int, passes: float, tokens: int, dry_run: bool
+) -> None:
+    """Print what a run is going to do and the memory it may take, by term in a dry run.
+
+    tokens: of the largest micro-batch. Raises UserError where the machine has too little memory.
+    """
     print(
         f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} passes over "
         f"{rows:,} rows; output {stage.output}"
     )
     print(f"first sequence:\n{sample[:600]}\n")
     try:
-        expected = memory.estimate(stage.config, stage.name, stage.architecture)
+        expected = memory.estimate(stage.config, stage.name, stage.architecture, tokens)
     except UserError as error:  # an architecture without a formula
         print(error)
         return
     if dry_run:
         print(f"{expected.table()}\n")
-    else:
-        print(f"expected peak memory: {(expected.total + expected.margin) / 1e9:.1f} GB at most")
+    host = memory.host_memory(expected, models.count_parameters(stage.architecture))
+    if expected.cuda:
+        print(f"expected peak GPU memory: {(expected.total + expected.margin) / 1e9:.1f} GB")
+    print(f"expected peak memory: {host}")
+    advice = memory.advice(stage.config, stage.name)
+    machine.require_memory(host.needed, f"stage {stage.name}", f"; or set {advice}.")
 
 
 def describe_feed(
@@ -1163,4 +1173,17 @@ def describe_feed(
     shape += " without padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
     ids = train.row(found.train[0]["rows"][0])[0]
     passes = trained / len(train) if stage.name == "domain" else trained / rows
-    describe(stage, tokenizer.decode(ids), f"{sizes} {shape}", rows, passes, dry_run)
+    sizes_of = (train.lengths[batch] for batch in found.train["rows"])
+    largest = max(int(n.sum() if section.packing else len(n) * n.max()) for n in sizes_of)
+    sample = tokenizer.decode(ids)
+    describe(stage, sample, f"{sizes} {shape}", rows, passes, largest, dry_run)
+
+
+def longest_pairs(tokenizer: Any, pairs: list[dict[str, str]], batch_size: int) -> int:
+    """Tokens of a micro-batch of the longest pairs; the longest by characters are counted."""
+    longest = sorted(pairs, key=lambda pair: -sum(map(len, pair.values())))[: 4 * batch_size]
+    counts = [
+        sum(len(models.encode(tokenizer, pair["prompt"] + pair[a])) for a in ("chosen", "rejected"))
+        for pair in longest
+    ]
+    return sum(sorted(counts)[-batch_size:])
