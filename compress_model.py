@@ -22,7 +22,7 @@ import shutil
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, models, sources
+from liteguard import checkpoints, cli, models
 from liteguard.config import flatten
 from liteguard.errors import UserError
 
@@ -72,11 +72,13 @@ def main() -> None:
     )
 
     recipes = tflite.recipes_to_try(section.quantize)
-    base, revision = sources.base_model(config)
-    architecture = models.model_config(config)[2]
-    identity = models.base_identity(base, architecture)
+    base, revision, architecture = models.model_config(config)
+    identity = models.base_identity(base, revision)
     if identity != record["base_identity"]:
-        raise UserError(f"{source} was trained on another base model than {config.model.name}.")
+        raise UserError(
+            f"{source} was trained on another base model ({record['base_identity'][:24]}...) than "
+            f"{config.model.name} is here ({identity[:24]}...)."
+        )
     if config.prompt.model_dump() != record["prompt"]:
         raise UserError(f"{source} was trained with another prompt than the configuration in use.")
     proof = section.verify.level != "none"
@@ -180,6 +182,7 @@ def main() -> None:
     result = {
         "stage": "bundle",
         "base_model": config.model.name,
+        "base_revision": revision,
         "base_licence": config.model.licence,
         "parent": str(source),
         "data_dir": record["data_dir"],

@@ -70,6 +70,8 @@ def main() -> None:
         raise UserError("Say what to measure: --checkpoint DIR ..., --bundle FILE, or --base.")
     parent = next(iter(records.values()), None)
     config = cli.resolve_config(args, parent=None if args.model_type or args.model else parent)
+    if parent is not None:
+        cli.follow_stage(parent)
     for path, record in records.items():
         if record["prompt"] != config.prompt.model_dump():
             raise UserError(f"{path} was made with another prompt than the configuration in use.")
@@ -86,11 +88,15 @@ def main() -> None:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
     base = architecture = None
     if args.base or args.checkpoint:  # a bundle needs no base model
-        directory, _, architecture = models.model_config(config)
-        base = models.base_identity(directory, architecture)
+        directory, commit, architecture = models.model_config(config)
+        base = models.base_identity(directory, commit)
     for path, record in records.items():
-        if base not in (None, record.get("base_identity") or record["inputs"]["base"]):
-            raise UserError(f"{path} was trained on another base model than {config.model.name}.")
+        trained_from = record.get("base_identity") or record["inputs"]["base"]
+        if base not in (None, trained_from):
+            raise UserError(
+                f"{path} was trained on another base model ({trained_from[:24]}...) than "
+                f"{config.model.name} is here ({base[:24]}...)."
+            )
     data_dir = Path(args.data or (parent["data_dir"] if parent else f"data/{config.model_type}"))
     rows = evaluation.held_out(config, data_dir, everything=args.full)
     manifest = datasets.read_manifest(data_dir)

@@ -14,6 +14,7 @@ reuses a finished directory; after a change or an interruption, the sources that
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -41,18 +42,20 @@ def main() -> None:
     cli.print_config(config, "data")
 
     # 2. Inputs
+    if not args.overwrite:
+        preparation.follow_earlier_run(output)
     preparation.check_sources(config)
     preparation.evaluation_inputs(config)
     for wheel in preparation.wheels(config):
         print(
             f"  needs {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}; {wheel.licence}"
         )
+    inputs = preparation.plan(config)
     if args.dry_run:
         print("dry run: nothing written")
         return
 
     # 3. Work
-    inputs = preparation.plan(config)
     # Nothing goes on from what was half written; finished sources are in the cache.
     shutil.rmtree(checkpoints.work_directory(output), ignore_errors=True)
     work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
@@ -68,7 +71,8 @@ def main() -> None:
     print(data_report.table(manifest))
     if args.report:
         print(data_report.write(config, output))
-    print(f"\n{output}\nnext: python train_domain.py --model {config.model.name}")
+    data = f" --data {shlex.quote(args.output)}" if args.output else ""
+    print(f"\n{output}\nnext: python train_domain.py {cli.model_flags(args)}{data}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main() -> None:
         config,
         output=Path(args.output),
         data_dir=Path(args.data or f"data/{config.model_type}"),
+        overwrite=args.overwrite,
     )
     tokenizer = training.load_tokenizer(stage)
     train_set, eval_set = (

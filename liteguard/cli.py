@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import config as configuration
-from liteguard import distributed
+from liteguard import distributed, hub
 from liteguard.errors import LiteGuardError, UserError
 
 # Libraries that print banners or reach out when imported; set before any of them is.
@@ -22,7 +23,6 @@ QUIET = {
     "TF_ENABLE_ONEDNN_OPTS": "0",  # TensorFlow comes with mediapipe's bundler and announces it
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "BITSANDBYTES_NOWELCOME": "1",
@@ -85,7 +85,24 @@ def resolve_config(
             layers.append((flag, configuration.parse_setting(f"{name}={value}")[1]))
     for setting in args.settings:
         layers.append(("--set", configuration.parse_setting(setting)[1]))
+    if parent is not None:
+        follow_stage(parent)
     return configuration.build(layers)
+
+
+def follow_stage(record: dict[str, Any]) -> None:
+    """Use the hub commit of the base model that a finished stage or bundle was made from."""
+    model = record["config"]["model"]
+    base = hub.Repository("model", model["name"], model["revision"])
+    hub.remember(base, record.get("base_revision"))
+
+
+def model_flags(args: argparse.Namespace) -> str:
+    """The flags that name the model, as they were given, for the command to run next."""
+    for flag in ("config", "model_type", "model"):
+        if value := getattr(args, flag, None):
+            return f"--{flag} {shlex.quote(value)}"
+    return ""
 
 
 def output_directory(name: str) -> Path:
@@ -122,7 +139,13 @@ def run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # Notes of optional parts that this project does not use.
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "httpx", "huggingface_hub"):
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+        "bitsandbytes",
+        "httpx2",
+        "huggingface_hub.repocard",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)

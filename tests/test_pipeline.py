@@ -258,11 +258,12 @@ OUTPUTS = {
 }
 
 
-def kill_at(line: str, command: list[str], cwd: Path) -> None:
+def kill_at(line: str, command: list[str], cwd: Path, env: dict[str, str] | None = None) -> None:
     """Run a script until it prints a line that begins so, then kill -9."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=cwd,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -621,7 +621,7 @@ def test_the_phi_data_are_prepared_from_files_in_the_layout_of_the_hub(tmp_path)
 
 def test_a_hub_dataset_comes_through_the_hubs_own_library(tmp_path, monkeypatch):
     """The directory stands for the hub: the library reads both by the same path."""
-    monkeypatch.setattr(sources, "_require_hub_dataset", lambda name, revision: None)
+    monkeypatch.setattr(sources.hub, "commit", lambda repository: "0" * 40)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     hub = tmp_path / "hub"
     for name in ("Anatomy_Basics.txt", "Physiology_Basics.txt"):
