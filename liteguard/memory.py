@@ -486,7 +486,7 @@ def estimate(
 # 0.36 GB of its own and the pages of their files.
 LIBRARIES = 550_000_000
 # What the allocator keeps of the work of loading, as a share of the frozen base.
-KEPT_BY_ALLOCATOR = 0.3
+KEPT_BY_ALLOCATOR = 0.1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import distributed, sources
+from liteguard import distributed, machine, sources
 from liteguard.checkpoints import sha256_file, sha256_json
 from liteguard.errors import UserError
 
@@ -161,17 +161,18 @@ def load_base(
             # FSDP shards parameters of one float dtype only, so NF4 bytes are stored as such.
             bnb_4bit_quant_storage=dtype if distributed.uses_fsdp() else torch.uint8,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=config.model.attention,
-        # FSDP places and shards the model itself.
-        device_map=None if distributed.uses_fsdp() else {"": distributed.local_device()},
-        trust_remote_code=config.model.trust_remote_code,
-        use_safetensors=True,
-        **options,
-    )
+    with machine.freed_blocks_given_back():
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=config.model.attention,
+            # FSDP places and shards the model itself.
+            device_map=None if distributed.uses_fsdp() else {"": distributed.local_device()},
+            trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     keep_gradients_after_evaluation(model)
