@@ -750,10 +750,33 @@ def full_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def full_size_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/full_size_report.json: the six scripts at real size."""
+    lines = [
+        "| shape | step | minutes | expected GB | peak GB | anonymous GB | disk GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, row in report.items():
+        for step, own in row["steps"].items():
+            expected = "" if own["expected_gb"] is None else f"{own['expected_gb']:.1f}"
+            lines.append(
+                f"| {shape} | {step} | {own['wall_s'] / 60:.1f} | {expected} | "
+                f"{own['peak_gb']:.1f} | {own['anonymous_gb']:.1f} | {own['disk_gb']:.1f} |"
+            )
+    ends = [
+        f"{shape}: {row['parameters'] / 1e9:.2f} B, {row['recipe']}, "
+        f"{row['bundle_bytes'] / 1e9:.2f} GB, peak {row['peak_gb']:.1f} GB "
+        f"(goal {row['goal_gb']:.0f})"
+        for shape, row in report.items()
+    ]
+    return "\n".join(lines) + "\n\n" + "; ".join(ends) + "."
+
+
 # Block of the README, and of benchmarks/NAME_report.json -> what renders it.
 BLOCKS = {
     "demo": demo_markdown,
     "full": full_markdown,
+    "full_size": full_size_markdown,
     "data": data_markdown,
     "training": training_markdown,
     "convert": convert_markdown,
