@@ -103,6 +103,7 @@ def plan(
     if base := sources.hub_model(config):
         # Every process takes the commit that the main one found.
         hub.remember(base, distributed.on_main(hub.commit, base))
+        datasets.read_manifest(data_dir)  # or gigabytes would be downloaded in vain
     return _plan(name, config, output, data_dir, parent)
 
 
@@ -132,8 +133,8 @@ def _plan(
         )
     distributed.accumulation(getattr(config, name).gradient_accumulation, name)
     check_trainer(name, config)
-    manifest = datasets.read_manifest(data_dir)
     directory, revision, loaded = models.model_config(config)
+    manifest = datasets.read_manifest(data_dir)
     identity = models.base_identity(directory, revision)
     parent_hash = None
     if parent is not None:

@@ -289,6 +289,12 @@ def test_a_repository_that_may_not_be_read(hub, tmp_path):
     assert f"'{MODEL}' is not on {hub.url}" in message and "Check the name" in message
 
 
+def test_nothing_large_is_downloaded_before_the_data_are_there(hub, tmp_path):
+    message = refused(2, hub, tmp_path, str(ROOT / "train_domain.py"), "--model", MODEL)
+    assert "No prepared data in data/phi2" in message and "prepare_datasets.py" in message
+    assert not any("/resolve/" in r.path for r in hub.log)
+
+
 def test_a_gated_model_names_the_page_where_access_is_given(hub, tmp_path):
     hub.repos["models", MODEL].gated = True
     message = refused(2, hub, tmp_path, *MEASURE)
