@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from liteguard import cli, models
+from liteguard import cli, lora_linear, models
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import UserError, WorkError
 
@@ -293,20 +293,22 @@ def head_bytes(
 ) -> int:
     """Bytes of the output head at its peak, logits and their gradient included.
 
-    supervised: float32 logits and softmax of a chunk of the supervised positions
-    (`liteguard/head.py`). tiled: TRL's fused head, which recomputes tiles of the logits in
-    the backward pass and accumulates float32 gradients of the hidden states. all: transformers' own
-    loss on every position: 16-bit logits, float32 copy, log-softmax, gradient.
+    supervised: float32 logits and their powers in a tile of the vocabulary, for the supervised
+    positions (`liteguard/head.py`). tiled: TRL's fused head, which recomputes tiles of the logits
+    in the backward pass and accumulates float32 gradients of the hidden states. all: the loss of
+    transformers on every position: 16-bit logits, float32 copy, log-softmax, gradient.
     """
     v, c = shapes.vocabulary, precision.compute
     if head == "all":
         return tokens * v * (12 + (2 * c if precision.mixed else 0))
     if head == "supervised":
-        # Logits and softmax of a chunk; of all supervised rows a copy and the gradient.
-        from liteguard.head import CHUNK
+        # Logits, their difference to the largest, powers; of all supervised rows a copy, the
+        # embeddings of the targets, the gradient and its float32 sum.
+        from liteguard.head import TILE
 
-        chunk = min(supervised, CHUNK) * v * (8 + (c if precision.mixed else 0))
-        return chunk + 2 * stream_bytes(shapes, precision) * supervised * shapes.hidden
+        tile = supervised * min(TILE, v) * (8 + (c if precision.mixed else 0))
+        row = 3 * stream_bytes(shapes, precision) + 4
+        return tile + row * supervised * shapes.hidden
     rows = supervised if precision.cuda else tokens
     tile = min(rows, TILE_TOKENS) * TILE_VOCABULARY
     # Hidden states of the scored rows: a copy, its 16-bit form, the float32 gradient.
@@ -412,6 +414,9 @@ def estimate(
         "gradients, float32": 4 * adapter,
         f"optimizer states ({section.optimizer})": optimizer_states(section.optimizer, sizes),
     }
+    unpacked = shapes.linear_parameters * precision.compute
+    if precision.nf4 and not precision.cuda and unpacked <= lora_linear.KEPT_BYTES:
+        always["matrices kept unpacked"] = unpacked
     if preference:
         always["reference adapter, float32"] = 4 * adapter
 

@@ -53,8 +53,8 @@ def run(trainer, inputs):
     return outputs, gradients
 
 
-@pytest.mark.parametrize("chunk", [256, 4])
-def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, chunk, monkeypatch):
+@pytest.mark.parametrize("tile", [2048, 100, 7])
+def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, tile, monkeypatch):
     import torch
 
     from liteguard import head
@@ -63,17 +63,21 @@ def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, chunk, mon
     theirs, their_gradients = run(trainer, inputs)
     sizes = []
     linear = torch.nn.functional.linear
+    first = trainer.model.get_output_embeddings().weight.data_ptr()
 
     def recorded(rows, weight, bias=None):
-        if weight.shape[0] == 640:
-            sizes.append(len(rows))
+        # A tile of the head's matrix lies within it.
+        if 0 <= weight.data_ptr() - first < 640 * 64 * 4:
+            sizes.append((len(rows), len(weight)))
         return linear(rows, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", recorded)
-    monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head, "TILE", tile)
     assert training.score_targets_only(trainer)
     ours, our_gradients = run(trainer, inputs)
-    assert sum(sizes) == int((inputs["labels"][:, 1:] != -100).sum()) and max(sizes) <= chunk
+    supervised = int((inputs["labels"][:, 1:] != -100).sum())
+    assert {rows for rows, _ in sizes} == {supervised}
+    assert sum(width for _, width in sizes) == 640 and max(sizes)[1] <= tile
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
     for name in FIELDS:
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
