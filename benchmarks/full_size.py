@@ -11,7 +11,7 @@ rounded like a trained model (phi_like.write_checkpoint): the proof runs with th
 users have. Then it runs the six scripts as a user does, with few steps on made-up rows, opens the
 bundle and asks it. A second run in the same --work goes on where the first one was.
 
-Memory is that of all processes of a step together, sampled every second (proportional set size:
+Memory is that of all processes of a step together, sampled every two seconds (proportional set size:
 pages that several share count once; `anonymous` leaves out the pages of files, which the kernel can
 drop). `expected` is what the script itself said before its work. Disk is what lies in --work.
 """
@@ -129,7 +129,7 @@ class Usage(threading.Thread):
     def run(self) -> None:
         import psutil
 
-        while not self.done.wait(1.0):
+        while not self.done.wait(2.0):
             shared = private = 0
             try:
                 root = psutil.Process(self.process)
