@@ -1,11 +1,11 @@
-"""Training steps at full size on one GPU: speed, utilisation and memory, beside the plain recipe.
+"""Training steps at full size on one GPU: speed, utilisation and memory, beside other recipes.
 
     python benchmarks/gpu_check.py                      # Phi-1.5 and Phi-2, under 10 minutes
     python benchmarks/gpu_check.py --shape phi-2 --json gpu_check.json
     python benchmarks/gpu_check.py --shape tiny --device cpu
 
 Random weights of the exact shapes, made and quantised on the device matrix by matrix, so nothing is
-downloaded and the 16-bit model never exists. Both recipes train on the same rows, of mixed lengths
+downloaded and the 16-bit model never exists. All recipes train on the same rows, of mixed lengths
 up to 2048 tokens (domain: full rows), with LoRA r=32 on every layer of an NF4 base:
 
   plain  one padded row per example, micro-batch 4, logits of every position, stepwise GELU, AdamW
@@ -13,6 +13,13 @@ up to 2048 tokens (domain: full rows), with LoRA r=32 on every layer of an NF4 b
          micro-batches); DPO runs its reference beside the policy.
   ours   packed rows without padding, logits where they are scored, fused GELU, checkpointing and
          optimizer as the YAML says; DPO computes its reference before the policy.
+  trl    TRL at its best (see trl_recipe.py): SFTTrainer with rows packed into sequences of full
+         length where its attention keeps them apart, its own head, bfloat16 adapters,
+         checkpointing and optimizer as ours; DPOTrainer with padded pairs, which is all it has.
+
+Before that: which attention kernels keep packed examples apart and agree with each other, and
+whether the paged 8-bit optimizer steps as AdamW does. On a GPU the goals in GOALS are gates: what
+misses one is listed, and the exit code is 1.
 
 tokens/s counts real tokens, never padding. MFU is the model's floating point operations (formula in
 `model_flops`; recomputation and padding are not counted) over time x the peak of a matrix product
@@ -24,21 +31,34 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import trl_recipe
 
 from liteguard import cli, memory, models, packing, training
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
+from liteguard.errors import WorkError
 
 YAML = {"phi-1_5": "phi-1_5.yaml", "phi-2": "phi-2_8gb.yaml", "tiny": "phi-2_8gb.yaml"}
 STAGES = ("domain", "instruction", "safety")
 PLAIN_BATCH = 4
+# For Phi-2 at 2048 tokens; GB are 10^9 bytes of torch's peak allocated.
+GOALS = {
+    "peak_gb": {"domain": 5.5, "instruction": 5.5, "safety": 7.0},
+    "speed": {"plain": 3.0, "trl": 1.3},
+    "minutes": 10.0,
+}
 
 
 # What is trained
@@ -223,6 +243,12 @@ class Recipe:
         else:
             self.model.gradient_checkpointing_disable()
 
+    def run(self, rows: list[list[dict]], steps: int, after_first: Callable[[], None]) -> list:
+        """Losses of 1 + `steps` optimizer steps; `after_first` is called between."""
+        losses = [self.step(rows)]
+        after_first()
+        return losses + [self.step(rows) for _ in range(steps)]
+
     @contextlib.contextmanager
     def reference(self) -> Any:
         import torch
@@ -386,6 +412,195 @@ class Plain(Recipe):
         return (picked * (labels != -100)).sum(1)
 
 
+class Trl(Recipe):
+    """TRL's own trainers; an epoch over the rows is one optimizer step."""
+
+    name = "trl"
+
+    def make_optimizer(self) -> None:
+        """The trainer makes its own."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        if self.stage == "safety":
+            self.model.delete_adapter("ref")  # DPOTrainer makes its own copy
+
+    def arguments(self, accumulation: int) -> dict[str, Any]:
+        import torch
+
+        bfloat16 = self.device != "cpu"
+        return {
+            "output_dir": tempfile.mkdtemp(prefix="gpu_check_"),
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": accumulation,
+            "max_length": self.section.max_length,
+            "gradient_checkpointing": self.section.gradient_checkpointing,
+            "optim": self.section.optimizer if bfloat16 else "adamw_torch",
+            "learning_rate": self.section.learning_rate,
+            "lr_scheduler_type": "constant",
+            "bf16": bfloat16,
+            "use_cpu": not bfloat16,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+
+    def make_trainer(self, rows: list[list[dict]]) -> Any:
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
+
+        tokenizer = any_tokenizer()
+        if self.stage == "safety":
+            text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+            settings = DPOConfig(**self.arguments(len(rows)), beta=self.config.safety.beta)
+            trainer = DPOTrainer(
+                self.model, args=settings, train_dataset=text, processing_class=tokenizer
+            )
+            trainer.train_dataset = Dataset.from_list([pair_ids(*pair) for pair in rows])
+            self.note = "padded pairs"
+        else:
+            found = Dataset.from_list([sequence for [sequence] in rows])
+            packing = trl_recipe.isolated(self.model)
+            length = self.section.max_length
+            count = len(pack_dataset(found, length, "bfd")) if packing else len(rows)
+            settings = SFTConfig(**self.arguments(count), packing=packing, loss_type="nll")
+            trainer = SFTTrainer(
+                self.model, args=settings, train_dataset=found, processing_class=tokenizer
+            )
+            self.note = f"{count} packed rows" if packing else "padded rows"
+        self.note += f", {self.model.config._attn_implementation}"
+        if self.device == "cpu":
+            trl_recipe.keep_float32(trainer.model)
+        return trainer
+
+    def run(self, rows: list[list[dict]], steps: int, after_first: Callable[[], None]) -> list:
+        """Losses of 1 + `steps` optimizer steps; `after_first` is called between."""
+        from transformers import PrinterCallback, TrainerCallback
+
+        class AfterFirst(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    after_first()
+
+        trainer = self.make_trainer(rows)
+        trainer.args.max_steps = 1 + steps
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(AfterFirst())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def any_tokenizer() -> Any:
+    """A tokenizer, because trainers ask for one; the rows are token ids already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def pair_ids(chosen: dict, rejected: dict) -> dict[str, list[int]]:
+    """A pair of sequences with one prompt, as DPOTrainer's collator takes it."""
+    start = chosen["labels"].count(-100)
+    return {
+        "prompt_ids": chosen["input_ids"][:start],
+        "chosen_ids": chosen["input_ids"][start:],
+        "rejected_ids": rejected["input_ids"][start:],
+    }
+
+
+# Paths: attention kernels and the 8-bit optimizer
+
+
+def attention_paths(device: str) -> dict[str, str]:
+    """Kernel or attention -> what came of it: 'isolated ...', 'not available ...' or 'REFUSED'.
+
+    Every kernel of PyTorch attends within segments of the sizes of a packed micro-batch, forward
+    and backward, and is compared with float32 arithmetic; every attention of transformers goes
+    through `packing.check_isolation`.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 8, 700, 80, device=device) for _ in range(3)]
+    lengths = [1, 400, 299]
+
+    def attend(kind: Any) -> list[Any]:
+        q, k, v = (x.to(kind).detach().requires_grad_() for x in inputs)
+        result, _ = packing.segment_attention(None, q, k, v, None, segment_lengths=lengths)
+        result.float().square().sum().backward()
+        return [x.float() for x in (result.detach(), q.grad, k.grad, v.grad)]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = attend(torch.float32)
+    found = {}
+    for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+        try:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                results = attend(dtype)
+        except RuntimeError as error:
+            found[backend] = f"not available ({str(error).splitlines()[0][:60]})"
+            continue
+        wrong = max(((a - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True))
+        verdict = "agrees" if wrong < 0.02 else "REFUSED, differs"
+        found[backend] = f"{verdict} (error {wrong:.1e})"
+    for attention in ("sdpa", "eager", "flash_attention_2"):
+        if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+            found[attention] = "not available (flash_attn is not installed)"
+            continue
+        model = packed_model(device, dtype, attention)
+        try:
+            packing.check_isolation(model, model.config.vocab_size)
+            found[attention] = "isolated"
+        except WorkError as error:
+            found[attention] = f"REFUSED ({str(error).splitlines()[0][:60]})"
+    return found
+
+
+def packed_model(device: str, dtype: Any, attention: str) -> Any:
+    """The tiny shape with an adapter, packed as the trainers pack it."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    config = build([("tiny", read_yaml(CONFIG_DIR / YAML["tiny"]))])
+    base = random_base(architecture("tiny"), dtype, device)
+    base.set_attn_implementation(attention)
+    model = models.add_adapter(base, config)
+    add_fused_lm_head(base)
+    if attention == "sdpa":
+        packing.use_segment_attention(base)
+    packing.pack_forward(base)
+    return model
+
+
+def optimizer_path(device: str) -> str:
+    """How far one step of bitsandbytes' paged 8-bit AdamW is from torch's AdamW."""
+    import torch
+
+    if device == "cpu":
+        return "not available (a CPU has no paged memory)"
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    start, gradient = (torch.randn(256, 256, device=device) for _ in range(2))
+    moved = []
+    for kind in (bitsandbytes.optim.PagedAdamW8bit, torch.optim.AdamW):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = kind([parameter], lr=1e-3, weight_decay=0.0)
+        for _ in range(3):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        moved.append(parameter.detach() - start)
+    wrong = ((moved[0] - moved[1]).norm() / moved[1].norm()).item()
+    return f"{'agrees' if wrong < 0.05 else 'REFUSED, differs'} (error {wrong:.1e})"
+
+
 # Measuring
 
 
@@ -464,14 +679,17 @@ def measure(recipe: Recipe, rows: list[list[dict]], steps: int) -> dict[str, Any
 
     The warm-up step allocates gradients and optimizer states, and finds out what fits.
     """
-    losses = [recipe.step(rows)]
-    synchronize(recipe.device)
-    reset_peak(recipe.device)
-    start = time.perf_counter()
-    losses += [recipe.step(rows) for _ in range(steps)]
+    started = [0.0]
+
+    def after_first() -> None:
+        synchronize(recipe.device)
+        reset_peak(recipe.device)
+        started[0] = time.perf_counter()
+
+    losses = recipe.run(rows, steps, after_first)
     synchronize(recipe.device)
     return {
-        "seconds": (time.perf_counter() - start) / steps,
+        "seconds": (time.perf_counter() - started[0]) / steps,
         "losses": losses,
         "peak_bytes": read_peak(recipe.device),
         "note": recipe.note,
@@ -479,7 +697,7 @@ def measure(recipe: Recipe, rows: list[list[dict]], steps: int) -> dict[str, Any
 
 
 def check(shape: str, args: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
-    """Both recipes on the three stages of one shape; prints a line for each."""
+    """All recipes on the three stages of one shape; prints a line for each."""
     import torch
 
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
@@ -511,7 +729,7 @@ def check(shape: str, args: argparse.Namespace, peak: float) -> list[dict[str, A
         lora = sum(memory.adapter_matrices(shapes, config.domain.lora_rank, "all"))
         flops = model_flops(shapes, lora, stage, sequences)
         results = {}
-        for kind in (Ours, Plain):
+        for kind in (Ours, Trl, Plain):
             base = random_base(architecture(shape), dtype, args.device)
             if kind is Ours:
                 models.fuse_gelu(base)
@@ -537,13 +755,35 @@ def check(shape: str, args: argparse.Namespace, peak: float) -> list[dict[str, A
             print_row(result)
             del recipe, base
             reset_peak(args.device)
-        ours, plain = results["ours"], results["plain"]
-        ratios = (
-            ours["supervised_tokens_per_s"] / plain["supervised_tokens_per_s"],
-            ours["peak_bytes"] / plain["peak_bytes"],
-        )
-        ours["speed_ratio"], ours["memory_ratio"] = ratios
-        print(f"{'':22}ours / plain: {ratios[0]:.2f} x the speed, {ratios[1]:.2f} x the memory")
+        ours = results["ours"]
+        for other in ("trl", "plain"):
+            speed, peak_ = (
+                ours[key] / results[other][key] for key in ("supervised_tokens_per_s", "peak_bytes")
+            )
+            ours[f"speed_over_{other}"], ours[f"memory_over_{other}"] = speed, peak_
+            print(f"{'':22}ours / {other}: {speed:.2f} x the speed, {peak_:.2f} x the memory")
+    return found
+
+
+def misses(report: dict[str, Any]) -> list[str]:
+    """What a report of a GPU says about GOALS that were not reached, and paths that were refused.
+
+    Speed and memory count for Phi-2; a path that is not available here is none that failed.
+    """
+    found = [f"{name}: {text}" for name, text in report["paths"].items() if "REFUSED" in text]
+    for row in report["rows"]:
+        if (row["shape"], row["recipe"]) != ("phi-2", "ours"):
+            continue
+        name = f"phi-2 {row['stage']}"
+        peak, limit = row["peak_bytes"] / 1e9, GOALS["peak_gb"][row["stage"]]
+        if peak > limit:
+            found.append(f"{name}: peak {peak:.2f} GB, goal {limit} GB")
+        for other, goal in GOALS["speed"].items():
+            speed = row[f"speed_over_{other}"]
+            if speed < goal:
+                found.append(f"{name}: {speed:.2f} x the speed of {other}, goal {goal} x")
+    if report["wall_s"] > 60 * GOALS["minutes"]:
+        found.append(f"{report['wall_s'] / 60:.1f} minutes in all, goal {GOALS['minutes']:.0f}")
     return found
 
 
@@ -579,6 +819,8 @@ def main() -> None:
     peak = matmul_peak(dtype, args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{name}: {peak / 1e12:.2f} TFLOP/s in {str(dtype)[6:]} matrix products (measured)\n")
+    paths = attention_paths(args.device) | {"paged 8-bit AdamW": optimizer_path(args.device)}
+    print("\n".join(f"{path:22}{verdict}" for path, verdict in paths.items()) + "\n")
     print(
         f"{'model':9}{'stage':13}{'recipe':7}{'tokens/s':>10}{'supervised':>12}{'MFU':>8}"
         f"{'peak GB':>9}{'estimate':>10}"
@@ -592,11 +834,15 @@ def main() -> None:
         "matmul_flops": peak,
         "torch": torch.__version__,
         "wall_s": time.perf_counter() - start,
+        "paths": paths,
         "rows": rows,
     }
     print(f"\n{report['wall_s']:.0f} s")
+    report["misses"] = misses(report) if args.device == "cuda" else []
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if report["misses"]:
+        raise WorkError("Goals that were missed:\n" + "\n".join(report["misses"]))
 
 
 if __name__ == "__main__":

@@ -150,12 +150,13 @@ def main() -> None:
             return found
 
         trainer.data_collator = counted
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     trainer.train()
-    seconds = time.monotonic() - started
+    seconds, used = time.monotonic() - started, time.process_time() - used
     fed = tokens["fed"] or tokens["real"]
     result = {
         "train_runtime_s": round(seconds, 1),
+        "train_cpu_s": round(used, 1),
         "tokens": tokens["real"],
         "supervised_tokens": tokens["supervised"],
         "supervised_tokens_per_s": round(tokens["supervised"] / seconds, 1),

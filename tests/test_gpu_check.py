@@ -1,4 +1,4 @@
-"""The GPU benchmark, on the CPU: it runs, and both recipes train on the same thing."""
+"""The GPU benchmark, on the CPU: it runs, and all recipes train on the same thing."""
 
 from __future__ import annotations
 
@@ -40,8 +40,12 @@ def test_every_stage_and_recipe_is_in_table_and_report(report):
     assert [(r["stage"], r["recipe"]) for r in rows] == [
         (stage, recipe)
         for stage in ("domain", "instruction", "safety")
-        for recipe in ("ours", "plain")
+        for recipe in ("ours", "trl", "plain")
     ]
+    for other in ("trl", "plain"):
+        assert all(r[f"speed_over_{other}"] > 0 for r in rows if r["recipe"] == "ours")
+    # Goals are a GPU's: a tiny model on a CPU cannot reach them.
+    assert found["misses"] == []
     assert found["matmul_flops"] > 1e9
     for row in rows:
         assert 0 < row["mfu"] < 1 and row["peak_bytes"] > 0 and row["seconds"] > 0
@@ -50,15 +54,74 @@ def test_every_stage_and_recipe_is_in_table_and_report(report):
         assert all(map(math.isfinite, row["losses"]))
 
 
-def test_both_recipes_start_from_the_same_loss(report):
+def test_every_path_has_a_verdict(report):
+    paths = report[1]["paths"]
+    assert set(paths) == {
+        *("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"),
+        *("sdpa", "eager", "flash_attention_2", "paged 8-bit AdamW"),
+    }
+    assert paths["FLASH_ATTENTION"].startswith("agrees") and paths["MATH"].startswith("agrees")
+    assert paths["sdpa"] == paths["eager"] == "isolated"
+    assert "not available" in paths["paged 8-bit AdamW"]
+
+
+def test_a_path_that_mixes_examples_is_refused(gpu_check, monkeypatch):
+    original = gpu_check.packing.segment_attention
+
+    def crossing(*args, segment_lengths=None, **kwargs):
+        whole = None if segment_lengths is None else [sum(segment_lengths)]
+        return original(*args, segment_lengths=whole, **kwargs)
+
+    monkeypatch.setattr(gpu_check.packing, "segment_attention", crossing)
+    assert gpu_check.attention_paths("cpu")["sdpa"].startswith("REFUSED (packing is refused")
+
+
+def test_missed_goals_are_named(gpu_check):
+    def row(stage, gb, plain, trl):
+        return {
+            **{"shape": "phi-2", "recipe": "ours", "stage": stage, "peak_bytes": gb * 1e9},
+            **{"speed_over_plain": plain, "speed_over_trl": trl},
+        }
+
+    good = [row("domain", 5.4, 3.1, 1.4), row("instruction", 5, 4, 2), row("safety", 6.9, 3, 1.3)]
+    report = {"rows": good, "paths": {"sdpa": "isolated", "b": "not available"}, "wall_s": 599}
+    assert gpu_check.misses(report) == []
+    bad = [row("domain", 5.6, 2.9, 1.2), row("safety", 7.1, 3, 1.3)]
+    bad.append({**row("domain", 50, 1, 1), "shape": "phi-1_5"})
+    paths = {"sdpa": "REFUSED (neighbour)"}
+    found = gpu_check.misses({"rows": bad, "paths": paths, "wall_s": 660})
+    assert found == [
+        "sdpa: REFUSED (neighbour)",
+        "phi-2 domain: peak 5.60 GB, goal 5.5 GB",
+        "phi-2 domain: 2.90 x the speed of plain, goal 3.0 x",
+        "phi-2 domain: 1.20 x the speed of trl, goal 1.3 x",
+        "phi-2 safety: peak 7.10 GB, goal 7.0 GB",
+        "11.0 minutes in all, goal 10",
+    ]
+
+
+def test_trl_packs_only_where_examples_stay_apart(gpu_check, monkeypatch):
+    """Its collator passes positions; that they become a block-diagonal mask is transformers'."""
+    from transformers import masking_utils
+
+    base = gpu_check.random_base(gpu_check.architecture("tiny"), torch.float32, "cpu")
+    assert gpu_check.trl_recipe.isolated(base)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    assert not gpu_check.trl_recipe.isolated(base)
+
+
+def test_all_recipes_start_from_the_same_loss(report):
     rows = {(r["stage"], r["recipe"]): r["losses"] for r in report[1]["rows"]}
     ours, plain = rows["domain", "ours"], rows["domain", "plain"]
     # Domain rows are equally long: the mean over tokens is that over batches, step after step.
     assert ours == pytest.approx(plain, rel=1e-3)
+    assert ours == pytest.approx(rows["domain", "trl"], rel=1e-3)
     assert rows["instruction", "ours"][0] == pytest.approx(
         rows["instruction", "plain"][0], rel=0.02
     )
-    for recipe in ("ours", "plain"):
+    # Both take the mean over the tokens of a step.
+    assert rows["instruction", "ours"][0] == pytest.approx(rows["instruction", "trl"][0], rel=1e-3)
+    for recipe in ("ours", "trl", "plain"):
         assert rows["safety", recipe][0] == pytest.approx(math.log(2), abs=1e-4)
 
 
