@@ -11,9 +11,9 @@ rounded like a trained model (phi_like.write_checkpoint): the proof runs with th
 users have. Then it runs the six scripts as a user does, with few steps on made-up rows, opens the
 bundle and asks it. A second run in the same --work goes on where the first one was.
 
-Memory is that of all processes of a step together, sampled every two seconds (proportional set size:
-pages that several share count once; `anonymous` leaves out the pages of files, which the kernel can
-drop). `expected` is what the script itself said before its work. Disk is what lies in --work.
+Memory is that of all processes of a step together, sampled every two seconds (proportional set
+size: pages that several share count once; `anonymous` leaves out the pages of files, which the
+kernel can drop). `expected` is what the script itself said before its work. Disk is what lies in --work.
 """
 
 from __future__ import annotations
