@@ -13,7 +13,8 @@ bundle and asks it. A second run in the same --work goes on where the first one 
 
 Memory is that of all processes of a step together, sampled every two seconds (proportional set
 size: pages that several share count once; `anonymous` leaves out the pages of files, which the
-kernel can drop). `expected` is what the script itself said before its work. Disk is what lies in --work.
+kernel can drop). `expected` is what the script itself said before its work. Disk is what lies in
+--work.
 """
 
 from __future__ import annotations
