@@ -22,7 +22,7 @@ import shutil
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, models
+from liteguard import checkpoints, cli, machine, models
 from liteguard.config import flatten
 from liteguard.errors import UserError
 
