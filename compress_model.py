@@ -116,11 +116,9 @@ def main() -> None:
     def make_merged():
         shutil.rmtree(merged, ignore_errors=True)
         trusted = config.model.trust_remote_code
-        facts = {
-            "merge": merge.merge_adapter(base, source, merged, config.prompt, revision, trusted)
-        }
+        parts = base, source, merged, config.prompt, revision, trusted
         return {
-            **facts,
+            "merge": machine.in_child("merge", merge.merge_adapter, *parts),
             "tokenizer": tokenizer.build_sentencepiece(merged, sentencepiece).to_dict(),
         }
 
