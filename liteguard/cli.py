@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
-import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,19 +13,6 @@ from typing import Any
 from liteguard import config as configuration
 from liteguard import distributed, hub
 from liteguard.errors import LiteGuardError, UserError
-
-# Libraries that print banners or reach out when imported; set before any of them is.
-QUIET = {
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",  # TensorFlow comes with mediapipe's bundler and announces it
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "BITSANDBYTES_NOWELCOME": "1",
-    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
-    "GLOG_minloglevel": "3",
-}
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -134,19 +118,7 @@ def print_config(config: configuration.Config, *sections: str) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main(): one message and the right exit code instead of a traceback."""
-    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    # Notes of optional parts that this project does not use.
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-        "bitsandbytes",
-        "httpx2",
-        "huggingface_hub.repocard",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    machine.quiet_libraries()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     distributed.quiet_unless_main()

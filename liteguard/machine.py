@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
+
+# Libraries that print banners or reach out when imported; set before any of them is.
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # TensorFlow comes with mediapipe's bundler and announces it
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
+    "GLOG_minloglevel": "3",
+}
+
+
+def quiet_libraries() -> None:
+    """Keep notes of optional parts, which this project does not use, off the screen."""
+    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+        "bitsandbytes",
+        "httpx2",
+        "huggingface_hub.repocard",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def available_memory() -> int | None:
@@ -80,7 +110,7 @@ def in_child(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """
     # Forking a process whose libraries run threads can deadlock.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_child) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -88,6 +118,11 @@ def in_child(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
                 f"step '{step}' was killed, most often because memory ran out. Close other "
                 "programs or add swap, and run the same command again: finished steps are kept."
             ) from None
+
+
+def _start_child() -> None:
+    quiet_libraries()
+    end_with_parent()
 
 
 def end_with_parent() -> None:
