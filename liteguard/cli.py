@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import config as configuration
-from liteguard import distributed, hub
+from liteguard import distributed, hub, machine
 from liteguard.errors import LiteGuardError, UserError
 
 
