@@ -262,9 +262,12 @@ class Change:
 def perplexity_change(
     measured: Sequence[tuple[float, int]], merged: Sequence[tuple[float, int]]
 ) -> Change:
-    """exp(lost log-likelihood a token) - 1, over the pairs that both have scored."""
+    """exp(lost log-likelihood a token) - 1, over the pairs that both have scored; NaN where a model
+    gave something that is no number."""
     lost = [a - b for (a, _), (b, _) in zip(merged, measured, strict=True)]
     tokens = sum(count for _, count in merged)
+    if not all(map(math.isfinite, lost)):
+        return Change(math.nan, math.nan, len(lost), tokens)
     error = math.sqrt(len(lost)) * statistics.stdev(lost) / tokens if len(lost) > 1 else math.inf
     return Change(math.expm1(sum(lost) / tokens), error, len(lost), tokens)
 
