@@ -34,7 +34,16 @@ NAMES = {
     "torch.utils._python_dispatch": ["TorchDispatchMode"],
     "torch.utils._pytree": ["tree_iter"],
     "torch.distributed": ["broadcast_object_list"],
-    "transformers": ["AttentionInterface.register", "PreTrainedModel.set_attn_implementation"],
+    "transformers": [
+        "AttentionInterface.register",
+        "PreTrainedModel.set_attn_implementation",
+        # Replaced or called for the validation of a whole set, and for the warm-up.
+        "Trainer._prepare_inputs",
+        "Trainer.compute_loss_context_manager",
+        "Trainer.create_scheduler",
+        "Trainer.evaluation_loop",
+        "Trainer.prediction_step",
+    ],
     "transformers.activations": ["ACT2FN", "NewGELUActivation"],
     "transformers.integrations.sdpa_attention": ["sdpa_attention_forward"],
     "transformers.masking_utils": ["AttentionMaskInterface.register", "sdpa_mask"],
@@ -57,7 +66,7 @@ NAMES = {
     "huggingface_hub.utils": ["disable_progress_bars", "enable_progress_bars"],
     "datasets.exceptions": ["DatasetNotFoundError"],
     "ai_edge_litert.compiled_model": [
-        "CompiledModel.from_buffer",
+        "CompiledModel.from_file",
         "CompiledModel.create_input_buffer_by_name",
         "CompiledModel.create_output_buffer_by_name",
         "CompiledModel.get_input_tensor_details",
@@ -131,6 +140,8 @@ PARAMETERS = {
     ("trl.trainer.dpo_trainer", "DPOConfig"): ["beta", "loss_type", "loss_weights", "pad_token"],
     ("transformers", "TrainingArguments"): ["train_sampling_strategy", "logging_nan_inf_filter"],
     ("huggingface_hub", "snapshot_download"): ["allow_patterns", "local_files_only", "revision"],
+    ("ai_edge_litert.options", "CpuOptions"): ["num_threads", "xnnpack_weight_cache_path"],
+    ("litert_lm", "Engine"): ["backend", "cache_dir", "enable_benchmark"],
     ("datasets", "load_dataset"): ["revision", "split", "streaming"],
 }
 
