@@ -804,7 +804,10 @@ def main() -> None:
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, render in BLOCKS.items():
-        numbers = json.loads((root / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
+        report = root / f"benchmarks/{name}_report.json"
+        if not report.exists():
+            continue  # not measured yet
+        numbers = json.loads(report.read_text(encoding="utf-8"))
         block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
         pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
         text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
