@@ -490,8 +490,9 @@ def estimate(
 # Resident memory of Python, torch and the training libraries before a model is loaded (bytes):
 # 0.36 GB of its own and the pages of their files.
 LIBRARIES = 550_000_000
-# What the allocator keeps of the work of loading, as a share of the frozen base.
-KEPT_BY_ALLOCATOR = 0.1
+# What the allocator keeps of blocks that were freed while a stage trained, as a share of the frozen
+# base: between 0.4 and 1.0 for Phi-2 in NF4 (docs/experiments.md, "Memory at Phi-2's size").
+KEPT_BY_ALLOCATOR = 0.75
 
 
 @dataclass(frozen=True)
@@ -540,9 +541,9 @@ def host_memory(estimate: MemoryEstimate, parameters: int) -> HostMemory:
         return HostMemory(LIBRARIES + file, LIBRARIES, scoring, file)
     kept = round(KEPT_BY_ALLOCATOR * base)
     return HostMemory(
-        loading=LIBRARIES + file + base + kept,
+        loading=LIBRARIES + file + base,
         training=LIBRARIES + kept + estimate.total,
-        scoring=scoring,
+        scoring=scoring + kept,
         mapped=file,
     )
 
