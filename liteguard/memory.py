@@ -514,8 +514,8 @@ class HostMemory:
 
     @property
     def needed(self) -> int:
-        """What must be free."""
-        return max(self.loading - self.mapped, self.training, self.scoring - self.mapped)
+        """What must be free; the last scores are left out where they do not fit."""
+        return max(self.loading - self.mapped, self.training)
 
     def __str__(self) -> str:
         return (

@@ -453,3 +453,16 @@ def test_a_failed_attempt_leaves_nothing_in_memory():
 
     assert memory.train_within_memory(attempt, 4, 1, explain=lambda: "never")[0] == 1
     assert len(alive) == 3
+
+
+def test_memory_of_the_process_as_phi_2_showed_it():
+    """Resident memory that benchmarks/full_size.py printed for stage 1, by time: within 15 %."""
+    values = {"batch_size": 1, "max_length": 192}
+    config = build([("phi-2", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", {"domain": values})])
+    shapes = memory.phi_architecture("phi-2")
+    found = memory.estimate(config, "domain", shapes, dtype=torch.float32, device="cpu")
+    host = memory.host_memory(found, 2_779_683_840)
+    assert host.loading / 1e9 == pytest.approx(9.0, rel=0.15)
+    assert host.training / 1e9 == pytest.approx(7.4, rel=0.15)
+    assert host.peak / 1e9 == pytest.approx(13.8, rel=0.15)
+    assert host.needed == host.training
