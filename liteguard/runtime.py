@@ -416,13 +416,23 @@ def unpacked_weights(bundle: Path) -> Iterator[Path]:
     prefix, suffix = f".{bundle.name}.", ".unpacked"
     for left in place.glob(f"{glob.escape(prefix)}*{suffix}"):
         process = left.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
+        if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", suffix=suffix, dir=place))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -127,3 +127,24 @@ def test_too_little_memory_is_said_before_the_work(monkeypatch):
     machine.require_memory(10**9, "evaluating", ".")
     with pytest.raises(UserError, match="evaluating needs about 3.0 GB of memory, and 2.0 GB is"):
         machine.require_memory(3 * 10**9, "evaluating", ".")
+
+
+def test_unpacked_weights_are_removed_also_those_of_a_killed_process(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    from liteguard.runtime import unpacked_weights
+
+    bundle = tmp_path / "x.task"
+    bundle.write_bytes(b"")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f".x.task.{process}-a.unpacked" for process in (gone.pid, os.getpid())]
+    other = tmp_path / ".y.task.1-a.unpacked"
+    for folder in (*left, other):
+        folder.mkdir()
+    with unpacked_weights(bundle) as folder:
+        assert folder.is_dir() and folder.parent == tmp_path
+        assert not left[0].exists() and left[1].exists() and other.exists()
+    assert not folder.exists()
