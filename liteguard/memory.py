@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from liteguard import cli, lora_linear, models
+from liteguard import cli, models
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import UserError, WorkError
 
@@ -414,8 +414,10 @@ def estimate(
         "gradients, float32": 4 * adapter,
         f"optimizer states ({section.optimizer})": optimizer_states(section.optimizer, sizes),
     }
+    from liteguard.lora_linear import KEPT_BYTES
+
     unpacked = shapes.linear_parameters * precision.compute
-    if precision.nf4 and not precision.cuda and unpacked <= lora_linear.KEPT_BYTES:
+    if precision.nf4 and not precision.cuda and unpacked <= KEPT_BYTES:
         always["matrices kept unpacked"] = unpacked
     if preference:
         always["reference adapter, float32"] = 4 * adapter

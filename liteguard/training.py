@@ -21,7 +21,6 @@ from liteguard import (
     datasets,
     distributed,
     hub,
-    lora_linear,
     machine,
     memory,
     models,
@@ -907,7 +906,9 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         check_reference(model, stage)
     score_targets_only(trainer)
     if not distributed.uses_fsdp():  # which gathers a layer's parameters for its own operations
-        lora_linear.fuse_lora(model)
+        from liteguard.lora_linear import fuse_lora
+
+        fuse_lora(model)
     base = model.get_base_model()
     if stage.section.packing:
         if stage.config.model.attention == "sdpa":
