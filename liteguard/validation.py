@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from liteguard import machine, merged
 from liteguard.config import Config
+from liteguard.errors import WorkError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,6 +236,6 @@ def shipped_loss(config: Config, adapter: Path, parameters: int, rows: Rows) -> 
     try:
         model, _ = merged.load_merged(config, adapter)
         return mean_loss(model, rows)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, WorkError) as error:
         print(f"not scored on the 16-bit base: {str(error).splitlines()[0]}")
         return None

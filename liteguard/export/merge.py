@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import merged
-from liteguard.errors import UserError
+from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -117,6 +117,11 @@ def merge_adapter(
     made = merged.Merge()
     if adapter_dir is not None:
         made = merged.merge_adapter(model, adapter_dir)
+        if not made.changed:
+            raise WorkError(
+                f"merging {adapter_dir} changed no weight: the adapter is untrained (its B "
+                "matrices are zero) or was not loaded"
+            )
     largest = merged.largest_weight(model)
     dtype = _target_type(getattr(config, "dtype", None), largest)
     for value in model.parameters():
