@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -45,6 +46,17 @@ def quiet_libraries() -> None:
         "huggingface_hub.repocard",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """One process after the other, so that what the first one makes is there for the others.
+
+    The system drops the lock of a process that is killed; the file stays.
+    """
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def available_memory() -> int | None:

@@ -46,6 +46,7 @@ from liteguard.datasets import (
     unit,
 )
 from liteguard.errors import UserError, WorkError
+from liteguard.machine import one_at_a_time
 from liteguard.sources import WHEELS, Broken, Tally, Wheel, hub_commit, local_files, read_rows
 
 if TYPE_CHECKING:
@@ -293,8 +294,12 @@ def clean_source(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     info = _write_shard(staging, rules, cleaner)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staging, final)
+    with one_at_a_time(home / ".lock"):
+        if _finished(final, source):  # by the other run, which may be reading it
+            shutil.rmtree(staging)
+        else:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(staging, final)
     report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable")
     return Shard(final, source, info)
 
@@ -435,7 +440,8 @@ def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
     path = Path(config.data.cache_dir) / "evaluation" / f"{key[:32]}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.stem}.partial.npz")
+        # Two runs may share a cache: each writes a file of its own.
+        staging = path.with_name(f".{path.stem}.{os.getpid()}.partial.npz")
         index = OverlapIndex.build(evaluation_texts(config))
         if empty := set(sets) - set(index.names):
             raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")

