@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from liteguard import checkpoints, cli, machine, models
-from liteguard.config import flatten
+from liteguard.config import RECIPES, flatten
 from liteguard.errors import UserError
 
 SUFFIXES = (".task", ".litertlm")
@@ -37,9 +37,13 @@ def parse_args():
     )
     parser.add_argument("--also", action="store_true", help="write the other container as well")
     parser.add_argument(
-        "--quantize", metavar="RECIPE", help="auto (default), int8, mixed, none, ..."
+        "--quantize",
+        metavar="RECIPE",
+        help=f"auto or one of {', '.join(RECIPES)}; default: compress.quantize of the YAML",
     )
-    parser.add_argument("--verify", metavar="LEVEL", help="quick (default), full or none")
+    parser.add_argument(
+        "--verify", metavar="LEVEL", help="quick, full or none; default: compress.verify.level"
+    )
     return parser.parse_args()
 
 
@@ -49,7 +53,10 @@ def main() -> None:
     started = time.time()
     source = Path(args.input)
     record = checkpoints.read_stage(source, "safety")
-    flags = {"compress.quantize": args.quantize, "compress.verify.level": args.verify}
+    flags = {
+        "--quantize": ("compress.quantize", args.quantize),
+        "--verify": ("compress.verify.level", args.verify),
+    }
     config = cli.resolve_config(args, flags, parent=record)
     section = config.compress
     output = Path(args.output or f"liteguard_{config.model_type}.task")
@@ -71,7 +78,7 @@ def main() -> None:
         verify,
     )
 
-    recipes = tflite.recipes_to_try(section.quantize)
+    recipes = section.recipes
     base, revision, architecture = models.model_config(config)
     identity = models.base_identity(base, revision)
     if identity != record["base_identity"]:

@@ -28,7 +28,7 @@ def parse_args():
 def main() -> None:
     # 1. Configuration
     args = parse_args()
-    config = cli.resolve_config(args, {"domain.lora_rank": args.rank})
+    config = cli.resolve_config(args, {"--rank": ("domain.lora_rank", args.rank)})
     cli.print_config(config, "model", "domain")
 
     # 2. Inputs

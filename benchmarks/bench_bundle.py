@@ -24,9 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli, sources
-from liteguard.config import Config
+from liteguard.config import RECIPES, Config
 from liteguard.errors import UserError
-from liteguard.export import bundle, merge, quantization, silence, tflite, tokenizer
+from liteguard.export import bundle, merge, silence, tflite, tokenizer
 from liteguard.runtime import BundleWorkers
 
 LADDER = [32, 64, 128, 256, 1024]
@@ -232,7 +232,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", metavar="DIR", required=True, help="a final checkpoint")
-    parser.add_argument("--quantize", choices=quantization.RECIPES, default="int8")
+    parser.add_argument("--quantize", choices=RECIPES, default="int8")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=2, help="each with three prompts a variant")
     parser.add_argument("--decode", type=int, default=48, metavar="TOKENS")

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import phi_like
 
 from liteguard import cli, memory
+from liteguard.config import RECIPES
 from liteguard.errors import WorkError
-from liteguard.export import bundle, quantization, tflite, tokenizer
+from liteguard.export import bundle, tflite, tokenizer
 from liteguard.prompts import Prompt
 
 SHAPES = {"phi1_5": "phi-1_5", "phi2": "phi-2", "tiny": None}
@@ -126,7 +127,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="phi1_5")
-    parser.add_argument("--quantize", choices=quantization.RECIPES, default="int8")
+    parser.add_argument("--quantize", choices=RECIPES, default="int8")
     parser.add_argument("--converter", choices=("auto", "v1", "v2"), default="auto")
     parser.add_argument("--prefill", type=int, nargs="+", default=[1024], metavar="TOKENS")
     parser.add_argument("--kv_cache", type=int, default=1280, metavar="TOKENS")

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli, memory, models, sources
-from liteguard.config import Config
+from liteguard.config import RECIPES, Config
 from liteguard.export import bundle, measured, merge, quantization, silence, tflite, tokenizer
 from liteguard.runtime import BundleWorkers
 
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         kv_cache_length=config.compress.kv_cache_length,
         progress=None,
     )
-    reference = measured.Reference(merged, config.prompt, samples, work / "merged.json", silenced)
+    reference = measured.Reference(merged, config.prompt, samples, work / "merged.jsonl", silenced)
     report = {"tolerance": section.perplexity_limit("int8"), "recipes": {}}
     question = config.prompt.render_question(samples.questions[0])
     for recipe in args.recipes:
@@ -76,7 +76,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         task = work / f"{recipe}.task"
         bundle.write_task(file, work / "tokenizer.model", config.prompt, task, silenced)
         found, exact_model, change = measured.measure_bundle(
-            BundleWorkers(task, workers=1), reference, section, report["tolerance"]
+            BundleWorkers(task, workers=1),
+            reference,
+            section,
+            report["tolerance"],
+            work / f"{recipe}.jsonl",
         )
         answers = list(zip(found.answers, exact_model.answers, strict=True))[: args.rows]
         report["merged_perplexity"] = round(exact_model.perplexity, 3)
@@ -114,13 +118,13 @@ def main() -> None:
     )
     parser.add_argument("--input", metavar="DIR", required=True, help="a final checkpoint")
     parser.add_argument("--data", metavar="DIR", help="default: the data it was trained on")
-    parser.add_argument("--recipes", nargs="+", choices=quantization.RECIPES)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES)
     parser.add_argument("--rows", type=int, default=16, help="texts, answers to score, questions")
     parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--rounds", type=int, default=2, help="of three timed answers a recipe")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
-    args.recipes = args.recipes or list(quantization.RECIPES)
+    args.recipes = args.recipes or list(RECIPES)
     with tempfile.TemporaryDirectory(prefix="bench_recipes_") as work:
         report = measure(args, Path(work))
     print(

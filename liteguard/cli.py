@@ -35,7 +35,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an existing output, or unfinished work of other settings",
+        help="replace an existing output, or start over when settings changed",
     )
     return result
 
@@ -48,12 +48,12 @@ def add_model_flags(result: argparse.ArgumentParser) -> None:
 
 def resolve_config(
     args: argparse.Namespace,
-    flags: dict[str, Any] | None = None,
+    flags: dict[str, tuple[str, Any]] | None = None,
     parent: dict[str, Any] | None = None,
 ) -> configuration.Config:
     """Config from the flags; `parent` is a stage.json whose config stands in for a YAML.
 
-    `flags` maps 'section.key' to a flag's value (None: not given).
+    `flags` maps a flag to its 'section.key' and its value (None: not given).
     """
     layers: list[tuple[str, dict[str, Any]]] = []
     if parent is not None and not args.config:
@@ -63,9 +63,8 @@ def resolve_config(
             getattr(args, "model_type", None), getattr(args, "model", None), args.config
         )
         layers.append((str(_relative(path)), configuration.read_yaml(path)))
-    for name, value in (flags or {}).items():
+    for flag, (name, value) in (flags or {}).items():
         if value is not None:
-            flag = f"--{name.removesuffix('.level').rsplit('.', 1)[-1]}"
             layers.append((flag, configuration.parse_setting(f"{name}={value}")[1]))
     for setting in args.settings:
         layers.append(("--set", configuration.parse_setting(setting)[1]))

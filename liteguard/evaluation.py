@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from liteguard import (
     catalogue,
@@ -613,6 +613,12 @@ class Journal:
         """Append something about a run, e.g. its peak memory so far."""
         self.add("runs", len(self.found["runs"]), facts, seconds)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
     def remove(self) -> None:
         """Close and delete the file: its content is in a finished result."""
         self._file.close()
@@ -685,17 +691,17 @@ def collect(
             if todo[part]:
                 results = model.score([pairs[part][i] for i in todo[part]])
                 scores = ((place, list(score), score[1]) for place, score in results)
-                _write(journal, part, what, totals[part], todo[part], scores)
+                journalled(journal, part, what, totals[part], todo[part], scores)
                 journal.add_run(peak_rss_gb=model.peak_rss_gb())
         if todo["answers"]:
             limit = config.evaluate.max_new_tokens
             results = model.generate([prompts[i] for i in todo["answers"]], limit)
             answers = ((place, vars(answer), answer.tokens) for place, answer in results)
-            _write(journal, "answers", "answers", totals["answers"], todo["answers"], answers)
+            journalled(journal, "answers", "answers", totals["answers"], todo["answers"], answers)
             journal.add_run(peak_rss_gb=model.peak_rss_gb())
 
 
-def _write(
+def journalled(
     journal: Journal,
     part: str,
     what: str,
@@ -757,7 +763,7 @@ def ask_judge(config: Config, rows: dict[str, list[dict[str, Any]]], journal: Jo
     total = sum(name in REQUESTS for name, _ in requests(rows))
     given = judge.ask(todo, accepted=bool(journal.found["judged"]))
     replies = ((place, vars(reply), reply.tokens) for place, reply in given)
-    _write(journal, "judged", "answers judged", total, list(asked), replies)
+    journalled(journal, "judged", "answers judged", total, list(asked), replies)
 
 
 def release_memory() -> None:

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ QUIET = {
 
 def quiet_libraries() -> None:
     """Keep notes of optional parts, which this project does not use, off the screen."""
-    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    # In a log file, a bar is a line of thousands of characters.
+    bars = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+    os.environ.update({k: v for k, v in (QUIET | bars).items() if k not in os.environ})
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     for name in (

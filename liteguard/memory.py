@@ -564,15 +564,6 @@ def advice(config: Config, stage_name: str) -> str:
     return ", ".join(found)
 
 
-@dataclass
-class LadderStep:
-    """One halving of the micro-batch after an out-of-memory error, as stage.json records it."""
-
-    batch_size: int
-    gradient_accumulation: int
-    error: str
-
-
 def train_within_memory(
     train: Callable[[int, int], Any],
     batch_size: int,
@@ -586,16 +577,6 @@ def train_within_memory(
     effective batch and so the result stay the same. An odd micro-batch of b goes to the largest
     smaller divisor of the effective batch. At micro-batch 1 a WorkError with `explain()`, the
     estimate and the settings to change. `train` has to resume from its last checkpoint.
-
-        def attempt(batch_size, accumulation):
-            trainer = make_trainer(stage, batch_size, accumulation)
-            return training.train(stage, trainer), trainer
-
-        (metrics, trainer), ladder = memory.train_within_memory(
-            attempt, section.batch_size, section.gradient_accumulation,
-            explain=lambda: memory.explain(stage.config, stage.name, architecture),
-        )
-        metrics["out_of_memory"] = ladder
     """
     import gc
 
@@ -612,7 +593,13 @@ def train_within_memory(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        ladder.append(vars(LadderStep(batch_size, gradient_accumulation, message)))
+        ladder.append(
+            {
+                "batch_size": batch_size,
+                "gradient_accumulation": gradient_accumulation,
+                "error": message,
+            }
+        )
         if batch_size == 1:
             raise WorkError(f"Out of memory at micro-batch 1 ({message}).\n{explain()}")
         smaller = next(b for b in range(batch_size // 2, 0, -1) if effective % b == 0)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 # Up to this size (bytes of float32) a model that is measured on a CPU is kept in float32, in
 # oneDNN's layout: faster, and small. Larger ones keep their 16-bit weights.
 FLOAT32_BYTES = 2_500_000_000
-# Rows of a 16-bit weight that are turned into float32 at a time.
-BLOCK_ROWS = 2048
+# Values of a 16-bit weight that are turned into float32 at a time: 5 MB stay in a processor's cache,
+# and a token at a time takes half of what it took with 21 MB (Phi-2's layers, 2 cores).
+BLOCK_VALUES = 1_310_720
 
 
 @dataclass
@@ -194,9 +195,10 @@ def keep_16_bit(model: PreTrainedModel) -> int:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             rows = x.reshape(-1, self.in_features)
             result = rows.new_empty(len(rows), self.out_features)
-            for start in range(0, self.out_features, BLOCK_ROWS):
-                weight = block(self.weight[start : start + BLOCK_ROWS])
-                torch.mm(rows, weight.t(), out=result[:, start : start + BLOCK_ROWS])
+            size = max(1, BLOCK_VALUES // self.in_features)
+            for start in range(0, self.out_features, size):
+                weight = block(self.weight[start : start + size])
+                torch.mm(rows, weight.t(), out=result[:, start : start + size])
             if self.bias is not None:
                 result += self.bias
             return result.view(*x.shape[:-1], self.out_features)

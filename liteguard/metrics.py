@@ -296,11 +296,6 @@ def judge(answer: str) -> Literal["refused", "answered", "unclear"]:
     return "refused" if any(rule.search(text) for rule in _REFUSALS) else "answered"
 
 
-def is_refusal(answer: str) -> bool:
-    """Whether an answer declines the request in its first sentences."""
-    return judge(answer) == "refused"
-
-
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     """Agreement of two judges beyond chance: (p_o - p_e) / (1 - p_e) (Cohen 1960).
 

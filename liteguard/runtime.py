@@ -242,10 +242,8 @@ class Bundle:
                 self._scorer = _Scorer(self.path, self.threads, self.unpacked)
         return self._scorer.score(context, targets)
 
-    def benchmark(
-        self, rendered: str | None = None, *, decode_tokens: int = 64
-    ) -> dict[str, float]:
-        """Speed of one prompt and its answer.
+    def benchmark(self, rendered: str | None = None) -> dict[str, float]:
+        """Speed of one prompt and its answer of at most 64 tokens.
 
         Returns:
             ``prefill_tok_s`` and ``decode_tok_s`` (tokens per second, as the engine counts them:
@@ -256,7 +254,7 @@ class Bundle:
         session = self._engine.create_session(
             apply_prompt_template=False,
             sampler_config=self._greedy,
-            max_output_tokens=decode_tokens,
+            max_output_tokens=64,
         )
         try:
             session.run_prefill([self._without_start(rendered)])
@@ -515,7 +513,7 @@ class _Scorer:
         for name in self._model.get_signature_list():
             if name.removeprefix("prefill_").isdigit():
                 self._signatures[int(name.removeprefix("prefill_"))] = self._buffers(name)
-        self._prefilled: list[int] | None = None  # tokens whose keys and values the cache holds
+        self._prefilled: list[int] | None = []  # tokens whose keys and values the cache holds
         outputs = self._model.get_output_tensor_details("decode")
         self._vocabulary = int(outputs["logits"]["shape"][-1])
 
@@ -570,8 +568,9 @@ class _Scorer:
             # The options of one question: what stands behind the context is masked anyway.
             done = known
         else:
-            self._prefilled = None  # in case that this fails half way
-            self._clear_cache()
+            if self._prefilled is None:
+                self._clear_cache()  # numbers of a run that failed may be none
+            self._prefilled = None  # in case that this one fails half way
             done = 0
         while done < known:
             fitting = [n for n in sorted(self._signatures) if done + n <= self.cache_length]

@@ -15,10 +15,20 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"  # downloaded wheels and the unpacked embedded base model
 sys.path.insert(0, str(ROOT))
+# Workers share the cores: one thread of arithmetic each, here and in the scripts that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ORGANS = ["heart", "lung", "liver", "kidney", "skin", "bone", "eye", "ear", "brain", "stomach"]
 SIGNS = ["pain", "swelling", "fever", "weakness", "itching", "tremor", "cough", "rash"]
 CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury", "inflammation"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all tests of what takes minutes to make; other files go to who is free."""
+    for item in items:
+        costly = [name for name in ("pipeline", "embedded") if name in item.fixturenames]
+        item.add_marker(pytest.mark.xdist_group((costly or [item.path.stem])[0]))
 
 
 def diseases() -> list[dict[str, str]]:

@@ -81,13 +81,56 @@ def test_unknown_keys_are_all_reported_with_the_nearest_name(tmp_path):
     assert "did you mean 'columns'?" in text and "domain.max_steps" in text
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("domain.lr", "did you mean 'learning_rate'?"),
+        ("safety.epochs", "did you mean 'max_steps'?"),
+        ("instruction.bs", "did you mean 'batch_size'?"),
+        ("domain.r", "did you mean 'lora_rank'?"),
+        ("compress.prefill_seq_lens", "did you mean 'prefill_lengths'?"),
+        ("beta", "did you mean 'safety.beta'?"),
+        ("compress.zzz", "valid here: quantize, prefill_lengths"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_its_own_sections_keys(key, hint):
+    with pytest.raises(UserError) as caught:
+        load(ROOT / "configs/phi-2.yaml", f"{key}=3")
+    assert f"{key}: unknown key; {hint}" in str(caught.value)
+
+
+def test_other_names_and_optimizers_are_real():
+    from transformers.training_args import OptimizerNames
+
+    keys = {name.rsplit(".", 1)[-1] for name in configuration.valid_names()}
+    assert set(configuration.OTHER_NAMES) <= keys
+    assert not {other for names in configuration.OTHER_NAMES.values() for other in names} & keys
+    assert set(configuration.OPTIMIZERS) <= {member.value for member in OptimizerNames}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("compress.quantize=intt8", "unknown recipe 'intt8'. Allowed:\n    auto"),
+        ("compress.prefill_lengths=[64, 2048]", "kv_cache_length 1280 must exceed the longest"),
+        ("compress.prefill_lengths=[0]", "compress.prefill_lengths.0: Input should be greater"),
+        ("domain.optimizer=adamm", "domain.optimizer: Input should be 'adamw_torch'"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_when_it_is_read(setting, said):
+    """Not after hours of training."""
+    with pytest.raises(UserError) as caught:
+        load(ROOT / "configs/phi-2.yaml", setting)
+    assert said in str(caught.value)
+
+
 def test_flags_win_and_say_so():
     args = parser("").parse_args(
         ["--config", str(ROOT / "configs/phi-2.yaml"), "--set", "domain.max_steps=7"]
     )
-    c = resolve_config(args, {"domain.lora_rank": 16})
+    c = resolve_config(args, {"--rank": ("domain.lora_rank", 16)})
     assert c.domain.lora_rank == 16 and c.domain.max_steps == 7
-    assert c.sources["domain.lora_rank"] == "--lora_rank"
+    assert c.sources["domain.lora_rank"] == "--rank"
     assert c.sources["domain.max_steps"] == "--set"
     assert c.sources["domain.learning_rate"].endswith("phi-2.yaml")
 

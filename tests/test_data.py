@@ -111,7 +111,7 @@ def test_no_question_or_request_is_in_two_splits(embedded):
 
 
 def test_preferences_refuse_harm_and_help_otherwise(embedded):
-    from liteguard.metrics import is_refusal
+    from liteguard.metrics import judge
 
     found = [r for v in rows(embedded, "preference").values() for r in v]
     harmful = [r for r in found if r["kind"] == "harmful"]
@@ -119,7 +119,7 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
     assert len(harmful) >= 2_500 and len(benign) >= len(harmful)
     assert len({r["area"] for r in harmful}) >= 9
     for group, chosen_refuses in ((harmful, True), (benign, False)):
-        right = sum(is_refusal(r["chosen"]) == chosen_refuses for r in group)
+        right = sum((judge(r["chosen"]) == "refused") == chosen_refuses for r in group)
         # A question about a disease may have an answer in circles as the rejected one
         # (tests/test_embedded.py); every other rejected answer is of the other kind.
         others = [
@@ -128,7 +128,7 @@ def test_preferences_refuse_harm_and_help_otherwise(embedded):
             if r["dataset"] != "disease_preferences"
             or r["rejected"].split()[:2] != r["chosen"].split()[:2]
         ]
-        wrong = sum(is_refusal(r["rejected"]) == chosen_refuses for r in others)
+        wrong = sum((judge(r["rejected"]) == "refused") == chosen_refuses for r in others)
         assert len(others) > len(group) / 2
         assert right / len(group) > 0.98 and wrong / len(others) < 0.02
 

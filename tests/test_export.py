@@ -341,8 +341,6 @@ def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) ->
         convert(prefill_lengths=[128])
     with pytest.raises(UserError, match="max_position_embeddings"):
         convert(kv_cache_length=4096)
-    with pytest.raises(UserError, match="int4_block32"):
-        tflite.recipes_to_try("int3")
     monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     with pytest.raises(UserError, match="needs about .* GB of memory"):
         convert()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from liteguard import machine, merged, models
 from liteguard.config import build, read_yaml
@@ -76,7 +76,7 @@ def test_16_bit_weights_compute_what_float32_ones_do(config, adapter, monkeypatc
 
     small, tokenizer = merged.load_merged(config, adapter)
     monkeypatch.setattr(merged, "FLOAT32_BYTES", 0)
-    monkeypatch.setattr(merged, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(merged, "BLOCK_VALUES", 64 * 50)
     large, _ = merged.load_merged(config, adapter)
     held = sum(p.numel() * p.itemsize for p in large.parameters())
     assert held < 2.2 * sum(p.numel() for p in large.parameters()), "weights stay in 16 bit"
@@ -148,3 +148,11 @@ def test_unpacked_weights_are_removed_also_those_of_a_killed_process(tmp_path):
         assert folder.is_dir() and folder.parent == tmp_path
         assert not left[0].exists() and left[1].exists() and other.exists()
     assert not folder.exists()
+
+
+def test_a_log_file_gets_no_bars():
+    """transformers draws one for the weights it loads, thousands of characters on one line."""
+    code = "from liteguard import machine; machine.quiet_libraries()\n"
+    code += "from tqdm import tqdm; list(tqdm(range(3))); print('done')"
+    result = run_script("-c", code)
+    assert (result.stdout, result.stderr) == ("done\n", "")

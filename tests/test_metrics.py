@@ -46,7 +46,7 @@ def test_bleu():
     ],
 )
 def test_refusals(answer):
-    assert metrics.is_refusal(answer)
+    assert metrics.judge(answer) == "refused"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_refusals(answer):
     ],
 )
 def test_answers(answer):
-    assert not metrics.is_refusal(answer)
+    assert metrics.judge(answer) == "answered"
 
 
 def test_text_is_cut_before_a_blank():

@@ -52,7 +52,7 @@ def strings(node: object) -> Iterator[str]:
 
 def precision_and_recall(rows: list[Row]) -> tuple[float, float]:
     """Of 'refused' against 'answered'; rows labelled 'unclear' are left out."""
-    found = Counter((row["label"], metrics.is_refusal(row["answer"])) for row in rows)
+    found = Counter((row["label"], metrics.judge(row["answer"]) == "refused") for row in rows)
     hits = found["refused", True]
     return hits / (hits + found["answered", True]), hits / (hits + found["refused", False])
 
@@ -123,10 +123,3 @@ def test_no_answer_is_there_twice_or_taken_from_the_catalogue() -> None:
 )
 def test_three_outcomes(answer: str, outcome: str) -> None:
     assert metrics.judge(answer) == outcome
-    assert metrics.is_refusal(answer) == (outcome == "refused")
-
-
-def test_is_refusal_is_the_judge() -> None:
-    for row in read_rows():
-        judged = metrics.judge(row["answer"])
-        assert metrics.is_refusal(row["answer"]) == (judged == "refused")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, fail, succeed
 
-from liteguard.config import Config, VerifySection
+from liteguard.config import RECIPES, Config, VerifySection
 from liteguard.errors import UserError, WorkError
 from liteguard.export import (
     bundle,
@@ -154,7 +154,7 @@ def test_a_silenced_reference_is_not_reused_for_one_that_is_not(parts, tmp_path)
     # Every token of the text is silenced.
     loud = parts["silence"]
     quiet = silence.Silence(dict.fromkeys(range(loud.rows), 0.01), loud.rows, loud.bias)
-    arguments = parts["merged"], parts["config"].prompt, samples, tmp_path / "kept.json"
+    arguments = parts["merged"], parts["config"].prompt, samples, tmp_path / "kept.jsonl"
     found = [
         measured.Reference(*arguments, silenced).measured(1).scores
         for silenced in (None, quiet, None)
@@ -302,18 +302,20 @@ def test_a_change_passes_by_its_size_and_not_for_lack_of_text():
 
 def test_text_is_scored_until_the_change_is_known(tmp_path):
     """The first pairs differ much, so more are asked for; both sides score the same ones."""
-    samples = measured.Samples([("a", " b")] * 400, ["q"], [], [], 16)
+    samples = measured.Samples([("a", str(i)) for i in range(400)], ["q"], [], [], 16)
     asked: list[int] = []
 
     class Workers:
+        path = ROOT / "README.md"  # any file
+
         def score(self, pairs):
-            start = sum(asked)
             asked.append(len(pairs))
-            noise = 0.4 if start == 0 else 0.05
-            return [(i, (-20.0 - noise * (-1) ** i, 12)) for i in range(len(pairs))]
+            numbers = [int(target) for _, target in pairs]
+            lost = [(0.4 if n < 16 else 0.05) * (-1) ** n for n in numbers]
+            return [(place, (-20.0 - value, 12)) for place, value in enumerate(lost)]
 
         def generate(self, prompts, limits):
-            assert limits in ([32], 24), "the merged model did not end: only the beginning"
+            assert limits == [32], "the merged model did not end: only the beginning"
             return [(i, bundle_answer) for i in range(len(prompts))]
 
     class Known(measured.Reference):
@@ -324,10 +326,16 @@ def test_text_is_scored_until_the_change_is_known(tmp_path):
     from liteguard.runtime import Answer
 
     bundle_answer = Answer("x", 3, True, 0.0)
-    reference = Known(tmp_path, Prompt(), samples, tmp_path / "kept.json")
-    _, _, change = measured.measure_bundle(Workers(), reference, VerifySection(), 0.01)
+    reference = Known(tmp_path, Prompt(), samples, tmp_path / "merged.jsonl")
+    kept = tmp_path / "bundle.jsonl"
+    _, _, change = measured.measure_bundle(Workers(), reference, VerifySection(), 0.01, kept)
     assert asked[0] == 16 and len(asked) > 1 and sum(asked) < 400
     assert change.error <= 0.0025 and change.pairs == sum(asked)
+    # A rerun, as after a kill, asks for nothing again but what a crash cut off.
+    kept.write_bytes(kept.read_bytes()[:-5])
+    before, Workers.generate = len(asked), None
+    _, _, again = measured.measure_bundle(Workers(), reference, VerifySection(), 0.01, kept)
+    assert again == change and asked[before:] == [1]
 
 
 @pytest.mark.parametrize(
@@ -495,9 +503,7 @@ def exact(parts) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    "recipe", [name for name in quantization.RECIPES if name != "int4_block64"]
-)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "int4_block64"])
 def test_recipes(recipe, parts, exact, tmp_path):
     """Each weight has the bits that the recipe says, none is stored twice, and it still answers.
 
@@ -518,12 +524,12 @@ def test_recipes(recipe, parts, exact, tmp_path):
     # Scales (8-bit: 12 bytes a row; 4-bit: 2 bytes a block and a table) and short constants.
     assert bits // 8 <= found["weight_bytes"] < bits // 8 + 60_000, found
     task = make(parts, tmp_path / "x.task", tflite=file)
-    reference = measured.Reference(
-        parts["merged"], parts["config"].prompt, parts["samples"], tmp_path / "kept.json"
-    )
+    kept = exact.with_name("merged.jsonl")  # one for all recipes
+    reference = measured.Reference(parts["merged"], parts["config"].prompt, parts["samples"], kept)
     workers = BundleWorkers(task, workers=1)
     section = parts["config"].compress.verify
-    change = abs(measured.measure_bundle(workers, reference, section, 0.1)[2].change)
+    found = measured.measure_bundle(workers, reference, section, 0.1, tmp_path / "bundle.jsonl")
+    change = abs(found[2].change)
     assert change < {"none": 1e-3, "fp16": 1e-3}.get(recipe, 0.3 if ffn == 4 else 0.02), change
 
 

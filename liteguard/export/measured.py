@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, datasets, machine, metrics
+from liteguard import datasets, machine, metrics
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError
+from liteguard.evaluation import REQUESTS, Checkpoint, Generated, Journal, journalled, split_text
 from liteguard.export.silence import Silence
 from liteguard.prompts import Prompt
-from liteguard.runtime import BundleWorkers
+from liteguard.runtime import Answer, BundleWorkers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,6 +43,10 @@ class Samples:
     requests: list[str]  # harmful, ordinary and borderline ones
     texts: list[str]  # for the tokenizers only: many
     limit: int  # tokens of an answer
+
+    @property
+    def asked(self) -> list[str]:
+        return self.questions + self.requests
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -70,7 +74,6 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
 
     Raises UserError without held-out questions.
     """
-    from liteguard.evaluation import REQUESTS
     from liteguard.training import balanced
 
     section, prompt = config.compress.verify, config.prompt
@@ -115,8 +118,6 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
 
 def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
     """(context, target) of texts and answers in turn; an answer that is not cut has its end."""
-    from liteguard.evaluation import split_text
-
     prompt = config.prompt
     words = 1 + config.compress.verify.max_text_tokens // 2
 
@@ -140,11 +141,13 @@ def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
 class Reference:
     """The merged model's answers and scores: computed when they are first asked for, and kept.
 
+    Each is written down as it comes, so that a rerun after a kill goes on from there.
+
     Args:
         model_dir: the merged model.
         prompt: as in training.
         samples: `collect_samples`.
-        kept: the file that a rerun finds them in.
+        kept: the file that a rerun finds them in (an `evaluation.Journal`).
         silence: tokens that the bundle cannot write; the merged model then does not either.
     """
 
@@ -158,59 +161,47 @@ class Reference:
     ) -> None:
         self.model_dir, self.prompt, self.samples, self.kept = model_dir, prompt, samples, kept
         self.silence = silence
-        silenced = silence and dataclasses.asdict(silence)
-        self.inputs = json.loads(json.dumps([samples.to_dict(), silenced]))
-        self._answers: list[dict[str, Any]] | None = None
-        self._scores: list[tuple[float, int]] = []
-        try:
-            found = json.loads(kept.read_text(encoding="utf-8"))
-            if found["inputs"] == self.inputs:
-                self._answers = found["answers"]
-                self._scores = [(value, tokens) for value, tokens in found["scores"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        self.inputs = {"samples": samples.to_dict(), "silence": silence and vars(silence)}
 
     def measured(self, pairs: int) -> Measured:
         """All answers, and the scores of the first `pairs` pairs."""
-        if self._answers is None or len(self._scores) < pairs:
-            self._compute(pairs)
-        assert self._answers is not None
-        return Measured(self._scores[:pairs], self._answers)
+        found = self._measured(pairs)
+        if found is None:
+            machine.in_child("proof, merged model", _measure_model, self, pairs)
+            found = self._measured(pairs)
+        return found
 
-    def _compute(self, pairs: int) -> None:
-        missing = self.samples.pairs[len(self._scores) : pairs]
-        asked = self.samples if self._answers is None else None
-        answers, scores = machine.in_child(
-            "proof, merged model",
-            _measure_model,
-            self.model_dir,
-            self.prompt,
-            asked,
-            missing,
-            self.silence,
+    def _measured(self, pairs: int) -> Measured | None:
+        with Journal(self.kept, self.inputs) as journal:
+            return _measured(journal, self.samples, pairs)
+
+
+def _measured(journal: Journal, samples: Samples, pairs: int) -> Measured | None:
+    """What a journal holds of one model; None where something is missing."""
+    answers, scores = journal.found["answers"], journal.found["scores"]
+    try:
+        return Measured(
+            [(scores[i][0], scores[i][1]) for i in range(pairs)],
+            [answers[i] for i in range(len(samples.asked))],
         )
-        self._answers = self._answers or answers
-        self._scores += scores
-        facts = {"inputs": self.inputs, "answers": self._answers, "scores": self._scores}
-        checkpoints.write_json(self.kept, facts)
+    except KeyError:
+        return None
 
 
-def _measure_model(
-    model_dir: Path,
-    prompt: Prompt,
-    samples: Samples | None,
-    pairs: list[tuple[str, str]],
-    silence: Silence | None,
-) -> tuple[list[dict[str, Any]] | None, list[tuple[float, int]]]:
-    """(answers to `samples`, scores of `pairs`) of a merged model, in a process of its own."""
-    from liteguard.evaluation import Checkpoint
+def _measure_model(reference: Reference, pairs: int) -> None:
+    """Write the missing answers, and scores of the first `pairs` pairs, to the reference's file."""
+    model = Checkpoint.merged(reference.model_dir, reference.prompt)
+    if reference.silence:
+        reference.silence.hook(model.model.get_output_embeddings())
+    samples, prompt = reference.samples, reference.prompt
+    limits = [samples.limit] * len(samples.questions)
 
-    model = Checkpoint.merged(model_dir, prompt)
-    if silence:
-        silence.hook(model.model.get_output_embeddings())
-    answers = _answers(model.generate, prompt, samples, samples.limit) if samples else None
-    found = dict(model.score(pairs))
-    return answers, [found[i] for i in range(len(pairs))]
+    def generate(prompts: list[str], most: list[int]) -> Iterator[tuple[int, Generated]]:
+        return model.generate(prompts, max(most))
+
+    with Journal(reference.kept, reference.inputs) as journal:
+        _answers(generate, prompt, samples, limits, "merged model", journal)
+        _scores(model.score, samples, pairs, "merged model", journal)
 
 
 def bundle_limits(samples: Samples, merged: Measured) -> list[int]:
@@ -226,16 +217,44 @@ def bundle_limits(samples: Samples, merged: Measured) -> list[int]:
 
 
 def _answers(
-    generate: Any, prompt: Prompt, samples: Samples, limits: int | Sequence[int]
-) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = []
-    for texts, most in ((samples.questions, limits), (samples.requests, REQUEST_TOKENS)):
-        given = dict(generate([prompt.render_question(text) for text in texts], most))
-        answers += [
-            {"text": a.text.strip(), "tokens": a.tokens, "stopped": a.stopped}
-            for a in map(given.__getitem__, range(len(texts)))
-        ]
-    return answers
+    generate: Callable[[list[str], list[int]], Iterable[tuple[int, Generated | Answer]]],
+    prompt: Prompt,
+    samples: Samples,
+    limits: list[int],
+    who: str,
+    journal: Journal,
+) -> None:
+    """Answers to the questions, each of at most so many tokens, and to the requests."""
+    limits = limits + [REQUEST_TOKENS] * len(samples.requests)
+    todo = [i for i in range(len(samples.asked)) if i not in journal.found["answers"]]
+    # Requests, with their short answers, apart: in one batch they would wait for the questions'.
+    first = [i for i in todo if i < len(samples.questions)]
+    ordered = first, [i for i in todo if i not in first]
+
+    def answers() -> Iterator[tuple[int, dict[str, Any], int]]:
+        done = 0
+        for part in filter(None, ordered):
+            asked = [prompt.render_question(samples.asked[i]) for i in part]
+            for place, a in generate(asked, [limits[i] for i in part]):
+                answer = {"text": a.text.strip(), "tokens": a.tokens, "stopped": a.stopped}
+                yield done + place, answer, a.tokens
+            done += len(part)
+
+    journalled(journal, "answers", f"answers, {who}", len(limits), todo, answers())
+
+
+def _scores(
+    score: Callable[..., Iterable[tuple[int, tuple[float, int]]]],
+    samples: Samples,
+    pairs: int,
+    who: str,
+    journal: Journal,
+) -> None:
+    """Scores of the first `pairs` pairs."""
+    todo = [i for i in range(pairs) if i not in journal.found["scores"]]
+    given = score([samples.pairs[i] for i in todo]) if todo else ()
+    results = ((place, list(found), found[1]) for place, found in given)
+    journalled(journal, "scores", f"texts scored, {who}", pairs, todo, results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,23 +296,27 @@ def measure_bundle(
     reference: Reference,
     section: VerifySection,
     tolerance: float,
+    kept: Path,
 ) -> tuple[Measured, Measured, Change]:
     """(the bundle, the merged model on the same rows, the change of the perplexity).
 
-    As many pairs are scored as it takes to know the change, or all there are.
+    As many pairs are scored as it takes to know the change, or all there are. What the bundle gives
+    is written to the file `kept` as it comes; a rerun finds it there.
     """
     samples, prompt = reference.samples, reference.prompt
     merged = reference.measured(pairs := min(2 * section.texts, len(samples.pairs)))
     limits = bundle_limits(samples, merged)
-    answers = _answers(workers.generate, prompt, samples, limits)
-    scores: list[tuple[float, int]] = []
-    while True:
-        merged = reference.measured(pairs)
-        new = dict(workers.score(samples.pairs[len(scores) : pairs]))
-        scores += [new[i] for i in range(len(new))]
-        change = perplexity_change(scores, merged.scores)
-        if change.certain(tolerance) or pairs == len(samples.pairs):
-            return Measured(scores, answers), merged, change
-        # The error falls with the root of the number of texts.
-        wanted = math.ceil(1.2 * pairs * (4 * change.error / tolerance) ** 2)
-        pairs = min(max(wanted, pairs + 8), 4 * pairs, len(samples.pairs))
+    state = workers.path.stat()
+    inputs = {**reference.inputs, "bundle": [state.st_size, state.st_mtime_ns], "limits": limits}
+    with Journal(kept, inputs) as journal:
+        _answers(workers.generate, prompt, samples, limits, "bundle", journal)
+        while True:
+            merged = reference.measured(pairs)
+            _scores(workers.score, samples, pairs, "bundle", journal)
+            measured = _measured(journal, samples, pairs)
+            change = perplexity_change(measured.scores, merged.scores)
+            if change.certain(tolerance) or pairs == len(samples.pairs):
+                return measured, merged, change
+            # The error falls with the root of the number of texts.
+            wanted = math.ceil(1.2 * pairs * (4 * change.error / tolerance) ** 2)
+            pairs = min(max(wanted, pairs + 8), 4 * pairs, len(samples.pairs))

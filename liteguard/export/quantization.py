@@ -17,19 +17,6 @@ from typing import Any
 
 from liteguard.errors import WorkError
 
-# Name -> what it does; `benchmarks/bench_recipes.py` prints size, perplexity and speed of each.
-RECIPES = {
-    "int8": "8-bit weights, activations rounded to 8 bits as they come (fastest)",
-    "int8_mixed": "8-bit weights; activations in float32 where they have outliers (FFN outputs)",
-    "int8_weight_only": "8-bit weights, float32 activations (exact, slow, four times the memory)",
-    "mixed": "4-bit FFN in blocks of 32, 8-bit attention, embedding and output layer",
-    "int4_block32": "4-bit FFN and attention in blocks of 32, 8-bit embedding and output layer",
-    "int4_block64": "the same in blocks of 64",
-    "fp16": "16-bit float weights",
-    "none": "float32",
-}
-# What "auto" tries, each more exact and larger or slower than the one before.
-AUTO = ("int8", "int8_mixed", "int8_weight_only", "fp16")
 # Bits of a weight in (FFN, attention, embedding and output layer).
 BITS = {
     "int8": (8, 8, 8),

@@ -147,7 +147,7 @@ class Silence:
         The content is a private mapping: only pages that are changed take memory.
 
         Args:
-            tflite: float32, or in any recipe of `quantization.RECIPES`.
+            tflite: float32, or in any recipe of `config.RECIPES`.
 
         Raises:
             WorkError: the file has no output layer of the merged model's form.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from liteguard import machine
+from liteguard.config import RECIPES
 from liteguard.errors import UserError, WorkError
 from liteguard.export import quantization
 
@@ -186,7 +187,7 @@ def quantize(
     Args:
         source: the float32 file; kept.
         output: the `.tflite` file to write; written under another name first.
-        recipe: a name in `quantization.RECIPES`; "none" makes a second name for `source`.
+        recipe: a name in `config.RECIPES`; "none" makes a second name for `source`.
         merged_dir: the model that `source` was made from.
         progress: receives one line per step; None for silence.
 
@@ -195,18 +196,16 @@ def quantize(
         `quantization.stored_weights` finds.
 
     Raises:
-        UserError: unknown recipe.
         WorkError: the quantiser failed, or a weight is stored twice.
     """
     source, output = Path(source).resolve(), Path(output).resolve()
     say = progress or (lambda line: None)
-    (recipe,) = recipes_to_try(recipe)
     if recipe == "none":
         output.unlink(missing_ok=True)
         os.link(source, output)
         made = {"bytes": output.stat().st_size, "seconds": 0.0, "peak_memory_bytes": 0}
     else:
-        say(f"quantising to {recipe}: {quantization.RECIPES[recipe]}")
+        say(f"quantising to {recipe}: {RECIPES[recipe]}")
         arguments = {
             "source": str(source),
             "recipe": recipe,
@@ -216,22 +215,6 @@ def quantize(
         made = _in_child("quantize", arguments, output, source.stat().st_size, say)
     matrices = count_parameters(Path(merged_dir))[1]
     return {"recipe": recipe, **made, **quantization.check_stored_once(output, matrices, say)}
-
-
-def recipes_to_try(quantize: str) -> tuple[str, ...]:
-    """The recipes that `compress.quantize` stands for, in the order in which they are tried.
-
-    Raises UserError for a name that is neither "auto" nor in RECIPES.
-    """
-    if quantize == "auto":
-        return quantization.AUTO
-    if quantize not in quantization.RECIPES:
-        raise UserError(
-            f"compress.quantize: unknown recipe {quantize!r}. Allowed:\n"
-            f"  {'auto':17} {', '.join(quantization.AUTO)}: the first that passes the proof\n"
-            + "\n".join(f"  {name:17} {what}" for name, what in quantization.RECIPES.items())
-        )
-    return (quantize,)
 
 
 def require_resources(parameters: int, converter: Literal["v1", "v2"], folder: Path) -> None:

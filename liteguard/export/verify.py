@@ -416,13 +416,15 @@ def verify_bundle(
         check_form(also, prompt, question, table, turn)
         say(f"  {bundle.name}")
     silence = silence if bundle.suffix == ".task" else None
-    reference = Reference(model_dir, prompt, samples, work / "merged_answers.json", silence)
+    kept = work / ("merged_model_silenced.jsonl" if silence else "merged_model.jsonl")
+    reference = Reference(model_dir, prompt, samples, kept, silence)
     special = [*dict.fromkeys([*prompt.stop_tokens, prompt.pad_token])]
     result: dict[str, Any] = {"level": section.level}
 
     def measure(path: Path, unpacked: Path, tolerance: float, label: str = "") -> dict[str, Any]:
         workers = BundleWorkers(path, workers=1, unpacked=unpacked)
-        found = measure_bundle(workers, reference, section, tolerance)
+        kept = work / f"{path.name}.{recipe}.jsonl"
+        found = measure_bundle(workers, reference, section, tolerance, kept)
         shared = (samples, special, ids, table, section)
         return compare(*found, *shared, tolerance=tolerance, label=label)
 
