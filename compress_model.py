@@ -100,7 +100,11 @@ def main() -> None:
         **flatten(section.model_dump(), "compress."),
     }
     converter = tflite.choose_converter(section.converter)
-    needed = models.count_parameters(architecture), converter, output.parent
+    parameters = models.count_parameters(architecture)
+    memory, _ = tflite.required_resources(parameters, converter)
+    disk = tflite.whole_disk(parameters, converter, recipes[0])
+    print(f"expected peak memory: {memory / 1e9:.1f} GB; disk: {disk / 1e9:.1f} GB for a while")
+    needed = parameters, converter, output.parent, disk - outputs.left_over(output)
     if args.dry_run:
         tflite.require_resources(*needed)
         print(
@@ -137,6 +141,8 @@ def main() -> None:
     def attempt(recipe):
         """Quantise, bundle and prove; the facts of all three."""
         quantized = work / f"{recipe}.tflite"
+        if not quantized.exists():
+            machine.check_disk(work, tflite.bundle_disk(parameters, recipe) / 1e9)
         found = {
             "quantize": steps.keep(
                 f"quantize_{recipe}", tflite.quantize, exact, quantized, recipe, merged

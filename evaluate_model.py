@@ -126,8 +126,11 @@ def main() -> None:
             keep_longer_runs(output, label, inputs[label])
     if args.overwrite or not all(reuse(output / f"{n}.json", inputs[n]) for n in targets):
         bundle = Path(args.bundle) if args.bundle else None
-        needed = evaluation.expected_memory(config, architecture, bundle)
-        print(f"expected peak memory: {needed / 1e9:.1f} GB at most")
+        needed, pages = evaluation.expected_memory(config, architecture, bundle)
+        print(
+            f"expected peak memory: {(needed + pages) / 1e9:.1f} GB at most; {needed / 1e9:.1f} GB "
+            "must be free"
+        )
         less = "; a smaller evaluate.batch_size needs less for a checkpoint."
         machine.require_memory(needed, "evaluating", less)
     if args.dry_run:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, distributed, tokens, training
+from liteguard import checkpoints, cli, distributed, machine, tokens, training
 
 
 def parse_args():
@@ -46,7 +46,7 @@ def main() -> None:
     )
     eval_set = eval_set.first(config.domain.max_eval_rows)
     training.describe_feed(stage, tokenizer, train_set, eval_set, args.dry_run)
-    training.check_disk(stage.output, 1.0)
+    machine.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
         print("dry run: nothing written")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, distributed, training
+from liteguard import checkpoints, cli, datasets, distributed, machine, training
 
 
 def parse_args():
@@ -59,7 +59,7 @@ def main() -> None:
     sample = train_set[0]["prompt"] + train_set[0]["chosen"]
     largest = training.longest_pairs(tokenizer, train_set, config.safety.batch_size)
     training.describe(stage, sample, pairs, len(rows), passes, largest, args.dry_run)
-    training.check_disk(stage.output, 1.0)
+    machine.check_disk(stage.output, 1.0)
     if args.dry_run:
         training.load_model(stage)
         print("dry run: nothing written")

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import trl_recipe
 
-from liteguard import cli, memory, models, packing, training
+from liteguard import cli, machine, memory, models, packing, training
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import WorkError
 
@@ -651,7 +651,7 @@ def read_peak(device: str) -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
     except (OSError, StopIteration):
-        return round(training.peak_rss_gb() * 1e9)
+        return round(machine.peak_rss_gb() * 1e9)
 
 
 def model_flops(shapes: memory.Shapes, lora: int, stage: str, sequences: list[dict]) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 from liteguard import checkpoints, cli, config, preparation, report, sources
 from liteguard.errors import WorkError
-from liteguard.training import peak_rss_gb
+from liteguard.machine import peak_rss_gb
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = (

@@ -24,6 +24,7 @@ from liteguard import (
     datasets,
     knowledge,
     llm_judge,
+    machine,
     merged,
     metrics,
     models,
@@ -32,7 +33,7 @@ from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
 from liteguard.runtime import bundle_memory
-from liteguard.training import balanced, peak_rss_gb
+from liteguard.training import balanced
 
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
 REQUESTS = ("harmful", "ordinary", "borderline")
@@ -109,7 +110,7 @@ class Checkpoint:
         self.stop_ids = [vocabulary[token] for token in self.prompt.stop_tokens]
 
     def peak_rss_gb(self) -> float:
-        return peak_rss_gb()
+        return machine.peak_rss_gb()
 
     def _side_by_side(
         self, batches: list[list[int]], work: Callable[[list[int]], Iterator[Any]]
@@ -307,8 +308,11 @@ class Checkpoint:
             yield index, (float(chosen[row, : sizes[row]].double().sum()), sizes[row])
 
 
-def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> int:
-    """Bytes of host memory that evaluating takes, at the longest rows that the settings allow.
+def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> tuple[int, int]:
+    """(bytes of host memory that must be free to evaluate, bytes that a process shows beside them).
+
+    At the longest rows that the settings allow. What comes beside are pages of the base model's
+    files, which the kernel drops when memory is short.
 
     architecture: the base model's transformers config, or None where only a `bundle` is measured.
     """
@@ -318,10 +322,11 @@ def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> i
     if bundle is not None:
         needed = sum(bundle_memory(bundle.stat().st_size)) + 300_000_000
     if architecture is None:
-        return needed
+        return needed, 0
     parameters = models.count_parameters(architecture)
     if torch.cuda.is_available():
-        return max(needed, 1_000_000_000 + 5 * parameters // 2)  # merged here, measured there
+        needed = max(needed, 1_000_000_000 + 5 * parameters // 2)  # merged here, measured there
+        return needed, 2 * parameters
     section, text = config.evaluate, architecture.get_text_config()
     lanes = 1 if merged.keeps_16_bit(parameters) else min(os.cpu_count() or 1, 4)
     width = text.hidden_size // text.num_attention_heads
@@ -330,7 +335,7 @@ def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> i
     tokens = lanes * section.batch_size * (section.max_text_tokens + section.max_new_tokens)
     cache = tokens * text.num_hidden_layers * 2 * heads * width * 4
     logits = lanes * 4 * LOGITS_PER_BATCH
-    return max(needed, merged.measuring_memory(parameters, cache, logits))
+    return max(needed, merged.measuring_memory(parameters, cache, logits)), 2 * parameters
 
 
 class DeviceBundle:
@@ -344,7 +349,7 @@ class DeviceBundle:
         self.workers, self.room = workers, room
 
     def peak_rss_gb(self) -> float:
-        return round(peak_rss_gb() + self.workers.peak_rss_gb, 3)
+        return round(machine.peak_rss_gb() + self.workers.peak_rss_gb, 3)
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int

@@ -8,6 +8,8 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 import sys
 import threading
@@ -90,6 +92,32 @@ def require_memory(needed: int, what: str, advice: str) -> None:
         raise UserError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB is free. "
             f"Close other programs, add swap, or use a larger machine{advice}"
+        )
+
+
+def peak_rss_gb() -> float:
+    """Peak resident memory of this process in GB (10^9 bytes).
+
+    Linux's own count of this program: `getrusage` would go on with the peak of the process that
+    started it.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) * 1024 / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+
+
+def check_disk(directory: Path, needed_gb: float) -> None:
+    """Raise WorkError when the file system of `directory` has less than `needed_gb` free."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free / 1e9
+    if free < needed_gb:
+        raise WorkError(
+            f"{existing} has {free:.1f} GB free; about {needed_gb:.1f} GB are needed. "
+            "Free some space or choose another --output, then run the same command again."
         )
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Up to this size (bytes of float32) a model that is measured on a CPU is kept in float32, in
 # oneDNN's layout: faster, and small. Larger ones keep their 16-bit weights.
 FLOAT32_BYTES = 2_500_000_000
-# Values of a 16-bit weight that are turned into float32 at a time: 5 MB stay in a processor's cache,
-# and a token at a time takes half of what it took with 21 MB (Phi-2's layers, 2 cores).
+# Values of a 16-bit weight that are turned into float32 at a time: 5 MB stay in the cache of a
+# processor, and a token takes half of what it took with 21 MB (Phi-2's layers, 2 cores).
 BLOCK_VALUES = 1_310_720
 
 

@@ -24,8 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.machine import available_memory, end_with_parent, one_at_a_time
-from liteguard.training import peak_rss_gb
+from liteguard.machine import available_memory, end_with_parent, one_at_a_time, peak_rss_gb
 
 
 @dataclasses.dataclass(frozen=True)

@@ -959,7 +959,7 @@ def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
         f"{stage.name}: {last} steps, {seen:,} tokens ({supervised:,} supervised, padding "
         f"{metrics['padding_share']:.1%}), {metrics['tokens_per_s']:,.0f} tokens/s "
         f"({metrics['supervised_tokens_per_s']:,.0f} supervised), peak memory "
-        f"{peak_rss_gb():.1f} GB, GPU {_gpu_memory_gb():.1f} GB; {seconds:,.0f} s, "
+        f"{machine.peak_rss_gb():.1f} GB, GPU {_gpu_memory_gb():.1f} GB; {seconds:,.0f} s, "
         f"{metrics['gpu_hours']:.2f} GPU hours"
     )
     return metrics
@@ -1054,7 +1054,7 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
         "processes": distributed.world_size(),
         "versions": library_versions(),
         "wall_s": round(time.time() - stage.started, 1),
-        "peak_rss_gb": peak_rss_gb(),
+        "peak_rss_gb": machine.peak_rss_gb(),
         "peak_gpu_memory_gb": _gpu_memory_gb(),
     }
     tokenizer_files = [
@@ -1141,34 +1141,6 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def peak_rss_gb() -> float:
-    """Peak resident memory of this process in GB (10^9 bytes).
-
-    Linux's own count of this program: `getrusage` would go on with the peak of the process that
-    started it.
-    """
-    import resource
-
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) * 1024 / 1e9, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
-def check_disk(directory: Path, needed_gb: float) -> None:
-    """Raise WorkError when the file system of `directory` has less than `needed_gb` free."""
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free / 1e9
-    if free < needed_gb:
-        raise WorkError(
-            f"{existing} has {free:.1f} GB free; about {needed_gb:.1f} GB are needed. "
-            "Free some space or choose another --output, then run the same command again."
-        )
 
 
 def describe(

@@ -154,7 +154,7 @@ def test_a_process_does_not_report_its_parents_peak():
     """`getrusage` in a new process goes on with the peak of the one that started it."""
     ballast = bytearray(1_500_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from liteguard.training import peak_rss_gb; print(peak_rss_gb())"
+    code = "from liteguard.machine import peak_rss_gb; print(peak_rss_gb())"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -13,7 +13,7 @@ from typing import Any
 from liteguard import checkpoints
 from liteguard.errors import UserError, WorkError
 from liteguard.export.verify import TooCoarse
-from liteguard.training import peak_rss_gb
+from liteguard.machine import peak_rss_gb
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -61,6 +61,12 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
         work.mkdir(parents=True)
         checkpoints.write_json(work / checkpoints.INPUTS, inputs)
     return work
+
+
+def left_over(output: Path) -> int:
+    """Bytes that an interrupted run left for the next one, or for it to replace."""
+    files = checkpoints.work_directory(output).rglob("*")
+    return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
 
 
 class Steps:

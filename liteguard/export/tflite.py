@@ -30,9 +30,8 @@ from liteguard.export import quantization
 # v2 (benchmarks/bench_convert.py): 2.6, 10.5 and 14.4 GB with 0.135, 1.42 and 2.78 billion; it
 # streams the weights, and the pages of its files count. v1 keeps two float32 copies.
 _MEMORY_GB = {"v2": ((2.1, 6.1), (6.6, 3.0)), "v1": ((2.3, 13.5),)}
-# Beside the merged model: the float32 file and the converter's copy of it (measured 8.0 in v2) and
-# the bundles.
-_DISK_BYTES_PER_PARAMETER = {"v2": 11, "v1": 12}
+# Bytes of disk per parameter: the float32 file and the converter's copy of it.
+_DISK = {"v2": 8, "v1": 9}
 _STEP = re.compile(r"\((\d+:\d+)\)\s*\[\s*(START|DONE)\s*\]\s*(.*)")
 
 
@@ -85,7 +84,25 @@ def count_parameters(model_dir: Path) -> tuple[int, int]:
 def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple[int, int]:
     """(bytes of memory, bytes of disk) that the conversion of a model needs, estimated."""
     memory = min(fixed + slope * parameters / 1e9 for fixed, slope in _MEMORY_GB[converter])
-    return int(memory * 1e9), parameters * _DISK_BYTES_PER_PARAMETER[converter]
+    return int(memory * 1e9), parameters * _DISK[converter]
+
+
+def bundle_disk(parameters: int, recipe: str) -> int:
+    """Bytes of disk for a recipe's file, its bundle, and what the proof unpacks of it.
+
+    LiteRT-LM and the scoring model unpack a file of weights each, in 8 bits or in float32; the
+    latter reads a copy of the TFLite file (Phi-2 in int8: 13.8 GB, benchmarks/full_size.py).
+    """
+    stored = max(quantization.BITS[recipe]) / 8
+    unpacked = 4 if recipe in ("int8_weight_only", "fp16", "none") else stored
+    return int(parameters * (3 * stored + 2 * unpacked))
+
+
+def whole_disk(parameters: int, converter: Literal["v1", "v2"], recipe: str) -> int:
+    """Bytes of disk from a checkpoint to a proven bundle: merged model, conversion, bundle."""
+    return parameters * 2 + max(
+        parameters * _DISK[converter], parameters * 4 + bundle_disk(parameters, recipe)
+    )
 
 
 def _check(merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: int) -> None:
@@ -153,7 +170,7 @@ def export(
     memory, disk = required_resources(parameters, chosen)
     output.parent.mkdir(parents=True, exist_ok=True)
     if check_resources:
-        require_resources(parameters, chosen, output.parent)
+        require_resources(parameters, chosen, output.parent, disk)
     say(
         f"converting {parameters / 1e6:.1f} million parameters ({chosen}); expect up to "
         f"{memory / 1e9:.1f} GB of memory and {disk / 1e9:.1f} GB of disk"
@@ -217,13 +234,15 @@ def quantize(
     return {"recipe": recipe, **made, **quantization.check_stored_once(output, matrices, say)}
 
 
-def require_resources(parameters: int, converter: Literal["v1", "v2"], folder: Path) -> None:
-    """Raise UserError where memory or disk do not suffice for a conversion, with both numbers.
+def require_resources(
+    parameters: int, converter: Literal["v1", "v2"], folder: Path, disk: int
+) -> None:
+    """Raise UserError where memory or `disk` bytes do not suffice, with both numbers.
 
-    The conversion is the step that needs the most: merging and the proof keep 16-bit weights, the
-    bundle maps its own (benchmarks/full_size.py).
+    The conversion is the step that needs the most memory: merging and the proof keep 16-bit
+    weights, the bundle maps its own (benchmarks/full_size.py).
     """
-    memory, disk = required_resources(parameters, converter)
+    memory, _ = required_resources(parameters, converter)
     machine.require_memory(
         memory,
         f"converting {parameters / 1e9:.2f} billion parameters with converter {converter}",
@@ -377,7 +396,6 @@ def _export_child(arguments: dict[str, Any]) -> str:
 
 def _child(arguments: dict[str, Any]) -> None:
     """The work, in the child process; writes result.json into the output folder at the end."""
-    from liteguard.training import peak_rss_gb
 
     folder = Path(arguments["output_dir"])
     if arguments["task"] == "export":
@@ -392,7 +410,7 @@ def _child(arguments: dict[str, Any]) -> None:
         )
     if not (folder / file).exists():
         raise FileNotFoundError(f"the converter wrote no {file}")
-    peak = int(peak_rss_gb() * 1e9)
+    peak = int(machine.peak_rss_gb() * 1e9)
     (folder / "result.json").write_text(json.dumps({"file": file, "peak_memory_bytes": peak}))
 
 
