@@ -103,7 +103,10 @@ def main() -> None:
     parameters = models.count_parameters(architecture)
     memory, _ = tflite.required_resources(parameters, converter)
     disk = tflite.whole_disk(parameters, converter, recipes[0])
-    print(f"expected peak memory: {memory / 1e9:.1f} GB; disk: {disk / 1e9:.1f} GB for a while")
+    print(
+        f"expected peak memory: {tflite.peak_memory(parameters, converter) / 1e9:.1f} GB; "
+        f"{memory / 1e9:.1f} GB must be free, and {disk / 1e9:.1f} GB of disk"
+    )
     needed = parameters, converter, output.parent, disk - outputs.left_over(output)
     if args.dry_run:
         tflite.require_resources(*needed)

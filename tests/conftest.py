@@ -24,6 +24,7 @@ SIGNS = ["pain", "swelling", "fever", "weakness", "itching", "tremor", "cough", 
 CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury", "inflammation"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker runs all tests of what takes minutes to make; other files go to who is free."""
     for item in items:

@@ -473,7 +473,7 @@ def test_a_killed_run_stops_early_where_it_would_have(pipeline, tiny_config, tmp
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("safety.optimizer=adamw_tourch", "Allowed: adamw_torch"),
+        ("safety.optimizer=adamw_tourch", "should be 'adamw_torch', 'adamw_torch_fused'"),
         ("safety.kind_weights={harmfull: 2}", "Kinds in the data: harmful, ordinary"),
     ],
 )

@@ -29,7 +29,9 @@ from liteguard.export import quantization
 # Peak resident memory in GB, each pair (fixed, GB per billion parameters); the smaller line counts.
 # v2 (benchmarks/bench_convert.py): 2.6, 10.5 and 14.4 GB with 0.135, 1.42 and 2.78 billion; it
 # streams the weights, and the pages of its files count. v1 keeps two float32 copies.
-_MEMORY_GB = {"v2": ((2.1, 6.1), (6.6, 3.0)), "v1": ((2.3, 13.5),)}
+_PEAK_GB = {"v2": ((2.1, 6.1), (6.6, 3.0)), "v1": ((2.3, 13.5),)}
+# The same without pages of files (benchmarks/full_size.py): 7.2 and 12.5 GB with 1.42 and 2.78.
+_OWN_GB = {"v2": (1.8, 3.95), "v1": (2.3, 13.5)}
 # Bytes of disk per parameter: the float32 file and the converter's copy of it.
 _DISK = {"v2": 8, "v1": 9}
 _STEP = re.compile(r"\((\d+:\d+)\)\s*\[\s*(START|DONE)\s*\]\s*(.*)")
@@ -82,9 +84,15 @@ def count_parameters(model_dir: Path) -> tuple[int, int]:
 
 
 def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple[int, int]:
-    """(bytes of memory, bytes of disk) that the conversion of a model needs, estimated."""
-    memory = min(fixed + slope * parameters / 1e9 for fixed, slope in _MEMORY_GB[converter])
-    return int(memory * 1e9), parameters * _DISK[converter]
+    """(bytes of memory, bytes of disk) that must be free for the conversion of a model."""
+    fixed, slope = _OWN_GB[converter]
+    return int(fixed * 1e9 + slope * parameters), parameters * _DISK[converter]
+
+
+def peak_memory(parameters: int, converter: Literal["v1", "v2"]) -> int:
+    """Bytes of memory that the conversion shows at most, with pages that the kernel may drop."""
+    lines = _PEAK_GB[converter]
+    return int(min(fixed * 1e9 + slope * parameters for fixed, slope in lines))
 
 
 def bundle_disk(parameters: int, recipe: str) -> int:
