@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev browser
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest tests --numprocesses 2 --dist loadgroup
+	$(PY) -m pytest tests --numprocesses 2 --dist loadfile
 
 # report.html is tested in a browser. Installing one takes root and apt (a container has both);
 # without it those tests are skipped, and this says so.

@@ -24,12 +24,21 @@ SIGNS = ["pain", "swelling", "fever", "weakness", "itching", "tremor", "cough", 
 CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury", "inflammation"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests of what takes minutes to make; other files go to who is free."""
-    for item in items:
-        costly = [name for name in ("pipeline", "embedded") if name in item.fixturenames]
-        item.add_marker(pytest.mark.xdist_group((costly or [item.path.stem])[0]))
+# Tests of these files read the directory of the `pipeline` fixture, which takes minutes to make.
+READ_PIPELINE = {"comparison", "evaluation", "pipeline", "readme", "verify"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files go whole to the worker that is free, and those with the pipeline all to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
+            return "pipeline" if file in READ_PIPELINE else file
+
+    return ByFile(config, log)
 
 
 def diseases() -> list[dict[str, str]]:

