@@ -553,8 +553,10 @@ def _nearest(path: tuple[Any, ...]) -> str:
         ]
     )
     same = [name for name in siblings if key in OTHER_NAMES.get(name, ())]
-    near = same or [name for name in valid_names() if name.rsplit(".", 1)[-1] == key]
-    near = near or difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    alike = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    elsewhere = [name for name in valid_names() if name.rsplit(".", 1)[-1] == key]
+    # A key without its section is more likely than a misspelt section.
+    near = same or (alike or elsewhere if len(path) > 1 else elsewhere or alike)
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
 
 

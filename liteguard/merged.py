@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # oneDNN's layout: faster, and small. Larger ones keep their 16-bit weights.
 FLOAT32_BYTES = 2_500_000_000
 # Values of a 16-bit weight that are turned into float32 at a time: 5 MB stay in the cache of a
-# processor, and a token takes half of what it took with 21 MB (Phi-2's layers, 2 cores).
+# processor, and a token takes two thirds of what it took with 21 MB (docs/experiments.md).
 BLOCK_VALUES = 1_310_720
 
 

@@ -90,6 +90,8 @@ def test_unknown_keys_are_all_reported_with_the_nearest_name(tmp_path):
         ("domain.r", "did you mean 'lora_rank'?"),
         ("compress.prefill_seq_lens", "did you mean 'prefill_lengths'?"),
         ("beta", "did you mean 'safety.beta'?"),
+        ("domain.beta", "did you mean 'safety.beta'?"),
+        ("data.domain.0.name", "did you mean 'config_name'?"),
         ("compress.zzz", "valid here: quantize, prefill_lengths"),
     ],
 )

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from liteguard import machine
+from liteguard import checkpoints, machine
 from liteguard.errors import UserError, WorkError
-from liteguard.export import bundle, merge, tflite, tokenizer, verify
+from liteguard.export import bundle, merge, outputs, tflite, tokenizer, verify
 from liteguard.prompts import Prompt
 
 PROMPT = Prompt(
@@ -351,6 +351,17 @@ def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) ->
     (tmp_path / "merged" / "generation_config.json").write_text("{}")
     with pytest.raises(UserError, match="eos_token_id"):
         convert()
+
+
+def test_disk_counts_what_a_rerun_finds_and_what_a_recipe_unpacks(tmp_path) -> None:
+    output = tmp_path / "x.task"
+    assert outputs.left_over(output) == 0
+    work = checkpoints.work_directory(output) / "merged"
+    work.mkdir(parents=True)
+    (work / "model.safetensors").write_bytes(b"x" * 1_000_000)
+    assert 1_000_000 <= outputs.left_over(output) < 1_010_000
+    # Unpacked to float32 twice, for LiteRT-LM and for the scores.
+    assert tflite.bundle_disk(100, "int8_weight_only") - tflite.bundle_disk(100, "int8") == 600
 
 
 def test_a_killed_conversion_is_reported_as_out_of_memory(phi_base, tmp_path, monkeypatch) -> None:

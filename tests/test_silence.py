@@ -243,6 +243,16 @@ def test_the_reference_answers_as_the_task_does(made, tmp_path):
     np.testing.assert_allclose(logits, scorer._run(1, [token], 0), rtol=1e-4, atol=1e-3)
 
 
+def test_scores_do_not_depend_on_what_was_scored_before(made, tmp_path):
+    """What an earlier text left in the KV cache is masked."""
+    for name in ("used", "fresh"):
+        bundle.write_task(made.exact, made.pieces, PROMPT, tmp_path / f"{name}.task", made.quiet)
+    used, fresh = _scorer(tmp_path / "used.task"), _scorer(tmp_path / "fresh.task")
+    used.score(list(range(40, 60)), list(range(60, 70)))
+    for context, targets in (([45], [46, 47]), ([70, 71, 72, 73], [50, 51])):
+        assert used.score(context, targets) == fresh.score(context, targets)
+
+
 def test_an_output_layer_of_another_form_is_an_error(made, tmp_path):
     def refused(file: Path, **changed) -> str:
         with pytest.raises(WorkError, match="not silenced") as caught:
