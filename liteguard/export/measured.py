@@ -317,6 +317,7 @@ def measure_bundle(
             change = perplexity_change(measured.scores, merged.scores)
             if change.certain(tolerance) or pairs == len(samples.pairs):
                 return measured, merged, change
-            # The error falls with the root of the number of texts.
+            # The error falls with the root of the number of texts. In steps, since a change far
+            # outside shows before.
             wanted = math.ceil(1.2 * pairs * (4 * change.error / tolerance) ** 2)
-            pairs = min(max(wanted, pairs + 8), 4 * pairs, len(samples.pairs))
+            pairs = min(max(wanted, pairs + 8), pairs + max(pairs // 2, 8), len(samples.pairs))
