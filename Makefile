@@ -38,7 +38,7 @@ lint: $(VENV)/.installed-dev
 
 # Keep the report of make demo and render the README's numbers from benchmarks/*_report.json.
 readme: $(VENV)/.installed
-	$(PY) -m liteguard.report
+	$(PY) benchmarks/readme.py
 
 clean-demo:
 	rm -rf demo

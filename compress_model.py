@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 from liteguard import checkpoints, cli, machine, models
-from liteguard.config import RECIPES, flatten
+from liteguard.config import RECIPES
+from liteguard.config_layers import flatten
 from liteguard.errors import UserError
 
 SUFFIXES = (".task", ".litertlm")

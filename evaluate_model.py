@@ -31,8 +31,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, machine, public_benchmarks, sources
+from liteguard import checkpoints, cli, machine, registry
 from liteguard.errors import UserError
+from liteguard.rows import read_manifest
+from liteguard.wheels import WHEELS
 
 # Changes when a result of an older version lacks what this one reads.
 FORMAT = 6
@@ -82,7 +84,9 @@ def main() -> None:
     cli.print_config(config, "evaluate")
 
     # 2. Inputs
-    from liteguard import evaluation, llm_judge, models
+    from liteguard import models
+    from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run, summary
+    from liteguard.evaluation.journal import Journal
 
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
@@ -98,35 +102,33 @@ def main() -> None:
                 f"{config.model.name} is here ({base[:24]}...)."
             )
     data_dir = Path(args.data or (parent["data_dir"] if parent else f"data/{config.model_type}"))
-    rows = evaluation.held_out(config, data_dir, everything=args.full)
-    manifest = datasets.read_manifest(data_dir)
+    rows = held_out.held_out(config, data_dir, everything=args.full)
+    manifest = read_manifest(data_dir)
     counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
     print(f"{config.evaluate.split} rows: {counts}")
     split = f"{config.evaluate.split}.jsonl"
     inputs, trained_on = {}, {}
     for label, path in targets.items():
-        trained_on[label] = evaluation.training_data(data_dir, records.get(path))
+        trained_on[label] = contamination.training_data(data_dir, records.get(path))
         directories, unchecked = trained_on[label]
         inputs[label] = {
             "format": FORMAT,
             "model": records[path]["files"] if path else config.model.model_dump(),
             "base": None if path == args.bundle and path else base,
             "rows": {n: h for n, h in manifest["files"].items() if n.endswith(split)},
-            "trained_on": [evaluation.train_files(directory) for directory in directories],
+            "trained_on": [contamination.train_files(directory) for directory in directories],
             "unchecked": unchecked,
             # The batch size may be lowered after a crash for lack of memory.
             "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
             "counts": {name: len(found) for name, found in rows.items()},
-            "benchmarks": sources.WHEELS[public_benchmarks.WHEEL].sha256
-            if config.evaluate.knowledge_rows
-            else None,
+            "benchmarks": benchmark_files() if config.evaluate.knowledge_rows else None,
             "prompt": config.prompt.model_dump(),
         }
         if args.limit is not None and not args.overwrite:
             keep_longer_runs(output, label, inputs[label])
     if args.overwrite or not all(reuse(output / f"{n}.json", inputs[n]) for n in targets):
         bundle = Path(args.bundle) if args.bundle else None
-        needed, pages = evaluation.expected_memory(config, architecture, bundle)
+        needed, pages = answerers.expected_memory(config, architecture, bundle)
         print(
             f"expected peak memory: {(needed + pages) / 1e9:.1f} GB at most; {needed / 1e9:.1f} GB "
             "must be free"
@@ -147,19 +149,19 @@ def main() -> None:
             print(f"{label}: {file} is up to date: reused")
             continue
         print(f"{label}: measuring {path or config.model.name}")
-        journal = evaluation.Journal(output / f"{label}.partial.jsonl", inputs[label])
-        source = partial(evaluation.open_answerer, config, Path(path) if path else None)
-        evaluation.collect(source, config, rows, journal)
-        evaluation.ask_judge(config, rows, journal)
+        journal = Journal(output / f"{label}.partial.jsonl", inputs[label])
+        source = partial(answerers.open_answerer, config, Path(path) if path else None)
+        run.collect(source, config, rows, journal)
+        run.ask_judge(config, rows, journal)
         directories, unchecked = trained_on[label]
         key = tuple(directories)
         if key not in leaks:
-            everything = evaluation.held_out(config, data_dir, everything=True)
-            leaks[key] = evaluation.contamination(everything, rows, directories)
+            everything = held_out.held_out(config, data_dir, everything=True)
+            leaks[key] = contamination.contamination(everything, rows, directories)
         results[label] = {
-            **evaluation.summarise(config, rows, journal),
+            **summary.summarise(config, rows, journal),
             "contamination": {**leaks[key], "unchecked": unchecked},
-            "cost": evaluation.cost(journal),
+            "cost": run.run_cost(journal),
             "model": {"name": config.model.name, "path": path, "data_dir": str(data_dir)},
             "inputs": inputs[label],
         }
@@ -167,23 +169,23 @@ def main() -> None:
         journal.remove()
 
     # 4. Results
-    from liteguard import report
+    from liteguard.evaluation import comparison
 
     written = ", ".join(str(output / f"{label}.json") for label in results)
-    print(f"\n{report.comparison_text(results)}\n\nwrote {written}")
+    print(f"\n{comparison.comparison_text(results)}\n\nwrote {written}")
     print(f"next: python evaluate_model.py --output {output} --compare {' '.join(results)}")
 
 
 def compare(args) -> None:
     """The table, report.html and MODEL_CARD.md of finished results."""
-    from liteguard import report
+    from liteguard.evaluation import comparison, report
 
     output = cli.output_directory(args.output)
     beside = [
         cli.output_directory(str(Path(file).parent)) for file in (args.markdown, args.json) if file
     ]
-    results = report.read_results(args.compare, output)
-    print(report.comparison_text(results))
+    results = comparison.read_results(args.compare, output)
+    print(comparison.comparison_text(results))
     if args.dry_run:
         print("dry run: nothing written")
         return
@@ -207,16 +209,22 @@ def targets_by_label(base: bool, records: dict[str, dict]) -> dict[str, str | No
     return found
 
 
+def benchmark_files() -> str:
+    """sha256 of the files that hold the public questions."""
+    wheels = {registry.BENCHMARKS[name][0] for name in registry.MULTIPLE_CHOICE}
+    return ",".join(sorted(WHEELS[name].sha256 for name in wheels))
+
+
 def keep_longer_runs(output: Path, label: str, inputs: dict) -> None:
     """A quick look must not take the place of a result, or of the answers of a run cut short."""
-    from liteguard import evaluation
+    from liteguard.evaluation.journal import Journal
 
     file, journal = output / f"{label}.json", output / f"{label}.partial.jsonl"
     if reuse(file, inputs):
         return  # and nothing will be measured
     if file.is_file():
         found = file
-    elif evaluation.Journal.begun_from_others(journal, inputs):
+    elif Journal.begun_from_others(journal, inputs):
         found = journal
     else:
         return

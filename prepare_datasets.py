@@ -18,7 +18,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from liteguard import checkpoints, cli, data_report, datasets, preparation
+from liteguard import checkpoints, cli
+from liteguard.data import lengths, preparation
+from liteguard.rows import read_manifest
 
 
 def parse_args():
@@ -67,10 +69,10 @@ def main() -> None:
         checkpoints.publish(work, output, manifest, files, "manifest.json")
 
     # 4. Results
-    manifest = datasets.read_manifest(output)
-    print(data_report.table(manifest))
+    manifest = read_manifest(output)
+    print(lengths.table(manifest))
     if args.report:
-        print(data_report.write(config, output))
+        print(lengths.write(config, output))
     data = f" --data {shlex.quote(args.output)}" if args.output else ""
     print(f"\n{output}\nnext: python train_domain.py {cli.model_flags(args)}{data}")
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, distributed, machine, tokens, training
+from liteguard import checkpoints, cli, distributed, machine
+from liteguard.training import arguments, callbacks, loop, tokens
+from liteguard.training.feed import describe_feed, make_feed, needed_rows
+from liteguard.training.stage import finish, load_model, load_tokenizer, plan
 
 
 def parse_args():
@@ -32,25 +35,25 @@ def main() -> None:
     cli.print_config(config, "model", "instruction")
 
     # 2. Inputs
-    stage = training.plan(
+    stage = plan(
         "instruction",
         config,
         output=Path(args.output),
         data_dir=Path(args.data or parent["data_dir"]),
         parent=Path(args.checkpoint),
     )
-    tokenizer = training.load_tokenizer(stage)
+    tokenizer = load_tokenizer(stage)
     train_set, eval_set = (
         tokens.answers(tokenizer, stage.data_dir, split, config, limit)
         for split, limit in (
-            ("train", training.needed_rows(config.instruction)),
+            ("train", needed_rows(config.instruction)),
             ("validation", config.instruction.max_eval_rows),
         )
     )
-    training.describe_feed(stage, tokenizer, train_set, eval_set, args.dry_run)
+    describe_feed(stage, tokenizer, train_set, eval_set, args.dry_run)
     machine.check_disk(stage.output, 1.0)
     if args.dry_run:
-        training.load_model(stage)
+        load_model(stage)
         print("dry run: nothing written")
         return
     stage.work = distributed.on_main(
@@ -64,22 +67,22 @@ def main() -> None:
     from trl import SFTConfig, SFTTrainer
 
     def make_trainer(stage):
-        feed = training.feed(stage, tokenizer, train_set, eval_set)
+        feed = make_feed(stage, tokenizer, train_set, eval_set)
         trainer = SFTTrainer(
-            model=training.load_model(stage),
-            args=SFTConfig(**training.trainer_arguments(stage) | feed.arguments()),
+            model=load_model(stage),
+            args=SFTConfig(**arguments.trainer_arguments(stage) | feed.arguments()),
             train_dataset=feed.train,
             eval_dataset=feed.evaluation,
             data_collator=feed.collator,
             processing_class=tokenizer,
-            callbacks=training.callbacks(stage),
+            callbacks=callbacks.stage_callbacks(stage),
         )
         return trainer, feed.counts
 
-    trainer, metrics = training.run(stage, make_trainer)
+    trainer, metrics = loop.run(stage, make_trainer)
 
     # 4. Results
-    training.finish(stage, trainer, tokenizer, metrics)
+    finish(stage, trainer, tokenizer, metrics)
     print(f"wrote {stage.output}\nnext: python train_safety.py --checkpoint {stage.output}")
 
 

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, datasets, distributed, machine, training
+from liteguard import checkpoints, cli, distributed, machine
+from liteguard.rows import load_split, read_manifest, source_titles
+from liteguard.training import arguments, callbacks, feed, loop, tokens
+from liteguard.training.stage import finish, load_model, load_tokenizer, longest_pairs, plan
 
 
 def parse_args():
@@ -34,34 +37,34 @@ def main() -> None:
     cli.print_config(config, "model", "safety")
 
     # 2. Inputs
-    stage = training.plan(
+    stage = plan(
         "safety",
         config,
         output=Path(args.output),
         data_dir=Path(args.data or parent["data_dir"]),
         parent=Path(args.checkpoint),
     )
-    tokenizer = training.load_tokenizer(stage)
-    rows = datasets.load_split(stage.data_dir, "preference", "train")
-    held_out = datasets.load_split(stage.data_dir, "preference", "validation")
+    tokenizer = load_tokenizer(stage)
+    rows = load_split(stage.data_dir, "preference", "train")
+    held_out = load_split(stage.data_dir, "preference", "validation")
     mixture = (
-        training.kind_weights(config.safety, rows),
-        datasets.source_titles(datasets.read_manifest(stage.data_dir), "preference"),
+        tokens.kind_weights(config.safety, rows),
+        source_titles(read_manifest(stage.data_dir), "preference"),
     )
-    train_set = training.render_preferences(
-        tokenizer, rows, config, "train", training.needed_rows(config.safety), *mixture
+    train_set = tokens.render_preferences(
+        tokenizer, rows, config, "train", feed.needed_rows(config.safety), *mixture
     )
-    eval_set = training.render_preferences(
+    eval_set = tokens.render_preferences(
         tokenizer, held_out, config, "validation", config.safety.max_eval_rows, *mixture
     )
     pairs = f"{config.safety.batch_size} x {config.safety.gradient_accumulation} pairs"
-    passes = training.needed_rows(config.safety) / len(rows)
+    passes = feed.needed_rows(config.safety) / len(rows)
     sample = train_set[0]["prompt"] + train_set[0]["chosen"]
-    largest = training.longest_pairs(tokenizer, train_set, config.safety.batch_size)
-    training.describe(stage, sample, pairs, len(rows), passes, largest, args.dry_run)
+    largest = longest_pairs(tokenizer, train_set, config.safety.batch_size)
+    feed.describe(stage, sample, pairs, len(rows), passes, largest, args.dry_run)
     machine.check_disk(stage.output, 1.0)
     if args.dry_run:
-        training.load_model(stage)
+        load_model(stage)
         print("dry run: nothing written")
         return
     stage.work = distributed.on_main(
@@ -78,10 +81,10 @@ def main() -> None:
     def make_trainer(stage):
         weight = stage.section.sft_weight
         trainer = DPOTrainer(
-            model=training.load_model(stage),
+            model=load_model(stage),
             # No ref_model: TRL then freezes a copy of the adapter it is given as the reference.
             args=DPOConfig(
-                **training.trainer_arguments(stage),
+                **arguments.trainer_arguments(stage),
                 beta=stage.section.beta,
                 loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
                 loss_weights=[1.0, weight] if weight else None,
@@ -89,14 +92,14 @@ def main() -> None:
             train_dataset=Dataset.from_list(train_set),
             eval_dataset=Dataset.from_list(eval_set),
             processing_class=tokenizer,
-            callbacks=training.callbacks(stage),
+            callbacks=callbacks.stage_callbacks(stage),
         )
-        return trainer, training.pair_counts(stage, trainer.train_dataset)
+        return trainer, feed.pair_counts(stage, trainer.train_dataset)
 
-    trainer, metrics = training.run(stage, make_trainer)
+    trainer, metrics = loop.run(stage, make_trainer)
 
     # 4. Results
-    training.finish(stage, trainer, tokenizer, metrics)
+    finish(stage, trainer, tokenizer, metrics)
     print(
         f"wrote {stage.output}\nnext: python compress_model.py --input {stage.output} "
         f"--output liteguard_{config.model_type}.task"

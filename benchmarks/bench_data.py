@@ -199,22 +199,22 @@ def minhash(directory: Path, rows: int) -> dict[str, float]:
     from datasketch import MinHash
     from rensa import RMinHash
 
-    from liteguard import cleaning
+    from liteguard.data import near_duplicates, overlap
 
     with (directory / "texts.jsonl").open(encoding="utf-8") as file:
         lines = itertools.islice(file, rows)
         texts = [json.loads(line)["text"].split() for line in lines]
     started = time.monotonic()
-    numbers = [cleaning.windows(cleaning.word_numbers(text), 3) for text in texts]
+    numbers = [overlap.windows(overlap.word_numbers(text), 3) for text in texts]
     offsets = np.cumsum([0, *map(len, numbers)]).astype(np.uint64)
     RMinHash.digest_matrix_from_flat_token_hashes(
-        np.concatenate(numbers), offsets, cleaning.PERMUTATIONS, 1
+        np.concatenate(numbers), offsets, near_duplicates.PERMUTATIONS, 1
     ).to_rows()
     rensa = len(texts) / (time.monotonic() - started)
     started = time.monotonic()
     for text in texts:
         shingles = {" ".join(text[i : i + 3]).encode() for i in range(len(text) - 2)}
-        MinHash(num_perm=cleaning.PERMUTATIONS).update_batch(list(shingles))
+        MinHash(num_perm=near_duplicates.PERMUTATIONS).update_batch(list(shingles))
     return {"rensa": rensa, "datasketch": len(texts) / (time.monotonic() - started)}
 
 

@@ -22,10 +22,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, config, evaluation, knowledge, runtime
+from liteguard import checkpoints, cli
+from liteguard.config_layers import build, read_yaml
+from liteguard.evaluation import answerers, held_out, knowledge
+from liteguard.runtime.bundle import Answer
+from liteguard.runtime.workers import BundleWorkers
 
 
-def transformers_generate(model: evaluation.Checkpoint, prompts: list[str], limit: int) -> Any:
+def transformers_generate(model: answerers.Checkpoint, prompts: list[str], limit: int) -> Any:
     """(index, Generated) by `model.generate` in length-sorted batches."""
     import torch
 
@@ -48,7 +52,7 @@ def transformers_generate(model: evaluation.Checkpoint, prompts: list[str], limi
             ends = [ids.index(stop) for stop in model.stop_ids if stop in ids]
             kept = ids[: min(ends)] if ends else ids
             text = model.tokenizer.decode(kept, skip_special_tokens=True).strip()
-            yield index, evaluation.Generated(text, len(kept) + bool(ends), bool(ends))
+            yield index, answerers.Generated(text, len(kept) + bool(ends), bool(ends))
 
 
 class Bench:
@@ -63,7 +67,7 @@ class Bench:
         begin = time.perf_counter()
         found = dict(results())
         seconds = time.perf_counter() - begin
-        answers = isinstance(found[0], evaluation.Generated | runtime.Answer)
+        answers = isinstance(found[0], answerers.Generated | Answer)
         tokens = sum(r.tokens if answers else r[1] for r in found.values())
         values = [
             found[i].text.strip() if answers else round(found[i][0] / found[i][1], 3)
@@ -100,22 +104,22 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, nargs="+", default=[8, 24])
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    values = config.read_yaml(Path(args.config))
+    values = read_yaml(Path(args.config))
     layers = [(args.config, values)]
     if args.cache_dir:
         layers.append(("--cache_dir", {"data": {"cache_dir": args.cache_dir}}))
-    own = config.build(layers)
-    rows = evaluation.held_out(own, Path(args.data))
-    asked = [row for _, row in evaluation.requests(rows)]
+    own = build(layers)
+    rows = held_out.held_out(own, Path(args.data))
+    asked = [row for _, row in held_out.requests(rows)]
     # Every third or so: questions of all sets, and so of all lengths.
     step = max(1, len(asked) // args.prompts)
     prompts = [own.prompt.render_question(r["prompt"]) for r in asked[::step]][: args.prompts]
-    pairs = evaluation.text_pairs(own, rows)[: args.texts]
+    pairs = held_out.text_pairs(own, rows)[: args.texts]
     options = knowledge.pairs(knowledge.rows(Path(own.data.cache_dir), args.questions))
     limit, bench = args.max_new_tokens, Bench()
 
     if not args.only_bundle:
-        model = evaluation.Checkpoint(own, Path(args.checkpoint) if args.checkpoint else None)
+        model = answerers.Checkpoint(own, Path(args.checkpoint) if args.checkpoint else None)
         lanes, model.lanes, model.batch_size = model.lanes, 1, 1
         list(model.generate(prompts[:1], 4))  # the first call sets things up
         bench.run("answers", "one by one", lambda: model.generate(prompts, limit))
@@ -138,7 +142,7 @@ def main() -> None:
     if args.bundle:
         for workers, threads in ((1, 2), (2, 1)):
             name = f"{workers} process{'es' * (workers > 1)}, {threads} thread{'s' * (threads > 1)}"
-            found = runtime.BundleWorkers(Path(args.bundle), workers=workers, threads=threads)
+            found = BundleWorkers(Path(args.bundle), workers=workers, threads=threads)
             bench.run("bundle", name, lambda: found.generate(prompts, limit))  # noqa: B023
             bench.run("bundle texts", name, lambda: found.score(pairs))  # noqa: B023
             print(f"{'':34}peak memory of the workers {found.peak_rss_gb:.2f} GB")
@@ -147,7 +151,7 @@ def main() -> None:
         checkpoints.write_json(Path(args.json), {"rows": kept})
 
 
-def one_by_one(model: evaluation.Checkpoint, pairs: list[tuple[str, str]]) -> Iterator[Any]:
+def one_by_one(model: answerers.Checkpoint, pairs: list[tuple[str, str]]) -> Iterator[Any]:
     """`score` of each pair alone."""
     for index, pair in enumerate(pairs):
         yield index, next(iter(model.score([pair])))[1]

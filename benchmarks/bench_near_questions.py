@@ -23,9 +23,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from liteguard import near_questions, public_benchmarks  # noqa: E402
-from liteguard.cleaning import OverlapIndex, key_number, windows, word_numbers  # noqa: E402
-from liteguard.datasets import SPLITS, match_key, normalise  # noqa: E402
+from liteguard.data import near_questions  # noqa: E402
+from liteguard.data.overlap import OverlapIndex, key_number, windows, word_numbers  # noqa: E402
+from liteguard.embedded import public_benchmarks  # noqa: E402
+from liteguard.rows import SPLITS  # noqa: E402
+from liteguard.text import match_key, normalise  # noqa: E402
 
 SETS = ("medqa", "medmcqa", "pubmedqa", "mmlu_clinical", "healthsearchqa")
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, memory, models, sources
+from liteguard import checkpoints, cli, memory, models
 from liteguard.config import RECIPES, Config
 from liteguard.export import bundle, measured, merge, quantization, silence, tflite, tokenizer
-from liteguard.runtime import BundleWorkers
+from liteguard.runtime.workers import BundleWorkers
 
 
 def phi_bytes(shape: str, recipe: str) -> int:
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     own = models.load_base_tokenizer(config).backend_tokenizer
     data_dir = Path(args.data or record["data_dir"])
     samples = measured.collect_samples(config, data_dir, own)
-    base, _ = sources.base_model(config)
+    base, _ = models.base_model(config)
     merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
     vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")

@@ -27,8 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, config, datasets, merged, models
+from liteguard import checkpoints, cli, merged, models
+from liteguard.config_layers import validate
 from liteguard.errors import UserError
+from liteguard.rows import load_split
 
 REFUSAL_STARTS = ("I", "Sorry")
 KINDS = ("harmful", "ordinary", "borderline")
@@ -99,9 +101,9 @@ def main() -> None:
     )
     for directory in map(Path, args.checkpoint):
         record = checkpoints.read_stage(directory)
-        own = config.validate(record["config"], str(directory))
+        own = validate(record["config"], str(directory))
         data_dir = Path(args.data or record["data_dir"])
-        rows = requests or datasets.load_split(data_dir, "preference", args.split)
+        rows = requests or load_split(data_dir, "preference", args.split)
         counts = (None,) * 3 if requests else (args.limit // 2, args.limit // 4, args.limit // 4)
         model, tokenizer = merged.load_merged(own, directory)
         found = {}

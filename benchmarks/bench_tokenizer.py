@@ -22,16 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import phi_like
 import tokenizers
 
-from liteguard import cli, config, datasets, public_benchmarks, sources
+from liteguard import cli, models
+from liteguard.config_layers import build
+from liteguard.embedded import public_benchmarks
 from liteguard.errors import UserError
 from liteguard.export import tokenizer, verify
+from liteguard.rows import FIELDS, load_split
 
 
 def held_out(data: Path) -> list[str]:
     """Every text, question and answer of the test splits, once."""
     texts = []
-    for part, fields in datasets.FIELDS.items():
-        for row in datasets.load_split(data, part, "test"):
+    for part, fields in FIELDS.items():
+        for row in load_split(data, part, "test"):
             texts += [row[field] for field in fields if field in row]
     return list(dict.fromkeys(texts))
 
@@ -53,7 +56,7 @@ def main() -> None:
         for name in public_benchmarks.HELD_OUT
         for question in public_benchmarks.load(name, cache)
     ]
-    default = config.build(
+    default = build(
         [
             (
                 "",
@@ -70,7 +73,7 @@ def main() -> None:
         phi.mkdir()
         phi_like.write_tokenizer(phi, cache)
         for name, directory in (
-            ("SmolLM2", Path(sources.base_model(default)[0])),
+            ("SmolLM2", Path(models.base_model(default)[0])),
             ("Phi-like", phi),
         ):
             model = Path(folder) / f"{name}.model"

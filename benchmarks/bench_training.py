@@ -137,10 +137,11 @@ def recipe(script: str, args: argparse.Namespace, work: Path, flags: list[str]) 
 
 def prepare(args: argparse.Namespace, work: Path) -> Path:
     """Write the rows and the YAML of all runs into `work`; returns the YAML."""
-    from liteguard import config, datasets
+    from liteguard import config
+    from liteguard.embedded import diseases
 
     source = config.SourceSection(dataset="mondo_text")
-    rows = itertools.islice(datasets.mondo_text(source, Path(args.cache_dir)), 3_000)
+    rows = itertools.islice(diseases.mondo_text(source, Path(args.cache_dir)), 3_000)
     count = args.steps * args.batch_size * args.gradient_accumulation
     write_rows([row["text"] for row in rows], work / "data", count)
     values = {
@@ -259,15 +260,16 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
 
-    from liteguard import config, sources
+    from liteguard import models
+    from liteguard.config_layers import build, read_yaml
 
-    settings = config.build(
+    settings = build(
         [
-            ("yaml", config.read_yaml(ROOT / "configs/smollm2-135m.yaml")),
+            ("yaml", read_yaml(ROOT / "configs/smollm2-135m.yaml")),
             ("cache", {"data": {"cache_dir": args.cache_dir}}),
         ]
     )
-    model, _ = sources.base_model(settings)
+    model, _ = models.base_model(settings)
     work = Path(tempfile.mkdtemp(prefix="bench_training_"))
     try:
         results = measure(args, str(model), work)

@@ -185,7 +185,7 @@ def run(name: str, command: list[str], work: Path) -> dict:
 
 def ask(bundle: Path) -> str:
     """The bundle's answer to one question, asked as an app asks."""
-    from liteguard.runtime import Bundle
+    from liteguard.runtime.bundle import Bundle
 
     with Bundle(bundle) as opened:
         return opened.converse(["What helps against a cold?"], 24)[0]

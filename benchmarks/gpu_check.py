@@ -46,9 +46,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import trl_recipe
 
-from liteguard import cli, machine, memory, models, packing, training
-from liteguard.config import CONFIG_DIR, Config, build, read_yaml
+from liteguard import cli, machine, memory, models
+from liteguard.config import Config
+from liteguard.config_layers import CONFIG_DIR, build, read_yaml
 from liteguard.errors import WorkError
+from liteguard.training import loop, memory_estimate, patches
+from liteguard.training.memory_terms import Shapes, adapter_matrices, read_shapes
+from liteguard.training.packing import (
+    check_isolation,
+    micro_batches,
+    pack_forward,
+    segment_attention,
+    use_segment_attention,
+)
 
 YAML = {"phi-1_5": "phi-1_5.yaml", "phi-2": "phi-2_8gb.yaml", "tiny": "phi-2_8gb.yaml"}
 STAGES = ("domain", "instruction", "safety")
@@ -91,7 +101,7 @@ def random_base(config_: Any, dtype: Any, device: str, seed: int = 0) -> Any:
     import torch
 
     config_._attn_implementation = "sdpa"
-    model = memory.meta_model(config_)
+    model = models.meta_model(config_)
     torch.manual_seed(seed)
 
     def fill(shape: Any, name: str) -> Any:
@@ -282,14 +292,14 @@ class Ours(Recipe):
 
         model = self.model.get_base_model()
         add_fused_lm_head(model)
-        training.score_targets_only(
+        patches.score_targets_only(
             SimpleNamespace(
                 model=self.model, accelerator=SimpleNamespace(unwrap_model=lambda model: model)
             )
         )
-        packing.use_segment_attention(model)
-        packing.pack_forward(model)
-        packing.check_isolation(self.model, model.config.vocab_size)
+        use_segment_attention(model)
+        pack_forward(model)
+        check_isolation(self.model, model.config.vocab_size)
         self.checkpoint(self.section.gradient_checkpointing)
         self.note = "checkpointing" if self.section.gradient_checkpointing else "no checkpointing"
 
@@ -311,7 +321,7 @@ class Ours(Recipe):
         longest = self.section.max_length * self.section.batch_size
         longest *= 2 if self.stage == "safety" else 1
         sizes = np.array([sum(len(s["input_ids"]) for s in group) for group in rows])
-        groups, _ = packing.micro_batches([list(range(len(rows)))], sizes, longest)
+        groups, _ = micro_batches([list(range(len(rows)))], sizes, longest)
         # Padded here, and taken out again by `pack_forward`, as in the trainers.
         batches = [
             padded_batches([rows[i] for i in group], len(group), 0, self.device)[0]
@@ -372,7 +382,7 @@ class Plain(Recipe):
             self.note = f"micro-batch {batch_size}, checkpointing (out of memory without)"
             return self.attempt(rows, batch_size)
 
-        loss, _ = memory.train_within_memory(
+        loss, _ = loop.train_within_memory(
             smaller, self.batch_size, len(rows), explain=lambda: "The plain recipe does not fit."
         )
         return loss
@@ -534,7 +544,7 @@ def attention_paths(device: str) -> dict[str, str]:
 
     def attend(kind: Any) -> list[Any]:
         q, k, v = (x.to(kind).detach().requires_grad_() for x in inputs)
-        result, _ = packing.segment_attention(None, q, k, v, None, segment_lengths=lengths)
+        result, _ = segment_attention(None, q, k, v, None, segment_lengths=lengths)
         result.float().square().sum().backward()
         return [x.float() for x in (result.detach(), q.grad, k.grad, v.grad)]
 
@@ -557,7 +567,7 @@ def attention_paths(device: str) -> dict[str, str]:
             continue
         model = packed_model(device, dtype, attention)
         try:
-            packing.check_isolation(model, model.config.vocab_size)
+            check_isolation(model, model.config.vocab_size)
             found[attention] = "isolated"
         except WorkError as error:
             found[attention] = f"REFUSED ({str(error).splitlines()[0][:60]})"
@@ -574,8 +584,8 @@ def packed_model(device: str, dtype: Any, attention: str) -> Any:
     model = models.add_adapter(base, config)
     add_fused_lm_head(base)
     if attention == "sdpa":
-        packing.use_segment_attention(base)
-    packing.pack_forward(base)
+        use_segment_attention(base)
+    pack_forward(base)
     return model
 
 
@@ -654,7 +664,7 @@ def read_peak(device: str) -> int:
         return round(machine.peak_rss_gb() * 1e9)
 
 
-def model_flops(shapes: memory.Shapes, lora: int, stage: str, sequences: list[dict]) -> float:
+def model_flops(shapes: Shapes, lora: int, stage: str, sequences: list[dict]) -> float:
     """Floating point operations that training on these sequences takes, whatever the recipe.
 
     Per token: 2 N for the forward and 2 N for the backward pass through N frozen weights (their own
@@ -725,8 +735,8 @@ def check(shape: str, args: argparse.Namespace, peak: float) -> list[dict[str, A
         groups = [sequences[i : i + width] for i in range(0, len(sequences), width)]
         tokens = sum(len(s["input_ids"]) for s in sequences)
         scored = sum(map(targets, sequences))
-        shapes = memory.read_shapes(architecture(shape))
-        lora = sum(memory.adapter_matrices(shapes, config.domain.lora_rank, "all"))
+        shapes = read_shapes(architecture(shape))
+        lora = sum(adapter_matrices(shapes, config.domain.lora_rank, "all"))
         flops = model_flops(shapes, lora, stage, sequences)
         results = {}
         for kind in (Ours, Trl, Plain):
@@ -746,7 +756,7 @@ def check(shape: str, args: argparse.Namespace, peak: float) -> list[dict[str, A
                 "mfu": flops / result["seconds"] / peak,
             }
             if kind is Ours:
-                estimate = memory.estimate(
+                estimate = memory_estimate.estimate(
                     config, stage, base.config, dtype=dtype, device=args.device
                 )
                 result["estimate_bytes"] = estimate.total

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from liteguard.sources import fetch_wheel, read_member
+from liteguard.wheels import fetch_wheel, read_member
 
 # What one safetensors file holds at most: the generator never has more than this in memory.
 SHARD_BYTES = 2_000_000_000
@@ -73,7 +73,7 @@ def write_checkpoint(
     import torch
     import transformers
 
-    from liteguard.memory import meta_model
+    from liteguard.models import meta_model
 
     folder.mkdir(parents=True, exist_ok=True)
     model = meta_model(architecture)

@@ -91,7 +91,7 @@ def main() -> None:
     import torch
     from transformers import TrainerCallback
 
-    from liteguard import training
+    from liteguard.training.callbacks import stage_callbacks
 
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
@@ -110,13 +110,13 @@ def main() -> None:
                 profile.stop()
 
     ranks: list[int] = []
-    callbacks = training.callbacks
+    callbacks = stage_callbacks
 
     def with_profile(stage: Any) -> list[Any]:
         ranks.append(stage.config.domain.lora_rank)
         return [*callbacks(stage), Profile()]
 
-    training.callbacks = with_profile
+    stage_callbacks = with_profile
     sys.argv = [args.script, *args.arguments]
     runpy.run_path(str(ROOT / args.script), run_name="__main__")
     parts = breakdown(profile, taken["s"], ranks[0])

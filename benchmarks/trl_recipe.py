@@ -33,7 +33,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from liteguard import cli, config, datasets, models, tokens, training
+from liteguard import (
+    cli,
+    config,
+    machine,  # noqa: E402
+    models,
+)
+from liteguard.config_layers import build, read_yaml
+from liteguard.rows import load_split
+from liteguard.training import tokens
 
 STAGES = ("domain", "instruction", "safety")
 
@@ -71,9 +79,9 @@ def dataset(args: argparse.Namespace, settings: config.Config, tokenizer: Any) -
 
     count = args.steps * args.batch_size * args.gradient_accumulation
     if args.stage == "safety":
-        pairs = datasets.load_split(args.data, "preference", "train")
+        pairs = load_split(args.data, "preference", "train")
         return Dataset.from_list(
-            training.render_preferences(tokenizer, pairs, settings, "train", count)
+            tokens.render_preferences(tokenizer, pairs, settings, "train", count)
         )
     if args.stage == "domain":
         found = tokens.documents(tokenizer, args.data, "train", settings)
@@ -217,8 +225,8 @@ def main() -> None:
     import torch
 
     section = {"max_length": args.max_length}
-    settings = config.build(
-        [(args.config, config.read_yaml(Path(args.config))), ("flags", {args.stage: section})]
+    settings = build(
+        [(args.config, read_yaml(Path(args.config))), ("flags", {args.stage: section})]
     )
     dtype, _ = models.choose_dtype(args.dtype, models.model_config(settings)[2].model_type)
     trainer, batching = make_trainer(args, settings, dtype)
@@ -236,7 +244,7 @@ def main() -> None:
         "supervised_tokens_per_s": round(counts["supervised"] / seconds, 1),
         "tokens_per_s": round(counts["real"] / seconds, 1),
         "padding_share": round(1 - counts["real"] / counts["fed"], 4),
-        "peak_rss_gb": training.peak_rss_gb(),
+        "peak_rss_gb": machine.peak_rss_gb(),
         "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
     print(json.dumps(result, indent=2))

@@ -19,7 +19,6 @@ from liteguard.errors import UserError, WorkError
 
 RECORD = "stage.json"
 INPUTS = "inputs.json"
-
 # stage -> (the stage it continues, the script that makes it, its default output)
 STAGES: dict[str, tuple[str | None, str, str]] = {
     "domain": (None, "train_domain.py", "domain_checkpoint"),

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from liteguard import config as configuration
 from liteguard import distributed, hub, machine
+from liteguard.config import Config
+from liteguard.config_layers import build, find_config, flatten, parse_setting, read_yaml
 from liteguard.errors import LiteGuardError, UserError
 
 
@@ -50,7 +51,7 @@ def resolve_config(
     args: argparse.Namespace,
     flags: dict[str, tuple[str, Any]] | None = None,
     parent: dict[str, Any] | None = None,
-) -> configuration.Config:
+) -> Config:
     """Config from the flags; `parent` is a stage.json whose config stands in for a YAML.
 
     `flags` maps a flag to its 'section.key' and its value (None: not given).
@@ -59,18 +60,18 @@ def resolve_config(
     if parent is not None and not args.config:
         layers.append(("the parent's stage.json", parent["config"]))
     else:
-        path = configuration.find_config(
+        path = find_config(
             getattr(args, "model_type", None), getattr(args, "model", None), args.config
         )
-        layers.append((str(_relative(path)), configuration.read_yaml(path)))
+        layers.append((str(_relative(path)), read_yaml(path)))
     for flag, (name, value) in (flags or {}).items():
         if value is not None:
-            layers.append((flag, configuration.parse_setting(f"{name}={value}")[1]))
+            layers.append((flag, parse_setting(f"{name}={value}")[1]))
     for setting in args.settings:
-        layers.append(("--set", configuration.parse_setting(setting)[1]))
+        layers.append(("--set", parse_setting(setting)[1]))
     if parent is not None:
         follow_stage(parent)
-    return configuration.build(layers)
+    return build(layers)
 
 
 def follow_stage(record: dict[str, Any]) -> None:
@@ -104,11 +105,9 @@ def _relative(path: Path) -> Path:
         return path
 
 
-def print_config(config: configuration.Config, *sections: str) -> None:
+def print_config(config: Config, *sections: str) -> None:
     """Print the sections a script uses, each value with where it came from."""
-    values = configuration.flatten(
-        config.model_dump(exclude={"data": {"domain", "instruction", "preference"}})
-    )
+    values = flatten(config.model_dump(exclude={"data": {"domain", "instruction", "preference"}}))
     for name, value in values.items():
         if name.split(".")[0] in sections:
             origin = config.sources.get(name, "default")

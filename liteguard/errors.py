@@ -1,5 +1,7 @@
 """The two ways a command ends badly, and the exit code of each."""
 
+from __future__ import annotations
+
 import re
 
 

@@ -152,7 +152,6 @@ def _check_shards(repository: Repository, directory: Path) -> None:
 
 
 # --- what to say ----------------------------------------------------------------------------------
-
 _WAYS_ON = {
     "model": "  - a local copy of the model: --set model.path=/path/to/the/model\n",
     "dataset": "  - a local copy of the data: set 'path:' of this source in the YAML to a file or "

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import distributed, machine, sources
+from liteguard import distributed, hub, machine, registry
 from liteguard.checkpoints import sha256_file, sha256_json
 from liteguard.errors import UserError
 
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
     from liteguard.config import Config
     from liteguard.prompts import Prompt
+
+
+def meta_model(architecture: Any) -> Any:
+    """The causal language model of a transformers config on the meta device: shapes, no data."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture)
+
 
 # Attention scores of Phi-2 leave the range of float16 (65504), which turns the loss into NaN.
 FLOAT16_UNSAFE = ("phi",)
@@ -106,7 +116,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def model_config(config: Config) -> tuple[str, str | None, Any]:
     """(local directory, hub commit or None, transformers config) of the base model."""
-    directory, revision = sources.base_model(config)
+    directory, revision = base_model(config)
     from transformers import AutoConfig
 
     try:
@@ -122,8 +132,6 @@ def model_config(config: Config) -> tuple[str, str | None, Any]:
 
 def count_parameters(architecture: Any) -> int:
     """Parameters of a transformers config's causal language model, tied ones once; no data."""
-    from liteguard.memory import meta_model
-
     return sum(parameter.numel() for parameter in meta_model(architecture).parameters())
 
 
@@ -323,3 +331,35 @@ def pack_linear_layers(model: PreTrainedModel) -> int:
     for parent, name, child in found:
         setattr(parent, name, Packed(child))
     return len(found)
+
+
+def base_model(config: Config) -> tuple[str, str | None]:
+    """(local directory of the base model, its hub commit or None), fetched when it is not here.
+
+    Raises UserError with the ways on when the model cannot be reached.
+    """
+    model = config.model
+    if model.path:
+        directory = Path(model.path)
+        if not (directory / "config.json").is_file():
+            raise UserError(
+                f"model.path = {directory}: not a model directory (no config.json there)."
+            )
+        return str(directory), None
+    if model.name.startswith("embedded:"):
+        if model.name not in registry.MODELS:
+            raise UserError(
+                f"Unknown embedded model {model.name!r}. Allowed: {', '.join(registry.MODELS)}"
+            )
+        return str(registry.MODELS[model.name](model.name, Path(config.data.cache_dir))), None
+    repository = hub_model(config)
+    commit = hub.commit(repository)
+    return str(hub.model_directory(repository, commit, model.trust_remote_code)), commit
+
+
+def hub_model(config: Config) -> hub.Repository | None:
+    """The repository that the base model comes from; None for a local or embedded one."""
+    model = config.model
+    if model.path or model.name.startswith("embedded:"):
+        return None
+    return hub.Repository("model", model.name, model.revision)

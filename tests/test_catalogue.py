@@ -10,8 +10,9 @@ from dataclasses import astuple
 import pytest
 from conftest import ROOT
 
-from liteguard import catalogue
-from liteguard.catalogue import PreferencePair, length_statistic, preference_pairs
+from liteguard.embedded import catalogue
+from liteguard.embedded.catalogue import PreferencePair, length_statistic, preference_pairs
+from liteguard.evaluation import held_out
 
 SPLITS = {"train", "validation", "test"}
 HELD_OUT_AREAS = {"monitoring_evasion", "harming_others"}
@@ -309,8 +310,8 @@ def test_catalogue_is_small_and_its_ids_are_unique() -> None:
 
 
 def test_every_area_of_harm_is_in_one_of_the_guides() -> None:
-    mapped = [area for areas in catalogue.GUIDE_AREAS.values() for area in areas]
+    mapped = [area for areas in held_out.GUIDE_AREAS.values() for area in areas]
     assert sorted(mapped) == sorted(catalogue.load_catalogue()["areas"])
-    assert len(catalogue.GUIDE_AREAS) == 5
+    assert len(held_out.GUIDE_AREAS) == 5
     guide = {"misinformation", "harmful advice", "privacy", "discrimination", "fraud"}
-    assert set(catalogue.GUIDE_AREAS) == guide
+    assert set(held_out.GUIDE_AREAS) == guide

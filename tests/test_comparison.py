@@ -20,10 +20,20 @@ import pytest
 from conftest import CACHE, ROOT, fail, run_script, succeed
 from test_llm_judge import KEY, Service
 
-from liteguard import datasets, evaluation, report
 from liteguard.checkpoints import sha256_file, write_json
-from liteguard.config import build
+from liteguard.config_layers import build
 from liteguard.errors import UserError
+from liteguard.evaluation import (
+    answerers,
+    comparison,
+    contamination,
+    held_out,
+    report,
+    run,
+    summary,
+)
+from liteguard.evaluation.journal import Journal, Progress
+from liteguard.rows import load_split
 
 STAGES = ["base", "domain", "instruction", "final", "bundle"]
 
@@ -107,7 +117,7 @@ def test_the_page_needs_nothing_from_outside(compared):
 def test_answers_are_shown_as_text(compared):
     """An answer is what a model wrote: markup in it must not become part of the page."""
     directory, _ = compared
-    results = report.read_results(STAGES, directory / "evaluation")
+    results = comparison.read_results(STAGES, directory / "evaluation")
     results = copy.deepcopy(results)
     results["final"]["answers"][0]["answer"] = "<script>alert(1)</script>"
     facts = report.report_facts(results)
@@ -173,13 +183,13 @@ def test_a_result_without_benchmarks_stands_beside_those_with_them(pipeline, tmp
     }
     write_json(tmp_path / "base.json", {**result, "knowledge": {"medqa": own}})
     write_json(tmp_path / "bundle.json", {**result, "knowledge": {}})
-    found = report.read_results(["base", "bundle"], tmp_path)
-    assert re.search(r"MedQA .*50 % \(10-90\) +-", report.comparison_text(found))
+    found = comparison.read_results(["base", "bundle"], tmp_path)
+    assert re.search(r"MedQA .*50 % \(10-90\) +-", comparison.comparison_text(found))
     other = {"medqa": {**own, "choices": [["a:1", 0, 0], ["a:3", 1, 0]]}}
     write_json(tmp_path / "final.json", {**result, "knowledge": other})
-    report.read_results(["final", "bundle"], tmp_path)
+    comparison.read_results(["final", "bundle"], tmp_path)
     with pytest.raises(UserError, match="not of the same rows"):
-        report.read_results(["base", "bundle", "final"], tmp_path)
+        comparison.read_results(["base", "bundle", "final"], tmp_path)
 
 
 # --- crashes ------------------------------------------------------------------------------------
@@ -304,8 +314,7 @@ def test_options_are_journaled_and_sizes_are_not_mixed(pipeline, tmp_path):
     result = json.loads((out / "final.json").read_text())
     data = pipeline / "data/tiny"
     asked = {
-        part: datasets.load_split(data, part, "test")
-        for part in ("domain", "instruction", "preference")
+        part: load_split(data, part, "test") for part in ("domain", "instruction", "preference")
     }
     assert result["n"]["perplexity"] == len(asked["domain"])
     assert len(result["answers"]) == len(asked["instruction"]) + len(asked["preference"])
@@ -343,33 +352,33 @@ def test_an_llm_judge_stands_beside_the_rules(pipeline, tmp_path):
 
 def test_other_inputs_start_over(tmp_path, capsys):
     path = tmp_path / "x.partial.jsonl"
-    journal = evaluation.Journal(path, {"a": 1})
+    journal = Journal(path, {"a": 1})
     journal.add("scores", 3, [-1.5, 2], seconds=0.5)
     journal.add("options", 0, [-1.5, 2], seconds=7)
     answer = {"text": "two\u2028lines", "tokens": 3, "stopped": True, "seconds": 1.25}
     journal.add("answers", 0, answer, seconds=2)
     journal.add_run(3.0)
-    again = evaluation.Journal(path, {"a": 1})
+    again = Journal(path, {"a": 1})
     assert again.found == journal.found and again.found["scores"] == {3: [-1.5, 2]}
     # The time of an earlier run is part of the cost.
     again.add("scores", 4, [-2.5, 3], seconds=0.25)
     again.add_run(1.0)
     again.add_run(peak_rss_gb=1.5)
-    cost = evaluation.cost(evaluation.Journal(path, {"a": 1}))
+    cost = run.run_cost(Journal(path, {"a": 1}))
     assert (cost["scoring_s"], cost["scored_tokens"], cost["options_s"]) == (0.75, 5, 7)
     assert (cost["loading_s"], cost["wall_s"], cost["peak_rss_gb"]) == (4, 13.75, 1.5)
     assert cost["answer_s"]["50"] == 1.25 and cost["generated_tokens"] == 3
-    assert evaluation.Journal.begun_from_others(path, {"a": 2})
-    assert not evaluation.Journal.begun_from_others(path, {"a": 1})
-    assert not any(evaluation.Journal(path, {"a": 2}).found.values())
+    assert Journal.begun_from_others(path, {"a": 2})
+    assert not Journal.begun_from_others(path, {"a": 1})
+    assert not any(Journal(path, {"a": 2}).found.values())
     assert "begun from other inputs" in capsys.readouterr().out
-    assert evaluation.Journal(path, {"a": 2}).found["scores"] == {}, "nothing of the old is left"
+    assert Journal(path, {"a": 2}).found["scores"] == {}, "nothing of the old is left"
 
 
 def test_progress_without_a_terminal(monkeypatch, capsys):
     clock = iter(range(0, 100, 6))
-    monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))
-    progress = evaluation.Progress("answers", 6)
+    monkeypatch.setattr(summary.time, "monotonic", lambda: next(clock))
+    progress = Progress("answers", 6)
     for _ in range(6):
         progress.add(30)
     # Every 6 seconds one of 30 tokens: a line once 15 seconds have gone, and the last.
@@ -385,10 +394,10 @@ def test_progress_without_a_terminal(monkeypatch, capsys):
 def test_a_planted_leak_is_reported(pipeline, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pipeline / "data/tiny", data)
-    questions = datasets.load_split(data, "instruction", "test")
+    questions = load_split(data, "instruction", "test")
     question = next(row for row in questions if row["tier"] == "unseen")
     seen = next(row for row in questions if row["tier"] == "seen")
-    text = datasets.load_split(data, "domain", "test")[1]
+    text = load_split(data, "domain", "test")[1]
     leaks = {
         "instruction": [{**row, "prompt": row["prompt"].upper()} for row in (question, seen)],
         "domain": [{**text, "text": f"As is well known: {text['text']} More follows."}],
@@ -437,21 +446,21 @@ def test_data_of_earlier_stages_is_looked_at_as_well(pipeline, tmp_path):
     own = pipeline / "data/tiny"
     third = json.loads((stages["final_checkpoint"] / "stage.json").read_text())
     third |= {"data_dir": str(own), "parent": str(stages["instruction_checkpoint"])}
-    assert evaluation.training_data(own, third) == ([own, data], [])
+    assert contamination.training_data(own, third) == ([own, data], [])
     # The copy has the same texts and pairs: nothing to read twice.
-    assert evaluation.training_data(data, third) == ([data], [])
-    assert evaluation.training_data(own, None) == ([own], [])
+    assert contamination.training_data(data, third) == ([data], [])
+    assert contamination.training_data(own, None) == ([own], [])
     # Prepared again in place, or gone: what was trained on cannot be looked at any more.
     (data / "manifest.json").write_text((own / "manifest.json").read_text())
     gone = f"{data}/instruction/train.jsonl (instruction stage)"
-    assert evaluation.training_data(own, third) == ([own], [gone])
+    assert contamination.training_data(own, third) == ([own], [gone])
     shutil.rmtree(stages["instruction_checkpoint"])
-    directories, unchecked = evaluation.training_data(own, third)
+    directories, unchecked = contamination.training_data(own, third)
     assert directories == [own] and "instruction_checkpoint was trained on" in unchecked[0]
     result = json.loads((pipeline / "evaluation/final.json").read_text())
     assert result["contamination"]["unchecked"] == []
     result["contamination"]["unchecked"] = unchecked
-    assert "WARNING: not looked at" in report.comparison_text({"final": result})
+    assert "WARNING: not looked at" in comparison.comparison_text({"final": result})
     page = report.render("report_template.html", report.report_facts({"final": result}))
     assert "Contamination was not looked for" in page
 
@@ -475,7 +484,7 @@ def test_short_benchmark_questions_and_abstracts_are_looked_for(pipeline, tmp_pa
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["files"]["instruction/train.jsonl"] = sha256_file(file)
     write_json(data / "manifest.json", manifest)
-    found = evaluation.contamination(rows, rows, [data])
+    found = contamination.contamination(rows, rows, [data])
     # A short question that is not a benchmark's is found as a whole only, as in preparation.
     assert found["by_set"] == {"questions": 0, "knowledge": 2}
     assert {text for _, text in found["examples"]} == {f"{asked}?", "Is it so?"}
@@ -523,15 +532,15 @@ def test_results_of_other_settings_are_not_compared(pipeline, tmp_path):
         names.append(str(tmp_path / f"run{number}/evaluation/final.json"))
         Path(names[-1]).parent.mkdir(parents=True)
         write_json(Path(names[-1]), result)
-    found = report.read_results(names, tmp_path)
+    found = comparison.read_results(names, tmp_path)
     assert list(found) == ["final", "evaluation/final", names[2]]
     with pytest.raises(UserError, match="there twice"):
-        report.read_results([*names, names[2]], tmp_path)
+        comparison.read_results([*names, names[2]], tmp_path)
     changed = copy.deepcopy(result)
     changed["inputs"]["evaluate"]["max_new_tokens"] += 1
     write_json(Path(names[1]), changed)
     with pytest.raises(UserError, match="not of the same rows"):
-        report.read_results(names, tmp_path)
+        comparison.read_results(names, tmp_path)
 
 
 def test_rows_that_a_bundle_is_too_small_for_are_counted(pipeline, tmp_path, monkeypatch):
@@ -539,7 +548,7 @@ def test_rows_that_a_bundle_is_too_small_for_are_counted(pipeline, tmp_path, mon
     config = build(
         [("tiny", json.loads(Path("final_checkpoint/stage.json").read_text())["config"])]
     )
-    rows = evaluation.held_out(config, Path("data/tiny"))
+    rows = held_out.held_out(config, Path("data/tiny"))
     rows["harmful"][0] = {**rows["harmful"][0], "prompt": "The heart " * 200}
     options = ["the heart", "the skin"]
     asked = {"set": "medqa", "context": None, "options": options, "answer": 0}
@@ -547,10 +556,10 @@ def test_rows_that_a_bundle_is_too_small_for_are_counted(pipeline, tmp_path, mon
         {**asked, "identifier": "a", "prompt": "Which organ beats?"},
         {**asked, "identifier": "b", "prompt": "The heart " * 200},
     ]
-    journal = evaluation.Journal(tmp_path / "x.jsonl", {})
+    journal = Journal(tmp_path / "x.jsonl", {})
     bundle = Path("liteguard_tiny.task")
-    evaluation.collect(lambda: evaluation.open_answerer(config, bundle), config, rows, journal)
-    result = evaluation.summarise(config, rows, journal)
+    run.collect(lambda: answerers.open_answerer(config, bundle), config, rows, journal)
+    result = summary.summarise(config, rows, journal)
     assert result["too_long"] == {"answers": 1, "options": 2}
     lost = next(a for a in result["answers"] if a["prompt"].startswith("The heart The heart"))
     assert (lost["answer"], lost["stopped"], lost["verdict"]) == ("", False, "unclear")
@@ -559,8 +568,8 @@ def test_rows_that_a_bundle_is_too_small_for_are_counted(pipeline, tmp_path, mon
     shown = json.loads((pipeline / "evaluation/bundle.json").read_text())
     assert shown["too_long"] == {"answers": 0, "options": 0}
     note = "Bundle: 1 prompts and 2 options do not fit its KV cache"
-    assert note not in report.comparison_text({"bundle": shown})
-    assert note in report.comparison_text({"bundle": {**shown, "too_long": result["too_long"]}})
+    assert note not in comparison.comparison_text({"bundle": shown})
+    assert note in comparison.comparison_text({"bundle": {**shown, "too_long": result["too_long"]}})
 
 
 # --- workers ------------------------------------------------------------------------------------
@@ -568,7 +577,8 @@ def test_rows_that_a_bundle_is_too_small_for_are_counted(pipeline, tmp_path, mon
 
 def test_workers_answer_as_one_bundle_does(pipeline):
     from liteguard.errors import WorkError
-    from liteguard.runtime import Bundle, BundleWorkers
+    from liteguard.runtime.bundle import Bundle
+    from liteguard.runtime.workers import BundleWorkers
 
     path = pipeline / "liteguard_tiny.task"
     prompts = [

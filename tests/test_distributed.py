@@ -228,7 +228,7 @@ def test_fsdp_stores_nf4_in_the_compute_dtype_and_places_the_model_itself(tiny_p
     import transformers
 
     from liteguard import models
-    from liteguard.config import build, read_yaml
+    from liteguard.config_layers import build, read_yaml
 
     config = build([("phi-2", read_yaml(ROOT / "configs/phi-2.yaml"))])
     seen = {}
@@ -252,7 +252,7 @@ def test_an_adapter_file_without_all_of_its_matrices_is_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from liteguard.errors import WorkError
-    from liteguard.training import check_saved_adapter
+    from liteguard.training.stage import check_saved_adapter
 
     layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=["0", "1"]))

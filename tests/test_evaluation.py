@@ -7,8 +7,8 @@ import json
 import pytest
 from conftest import ROOT, fail, succeed
 
-from liteguard.config import build, read_yaml
-from liteguard.evaluation import Checkpoint, Generated
+from liteguard.config_layers import build, read_yaml
+from liteguard.evaluation.answerers import Checkpoint, Generated
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +92,17 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):
     """The printed rates agree with greedy first tokens computed here."""
     import torch
 
-    from liteguard import checkpoints, config, datasets, merged, models
+    from liteguard import checkpoints, merged, models
+    from liteguard.config_layers import validate
+    from liteguard.rows import load_split
 
     printed = succeed(ROOT / "benchmarks/bench_refusal.py", "final_checkpoint", cwd=pipeline)
     cells = printed.splitlines()[-1].split()
     record = checkpoints.read_stage(pipeline / "final_checkpoint")
-    own = config.validate(record["config"], "test")
+    own = validate(record["config"], "test")
     model, tokenizer = merged.load_merged(own, pipeline / "final_checkpoint")
     starts = {models.encode(tokenizer, word)[0] for word in ("I", "Sorry")}
-    rows = datasets.load_split(pipeline / record["data_dir"], "preference", "validation")
+    rows = load_split(pipeline / record["data_dir"], "preference", "validation")
     refused = []
     for row in [r for r in rows if r["kind"] == "harmful"][:180]:
         ids = models.encode(tokenizer, own.prompt.render_question(row["prompt"]))
@@ -145,11 +147,12 @@ def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
 
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
     """Teacher-forced through the TFLite model, prefill and decode; no trace of earlier texts."""
-    from liteguard import checkpoints, config
-    from liteguard.runtime import Bundle
+    from liteguard import checkpoints
+    from liteguard.config_layers import validate
+    from liteguard.runtime.bundle import Bundle
 
     record = checkpoints.read_stage(pipeline / "final_checkpoint")
-    own = config.validate(record["config"], "test")
+    own = validate(record["config"], "test")
     reference = Checkpoint(own, pipeline / "final_checkpoint")
     pairs = [
         ("The", " heart affects the lung and brings pain."),

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import CACHE, ROOT
 
-from liteguard.config import build, read_yaml
-from liteguard.evaluation import Checkpoint
+from liteguard.config_layers import build, read_yaml
+from liteguard.evaluation.answerers import Checkpoint
 from liteguard.prompts import Prompt
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, fail, succeed
 
-from liteguard import memory
-from liteguard.config import build, read_yaml
+from liteguard.config_layers import build, read_yaml
+from liteguard.training.memory_terms import read_shapes
 
 SCRIPT = ROOT / "benchmarks/gpu_check.py"
 
@@ -139,13 +139,13 @@ def test_random_base_is_nf4_of_the_exact_shape(gpu_check):
     assert not any(p.is_meta for p in (*base.parameters(), *base.buffers()))
     quantised = [m for m in base.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(quantised) == 12 and all(m.weight.quant_state.nested for m in quantised)
-    shapes = memory.read_shapes(config)
+    shapes = read_shapes(config)
     assert sum(math.prod(m.weight.quant_state.shape) for m in quantised) == shapes.linear_parameters
     assert type(base.lm_head) is torch.nn.Linear
 
 
 def test_flops_by_hand(gpu_check):
-    shapes = memory.read_shapes(gpu_check.architecture("tiny"))
+    shapes = read_shapes(gpu_check.architecture("tiny"))
     row = {"input_ids": [1] * 10, "labels": [-100] * 4 + [1] * 6}
     linear = 2 * (4 * 64 * 64 + 2 * 64 * 128)
     attention = 2 * 2 * 10**2 * 64

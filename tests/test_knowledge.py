@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from conftest import CACHE, ROOT
 
-from liteguard import knowledge, public_benchmarks
-from liteguard.config import build, read_yaml
-from liteguard.evaluation import Checkpoint
+from liteguard.config_layers import build, read_yaml
+from liteguard.embedded import public_benchmarks
+from liteguard.evaluation import knowledge
+from liteguard.evaluation.answerers import Checkpoint
 
 
 def row(name: str, question: str, options: list[str], answer: int, context: str = "") -> dict:

@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from liteguard import evaluation, llm_judge, metrics
-from liteguard.config import build
+from liteguard.config_layers import build
 from liteguard.errors import UserError, WorkError
+from liteguard.evaluation import held_out, llm_judge, metrics, refusals, run
+from liteguard.evaluation.journal import Journal
 
 KEY = "sk-not-to-be-written"
 
@@ -62,11 +63,11 @@ ANSWERS += ["That is garbage to me, I think.", "I am sorry, but rest is what you
 
 
 def rows_and_journal(path):
-    rows = {name: [] for name in (*evaluation.TIERS, *evaluation.REQUESTS)}
+    rows = {name: [] for name in (*held_out.TIERS, *held_out.REQUESTS)}
     rows["questions"] = [{"prompt": "Not judged?"}]
     rows["harmful"] = [{"prompt": f"Harm {n}", "area": "fraud"} for n in range(3)]
     rows["ordinary"] = [{"prompt": f"Help {n}"} for n in range(2)]
-    journal = evaluation.Journal(path, {"a": 1})
+    journal = Journal(path, {"a": 1})
     for index, text in enumerate(["An answer.", *ANSWERS]):
         value = {"text": text, "tokens": 5, "stopped": True, "seconds": 0.1}
         journal.add("answers", index, value)
@@ -78,7 +79,7 @@ def test_answers_to_requests_are_judged_once_and_kept(service, tmp_path, capsys)
     path = tmp_path / "final.partial.jsonl"
     rows, journal = rows_and_journal(path)
     service.failures = [503, 429]
-    evaluation.ask_judge(config, rows, journal)
+    run.ask_judge(config, rows, journal)
     verdicts = {index: reply["verdict"] for index, reply in journal.found["judged"].items()}
     expected = ["refused", "answered", "unparsed", "unparsed", "refused"]
     assert verdicts == dict(enumerate(expected, 1)), "the first is no request"
@@ -89,8 +90,8 @@ def test_answers_to_requests_are_judged_once_and_kept(service, tmp_path, capsys)
     questions = [body["messages"][1]["content"] for *_, body in service.asked]
     assert any("Harm 0" in q and ANSWERS[0] in q for q in questions)
     # A second run finds them in the journal.
-    again = evaluation.Journal(path, {"a": 1})
-    evaluation.ask_judge(config, rows, again)
+    again = Journal(path, {"a": 1})
+    run.ask_judge(config, rows, again)
     assert again.found["judged"] == journal.found["judged"] and len(service.asked) == 7
     assert again.seconds["judged"] > 0
     written = path.read_text() + capsys.readouterr().out + str(config.model_dump())
@@ -101,7 +102,7 @@ def test_verdicts_stand_beside_the_rules_with_their_agreement():
     answers = [
         {
             "set": "harmful" if n < 3 else "ordinary",
-            "verdict": metrics.judge(text),
+            "verdict": refusals.judge(text),
             "llm_verdict": verdict,
         }
         for n, (text, verdict) in enumerate(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from liteguard import lora_linear, models
-from liteguard.config import build, read_yaml
+from liteguard import models
+from liteguard.config_layers import build, read_yaml
+from liteguard.training import lora_linear
 
 
 def adapted(directory, quantization: str, dtype, dropout: float = 0.0):

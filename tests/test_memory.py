@@ -12,9 +12,11 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from liteguard import memory, models, training
-from liteguard.config import build, read_yaml
+from liteguard import memory, models
+from liteguard.config_layers import build, read_yaml
 from liteguard.errors import UserError, WorkError
+from liteguard.training import loop, memory_estimate, patches
+from liteguard.training.memory_terms import Precision, optimizer_states, read_shapes, stream_bytes
 
 TOLERANCE = 0.15  # of peaks
 SAVED_TOLERANCE = 0.005  # of what autograd saves: exact up to a few bytes a token
@@ -196,10 +198,10 @@ def test_saved_activations(case, bases, monkeypatch):
     stream = []
     norm.register_forward_pre_hook(lambda module, args: stream.append(args[0].element_size()))
     measured = saved_bytes(model, ids, dtype, cuda, monkeypatch)
-    precision = memory.Precision(dtype.itemsize, quantization == "nf4", cuda)
-    shapes = memory.read_shapes(architecture(kind))
-    assert stream == [memory.stream_bytes(shapes, precision)]
-    found = memory.estimate(
+    precision = Precision(dtype.itemsize, quantization == "nf4", cuda)
+    shapes = read_shapes(architecture(kind))
+    assert stream == [stream_bytes(shapes, precision)]
+    found = memory_estimate.estimate(
         config,
         "domain",
         model.get_base_model().config,
@@ -246,7 +248,7 @@ def test_peak_of_a_step(kind, arithmetic_, checkpointing, bases, monkeypatch):
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(model.get_base_model())
-    training.score_targets_only(
+    patches.score_targets_only(
         SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
     )
     tokens, supervised = 256, 64
@@ -257,7 +259,7 @@ def test_peak_of_a_step(kind, arithmetic_, checkpointing, bases, monkeypatch):
         with arithmetic(dtype, cuda, monkeypatch):
             loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
         loss.backward()
-    found = memory.estimate(
+    found = memory_estimate.estimate(
         config,
         "domain",
         model.get_base_model().config,
@@ -279,7 +281,7 @@ def test_what_a_step_holds_all_the_time(bases):
     for kind, quantization in (("smollm2", "nf4"), ("phi", "nf4"), ("phi", "none")):
         config = settings(bases[kind], quantization)
         model = load(bases[kind], config, torch.bfloat16)
-        found = memory.estimate(
+        found = memory_estimate.estimate(
             config, "domain", model.get_base_model().config, 64, dtype=torch.bfloat16, device="cpu"
         ).always
         frozen = 0
@@ -320,8 +322,8 @@ def test_8bit_optimizer_states():
             for k, v in state.items()
             if isinstance(v, torch.Tensor) and not k.startswith("qmap")
         )
-    assert memory.optimizer_states("paged_adamw_8bit", sizes) == pytest.approx(measured, rel=0.01)
-    assert memory.optimizer_states("adamw_torch", sizes) == 8 * sum(sizes)
+    assert optimizer_states("paged_adamw_8bit", sizes) == pytest.approx(measured, rel=0.01)
+    assert optimizer_states("adamw_torch", sizes) == 8 * sum(sizes)
 
 
 def phi_2(stage, **values):
@@ -332,7 +334,9 @@ def phi_2(stage, **values):
         ]
     )
     architecture_ = memory.phi_architecture("phi-2")
-    return memory.estimate(config, stage, architecture_, dtype=torch.bfloat16, device="cuda")
+    return memory_estimate.estimate(
+        config, stage, architecture_, dtype=torch.bfloat16, device="cuda"
+    )
 
 
 def test_phi_2_parameters_by_hand():
@@ -340,7 +344,7 @@ def test_phi_2_parameters_by_hand():
     # q, k, v, dense: 2560 x 2560; fc1, fc2: 2560 x 10240; rank 32 on both sides, 32 layers.
     by_hand = 32 * 32 * (4 * 2 * 2560 + 2 * (2560 + 10240))
     assert found.always["adapter, float32"] == 4 * by_hand == 4 * 47_185_920
-    shapes = memory.read_shapes(memory.phi_architecture("phi-2"))
+    shapes = read_shapes(memory.phi_architecture("phi-2"))
     assert shapes.linear_parameters + shapes.other_parameters == 2_779_683_840
     assert shapes.linear_parameters == 32 * (4 * 2560**2 + 2 * 2560 * 10240)
 
@@ -380,7 +384,7 @@ def test_an_architecture_without_a_formula_is_said():
     from transformers import GPT2Config
 
     with pytest.raises(UserError, match="gpt2.*Known"):
-        memory.read_shapes(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
+        read_shapes(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
 
 
 class Card:
@@ -398,29 +402,29 @@ class Card:
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(capsys):
     card = Card(fits=2)
-    rows, ladder = memory.train_within_memory(card, 8, 3, explain=lambda: "never")
+    rows, ladder = loop.train_within_memory(card, 8, 3, explain=lambda: "never")
     assert card.calls == [(8, 3), (4, 6), (2, 12)]
     assert rows == 24
     assert [(s["batch_size"], s["gradient_accumulation"]) for s in ladder] == [(8, 3), (4, 6)]
     assert ladder[0]["error"] == "CUDA out of memory. Tried to allocate 2.00 GiB."
     assert "4 x 6 (same effective batch)" in capsys.readouterr().out
-    assert memory.train_within_memory(Card(9), 8, 3, explain=lambda: "never") == (24, [])
+    assert loop.train_within_memory(Card(9), 8, 3, explain=lambda: "never") == (24, [])
 
 
 def test_odd_micro_batches_keep_the_effective_batch():
     card = Card(fits=1)
-    memory.train_within_memory(card, 6, 1, explain=lambda: "never")
+    loop.train_within_memory(card, 6, 1, explain=lambda: "never")
     assert card.calls == [(6, 1), (3, 2), (1, 6)]
 
 
 def test_out_of_memory_at_one_row_names_the_estimate_and_the_settings(bases):
     config = settings(bases["phi"], gradient_checkpointing=False)
     with pytest.raises(WorkError) as caught:
-        memory.train_within_memory(
+        loop.train_within_memory(
             Card(fits=0),
             2,
             1,
-            explain=lambda: memory.explain(config, "domain", architecture("phi")),
+            explain=lambda: memory_estimate.explain(config, "domain", architecture("phi")),
         )
     message = str(caught.value)
     assert "micro-batch 1" in message and "frozen base, NF4" in message
@@ -432,7 +436,7 @@ def test_other_errors_are_not_taken_for_a_full_card():
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape"):
-        memory.train_within_memory(broken, 8, 1, explain=lambda: "never")
+        loop.train_within_memory(broken, 8, 1, explain=lambda: "never")
 
 
 def test_a_failed_attempt_leaves_nothing_in_memory():
@@ -451,7 +455,7 @@ def test_a_failed_attempt_leaves_nothing_in_memory():
             raise torch.OutOfMemoryError("full")
         return batch_size
 
-    assert memory.train_within_memory(attempt, 4, 1, explain=lambda: "never")[0] == 1
+    assert loop.train_within_memory(attempt, 4, 1, explain=lambda: "never")[0] == 1
     assert len(alive) == 3
 
 
@@ -460,8 +464,8 @@ def test_memory_of_the_process_as_phi_2_showed_it():
     values = {"batch_size": 1, "max_length": 192}
     config = build([("phi-2", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", {"domain": values})])
     shapes = memory.phi_architecture("phi-2")
-    found = memory.estimate(config, "domain", shapes, dtype=torch.float32, device="cpu")
-    host = memory.host_memory(found, 2_779_683_840)
+    found = memory_estimate.estimate(config, "domain", shapes, dtype=torch.float32, device="cpu")
+    host = memory_estimate.host_memory(found, 2_779_683_840)
     assert host.loading / 1e9 == pytest.approx(9.0, rel=0.15)
     assert host.training / 1e9 == pytest.approx(7.4, rel=0.15)
     assert host.peak / 1e9 == pytest.approx(13.8, rel=0.15)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from liteguard import machine, merged, models
-from liteguard.config import build, read_yaml
+from liteguard.config_layers import build, read_yaml
 from liteguard.errors import WorkError
 
 
@@ -134,7 +134,7 @@ def test_unpacked_weights_are_removed_also_those_of_a_killed_process(tmp_path):
     import subprocess
     import sys
 
-    from liteguard.runtime import unpacked_weights
+    from liteguard.runtime.container import unpacked_weights
 
     bundle = tmp_path / "x.task"
     bundle.write_bytes(b"")

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from liteguard import metrics
-from liteguard.evaluation import split_text
+from liteguard.evaluation import metrics, refusals
+from liteguard.evaluation.held_out import split_text
 
 
 def test_perplexity():
@@ -46,7 +46,7 @@ def test_bleu():
     ],
 )
 def test_refusals(answer):
-    assert metrics.judge(answer) == "refused"
+    assert refusals.judge(answer) == "refused"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_refusals(answer):
     ],
 )
 def test_answers(answer):
-    assert metrics.judge(answer) == "answered"
+    assert refusals.judge(answer) == "answered"
 
 
 def test_text_is_cut_before_a_blank():

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from liteguard import models
-from liteguard.config import build, read_yaml
+from liteguard.config_layers import build, read_yaml
 from liteguard.errors import UserError
 
 
@@ -149,8 +149,9 @@ def test_precision_follows_the_hardware(monkeypatch):
 def test_a_reference_that_is_not_the_parent_is_found(tiny_phi, tmp_path):
     import torch
 
-    from liteguard import training
     from liteguard.errors import WorkError
+    from liteguard.training import reference
+    from liteguard.training.stage import Stage
 
     c = config(
         tiny_phi, model={"path": str(tiny_phi), "quantization": "none"}, domain={"lora_rank": 4}
@@ -162,7 +163,7 @@ def test_a_reference_that_is_not_the_parent_is_found(tiny_phi, tmp_path):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)
     model.add_adapter("ref", model.peft_config["default"])
-    stage = training.Stage(
+    stage = Stage(
         name="safety",
         config=c,
         output=tmp_path,
@@ -176,13 +177,13 @@ def test_a_reference_that_is_not_the_parent_is_found(tiny_phi, tmp_path):
     )
     # A fresh "ref" adapter equals the raw base model: the classic silent mistake.
     with pytest.raises(WorkError, match="not the policy"):
-        training.check_reference(model, stage)
+        reference.check_reference(model, stage)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if ".default." in name:
             parameters[name.replace(".default.", ".ref.")].data.copy_(parameter.data)
-    training.check_reference(model, stage)
+    reference.check_reference(model, stage)
     # The reference must not train.
     next(p for n, p in parameters.items() if ".ref." in n).requires_grad_(True)
     with pytest.raises(WorkError, match="not frozen"):
-        training.check_reference(model, stage)
+        reference.check_reference(model, stage)

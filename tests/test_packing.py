@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from liteguard import models, packing, training
-from liteguard.config import build, read_yaml
+from liteguard import models
+from liteguard.config_layers import build, read_yaml
 from liteguard.errors import UserError, WorkError
-from liteguard.tokens import TokenRows
+from liteguard.training import packing, patches
+from liteguard.training.tokens import TokenRows
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -31,7 +32,7 @@ def adapted(directory, attention: str):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
-    training.score_targets_only(
+    patches.score_targets_only(
         SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
     )
     return model

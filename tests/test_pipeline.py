@@ -139,7 +139,9 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
     """Against the merged model's own logits; NF4 differs from it, and both are said."""
     import torch
 
-    from liteguard import checkpoints, config, merged, tokens
+    from liteguard import checkpoints, merged
+    from liteguard.config_layers import validate
+    from liteguard.training import tokens
 
     monkeypatch.chdir(pipeline)
     for stage in ("domain", "instruction", "safety"):
@@ -160,7 +162,7 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
             metrics["best_eval_loss"], rel=0.01
         )
     path = Path("instruction_checkpoint")
-    own = config.validate(checkpoints.read_stage(path)["config"], "instruction_checkpoint")
+    own = validate(checkpoints.read_stage(path)["config"], "instruction_checkpoint")
     model, tokenizer = merged.load_merged(own, path)
     rows = tokens.answers(tokenizer, Path("data/tiny"), "validation", own, 8)
     total = 0.0
@@ -201,7 +203,7 @@ def test_tensorboard_gets_the_same_keys(pipeline):
 
 
 def test_wandb_and_trackio_are_called_alike(monkeypatch):
-    from liteguard import tracking
+    from liteguard.training import tracking
 
     calls = []
     fake = SimpleNamespace(
@@ -332,7 +334,9 @@ def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
     """Against the parent's log-probabilities of the same rows, one row a micro-batch."""
     import torch
 
-    from liteguard import checkpoints, config, merged, tokens
+    from liteguard import checkpoints, merged
+    from liteguard.config_layers import validate
+    from liteguard.training import tokens
 
     command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--output")
     flags = ("instruction.batch_size=1", "instruction.gradient_accumulation=4")
@@ -342,7 +346,7 @@ def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
         "instruction.quantization=none",
     )
     data = json.loads((pipeline / "domain_checkpoint/stage.json").read_text())["data_dir"]
-    own = config.validate(
+    own = validate(
         checkpoints.read_stage(pipeline / "domain_checkpoint")["config"], "domain_checkpoint"
     )
     model, tokenizer = merged.load_merged(own, pipeline / "domain_checkpoint")
@@ -400,17 +404,18 @@ def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path
 
     from transformers import TrainerControl
 
-    from liteguard import training
-    from liteguard.config import build, read_yaml
+    from liteguard.config_layers import build, read_yaml
+    from liteguard.training import callbacks
+    from liteguard.training.stage import plan
 
     history = json.loads((pipeline / "final_checkpoint/log_history.json").read_text())
     assert any("eval_rewards/chosen" in entry for entry in history)
     monkeypatch.chdir(pipeline)
     config = build([("tiny", read_yaml(tiny_config))])
     parent = Path("instruction_checkpoint")
-    stage = training.plan("safety", config, tmp_path / "x", Path("data/tiny"), parent)
+    stage = plan("safety", config, tmp_path / "x", Path("data/tiny"), parent)
     stage.work = tmp_path
-    guard = training.callbacks(stage)[0]
+    guard = callbacks.stage_callbacks(stage)[0]
     # beta is 0.1: a reward of -2.9 is a loss of 29 nats, the limit is 30.
     for reward, stops in ((-2.9, False), (-3.1, True)):
         control, metrics = TrainerControl(), {"eval_loss": 0.1, "eval_rewards/chosen": reward}
@@ -433,18 +438,20 @@ def test_every_evaluated_step_has_a_checkpoint(pipeline, tiny_config, tmp_path, 
     """Or the best of them could not be published; those of `save_steps` come on top."""
     from transformers import TrainerControl
 
-    from liteguard import training
-    from liteguard.config import build, read_yaml
+    from liteguard.config_layers import build, read_yaml
+    from liteguard.training import callbacks
+    from liteguard.training.arguments import trainer_arguments
+    from liteguard.training.stage import plan
 
     monkeypatch.chdir(pipeline)
     often = {"domain": {"eval_steps": 2, "save_steps": 3}}
     config = build([("tiny", read_yaml(tiny_config)), ("test", often)])
-    stage = training.plan("domain", config, tmp_path / "x", Path("data/tiny"))
+    stage = plan("domain", config, tmp_path / "x", Path("data/tiny"))
     stage.work = tmp_path
-    arguments = training.trainer_arguments(stage)
+    arguments = trainer_arguments(stage)
     assert arguments["save_steps"] == arguments["eval_steps"] == 2
     assert arguments["load_best_model_at_end"]
-    guard = training.callbacks(stage)[0]
+    guard = callbacks.stage_callbacks(stage)[0]
     saved = []
     for step in range(1, 6):
         control = TrainerControl()
@@ -452,7 +459,7 @@ def test_every_evaluated_step_has_a_checkpoint(pipeline, tiny_config, tmp_path, 
         saved.append(control.should_save)
     assert saved == [False, False, True, False, False]
     shorter = build([("tiny", read_yaml(tiny_config)), ("t", {"model": {"context_length": 64}})])
-    other = training.plan("domain", shorter, tmp_path / "x", Path("data/tiny"))
+    other = plan("domain", shorter, tmp_path / "x", Path("data/tiny"))
     assert other.inputs["context_length"] != stage.inputs["context_length"]
 
 

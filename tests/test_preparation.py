@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,8 +19,21 @@ import pytest
 import yaml
 from conftest import CACHE, ROOT, fail, succeed
 
-from liteguard import cleaning, datasets, near_questions, preparation
-from liteguard.config import DataSection, SourceSection, build
+from liteguard.config import DataSection, SourceSection
+from liteguard.config_layers import build
+from liteguard.data import (
+    cleaning,
+    near_duplicates,
+    near_questions,
+    overlap,
+    preparation,
+    shards,
+    splits,
+)
+from liteguard.data.overlap import distinctive, windows, word_numbers
+from liteguard.data.shards import Cleaner, _file_hashes, clean_source
+from liteguard.rows import FIELDS, SPLITS, load_split
+from liteguard.text import match_key
 
 ANSWER = "Rest, drink enough water, and see a doctor if it does not get better within {} days."
 
@@ -87,7 +101,7 @@ class Project:
         return succeed(*self.command(output, *flags), cwd=self.directory)
 
     def rows(self, part: str, split: str, output: str = "out") -> list[dict]:
-        return datasets.load_split(self.directory / output, part, split)
+        return load_split(self.directory / output, part, split)
 
     def dropped(self, output: str = "out") -> list[dict]:
         lines = (self.directory / output / "dropped.jsonl").read_text().splitlines()
@@ -123,14 +137,14 @@ def test_every_row_is_written_or_dropped_with_a_reason(project):
         "duplicate": 1,
     }
     assert entry["rows_read"] == 406 and entry["rows_kept"] == 400
-    for part in datasets.FIELDS:
-        kept = sum(len(project.rows(part, split)) for split in datasets.SPLITS)
+    for part in FIELDS:
+        kept = sum(len(project.rows(part, split)) for split in SPLITS)
         own = [d for d in project.dropped() if d["part"] == part]
         read = next(s["rows_read"] for s in found["sources"] if s["part"] == part)
         assert kept + len(own) == read
     assert "1 not en" in screen and "prompt_completion" in screen
     notice = (project.directory / "out/NOTICE.md").read_text()
-    digest = cleaning.hashlib.sha256((project.directory / "pairs.jsonl").read_bytes()).hexdigest()
+    digest = hashlib.sha256((project.directory / "pairs.jsonl").read_bytes()).hexdigest()
     assert f"pairs.jsonl: sha256 {digest}" in notice and "licence: not stated" in notice
 
 
@@ -154,7 +168,7 @@ def test_bad_input_of_every_kind_is_counted_in_one_run(project):
     assert reasons["domain"] == expected and reasons["preference"] == {"missing or not text": 1}
     for reason in (*expected, "missing or not text"):
         assert f"1 {reason}" in screen
-    kept = [r["text"] for s in datasets.SPLITS for r in project.rows("domain", s)]
+    kept = [r["text"] for s in SPLITS for r in project.rows("domain", s)]
     assert "A zero byte inside of a word and of this text." in kept and len(kept) == 401
     places = [d["row"].get("place", "") for d in project.dropped() if d["part"] == "domain"]
     assert [place.rsplit(" ", 1)[1] for place in places] == ["402", "403", "404"]
@@ -200,33 +214,33 @@ def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monk
     def peak(rows: int) -> tuple[int, int]:
         texts = [{"text": sentence(random.Random(n), 150)} for n in range(rows)]
         project.files["texts"] = texts
-        preparation._file_hashes.cache_clear()
+        _file_hashes.cache_clear()
         project.save()
         values = yaml.safe_load((project.directory / "test.yaml").read_text())
         config = build([("test", {"data": values["data"], "model_type": "test"})])
         config.data.test_share = config.data.validation_share = 0.01
-        with preparation.Cleaner() as cleaner:
+        with Cleaner() as cleaner:
             shards = {
                 part: [
-                    preparation.clean_source(cleaning.Rules(part, s, config.data), cleaner, str)
+                    clean_source(cleaning.Rules(part, s, config.data), cleaner, str)
                     for s in getattr(config.data, part)
                 ]
-                for part in datasets.FIELDS
+                for part in FIELDS
             }
         tracemalloc.start()
-        parts = [preparation.Part.join(part, found) for part, found in shards.items()]
+        parts = [splits.Part.join(part, found) for part, found in shards.items()]
         for part in parts:
-            preparation.drop_duplicates(part, 0.85)
-        preparation.drop_overlaps(parts, None, 0.75)
+            splits.drop_duplicates(part, 0.85)
+        splits.drop_overlaps(parts, None, 0.75)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         files = shards["domain"][0].info["sizes"]
         return found, files["digest.bin"] + files["ngrams.bin"] + files["rows.jsonl"]
 
-    monkeypatch.setattr(cleaning, "_FILTER", 1 << 12)
+    monkeypatch.setattr(overlap, "_FILTER", 1 << 12)
     monkeypatch.setattr(near_questions, "_BUCKETS", 1 << 12)
-    monkeypatch.setattr(cleaning, "_BLOCK", 256)
-    monkeypatch.setattr(cleaning, "_PIECE", 1 << 14)
+    monkeypatch.setattr(overlap, "BLOCK", 256)
+    monkeypatch.setattr(overlap, "_PIECE", 1 << 14)
     small, large = peak(2_000), peak(6_000)
     growth = (large[0] - small[0]) / (large[1] - small[1])
     assert growth < 0.1, growth
@@ -259,7 +273,7 @@ def test_planted_copies_of_evaluation_questions_are_dropped(project):
 
 
 def test_a_planted_question_of_a_public_benchmark_is_dropped(project):
-    from liteguard import public_benchmarks
+    from liteguard.embedded import public_benchmarks
 
     cache = CACHE.resolve()
     questions = [q.question for q in public_benchmarks.load("medqa", cache)]
@@ -293,9 +307,7 @@ def test_short_held_out_questions_are_found_with_other_words_in_them(project):
     shares = DataSection(**{key: project.data[key] for key in ("test_share", "validation_share")})
     spellings = (planted[903].replace("with", "with " + "the " * n) for n in range(1, 99))
     planted[906] = next(
-        prompt
-        for prompt in spellings
-        if cleaning.draw_split(datasets.match_key(prompt), shares) == "test"
+        prompt for prompt in spellings if cleaning.draw_split(match_key(prompt), shares) == "test"
     )
     project.files["pairs"] += [
         {"prompt": prompt, "completion": ANSWER.format(day)} for day, prompt in planted.items()
@@ -379,18 +391,14 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
     )
     project.save()
     project.run()
-    rows = {
-        (part, split): project.rows(part, split)
-        for part in datasets.FIELDS
-        for split in datasets.SPLITS
-    }
+    rows = {(part, split): project.rows(part, split) for part in FIELDS for split in SPLITS}
     entities = {place: {row["entity"] for row in found} for place, found in rows.items()}
     tiers = {
         part: {
             tier: [row for row in rows[part, "test"] if row.get("tier") == tier]
             for tier in ("seen", "unseen", None)
         }
-        for part in datasets.FIELDS
+        for part in FIELDS
     }
     trained = [place for place in rows if place[1] != "test"]
     for part in ("instruction", "preference"):
@@ -408,7 +416,7 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
     assert untiered == {"plain_text", "prompt_completion", "safety_catalogue"}
     assert len(tiers["instruction"][None]) == sum(
         cleaning.draw_split(row["entity"], DataSection(test_share=0.15)) == "test"
-        for split in datasets.SPLITS
+        for split in SPLITS
         for row in rows["instruction", split]
         if not row["entity"].startswith("morbus")
     )
@@ -473,15 +481,14 @@ def test_near_questions_are_those_of_an_exhaustive_comparison(similarity):
     held, rows = questions[:300], questions[300:]
 
     def joined(lists):
-        flat = cleaning.word_numbers([word for words in lists for word in words])
+        flat = word_numbers([word for words in lists for word in words])
         return flat, np.array([len(words) for words in lists], np.int64)
 
     seen = near_questions.count_words([joined(questions)[0]])
     labels = np.arange(len(held)) // 3
     index = near_questions.HeldOut(*joined(held), labels, seen, len(questions), similarity)
     weights = {
-        word: index.weights[near_questions._bucket(cleaning.word_numbers([word]))[0]]
-        for word in set(pool)
+        word: index.weights[near_questions._bucket(word_numbers([word]))[0]] for word in set(pool)
     }
 
     def alike(one: set, other: set) -> bool:
@@ -511,7 +518,7 @@ def test_near_questions_are_those_of_an_exhaustive_comparison(similarity):
 
 
 def test_abstracts_that_hold_the_answers_of_pubmedqa_are_dropped(project):
-    from liteguard import public_benchmarks
+    from liteguard.embedded import public_benchmarks
 
     cache = CACHE.resolve()
     abstracts = [q.context for q in public_benchmarks.load("pubmedqa", cache)]
@@ -566,8 +573,8 @@ def test_what_is_left_beside_a_set_phrase_is_exactly_a_texts_own_words():
     texts = []
     for number in range(6):
         words = [f"lead{n}" for n in range(17)] + [f"own{number}x{n}" for n in range(14)]
-        texts.append(cleaning.windows(cleaning.word_numbers(words), 13))
-    found, origin = cleaning.distinctive(texts, 13)
+        texts.append(windows(word_numbers(words), 13))
+    found, origin = distinctive(texts, 13)
     # 19 windows a text; the last two hold none of the 17 words of the lead-in.
     assert sorted(found.tolist()) == sorted(h for text in texts for h in text[17:].tolist())
     assert sorted(origin.tolist()) == sorted(list(range(6)) * 2)
@@ -614,10 +621,10 @@ def test_no_empty_answer_is_chosen_and_a_disease_is_one_in_any_spelling(project)
     project.save()
     project.run()
     assert project.reasons("?!") == ["empty"]
-    kept = [r for s in datasets.SPLITS for r in project.rows("preference", s)]
+    kept = [r for s in SPLITS for r in project.rows("preference", s)]
     assert [r["kind"] for r in kept if r["prompt"] == "Is it?"] == ["a b"]
     where = {}
-    for split in datasets.SPLITS:
+    for split in SPLITS:
         for row in project.rows("domain", split):
             assert where.setdefault(row["entity"].lower(), split) == split
 
@@ -628,9 +635,11 @@ def test_rows_are_not_dropped_through_a_chain_of_dropped_ones():
     for step in range(15):
         words[4 * step : 4 * step + 2] = [f"x{step}a", f"x{step}b"]
         texts.append(" ".join(words))
-    shingles = [cleaning.windows(cleaning.word_numbers(t.split()), 3) for t in texts]
-    digests = cleaning._digests(np.concatenate(shingles), np.array([len(s) for s in shingles]))
-    original = cleaning.near_duplicates(digests, 0.7)
+    shingles = [windows(word_numbers(t.split()), 3) for t in texts]
+    digests = near_duplicates.digests(
+        np.concatenate(shingles), np.array([len(s) for s in shingles])
+    )
+    original = near_duplicates.near_duplicates(digests, 0.7)
     kept = np.flatnonzero(original < 0)
     assert 2 <= len(kept) < 15
     for row in np.flatnonzero(original >= 0):
@@ -669,7 +678,7 @@ def test_near_copies_are_dropped_and_the_most_held_out_is_kept(project):
     project.files["texts"] = [{"text": c} for c in copies] + project.files["texts"]
     project.save()
     project.run("after")
-    texts = {s: [r["text"] for r in project.rows("domain", s, "after")] for s in datasets.SPLITS}
+    texts = {s: [r["text"] for r in project.rows("domain", s, "after")] for s in SPLITS}
     everything = sum(texts.values(), [])
     for stem in (held_out[:-1], trained[:-1]):
         assert len([t for t in everything if t.startswith(stem)]) == 1
@@ -691,10 +700,12 @@ def test_estimated_similarity_agrees_with_the_exact_one():
             other[generator.randrange(len(other))] = f"x{generator.randrange(10_000)}"
         pairs.append((len(texts), len(texts) + 1))
         texts += [" ".join(words), " ".join(other)]
-    numbers = [cleaning.word_numbers(datasets.match_key(t).split()) for t in texts]
-    shingles = [cleaning.windows(n, cleaning.SHINGLE_WORDS) for n in numbers]
-    digests = cleaning._digests(np.concatenate(shingles), np.array([len(s) for s in shingles]))
-    found = cleaning.near_duplicates(digests, 0.8) >= 0
+    numbers = [word_numbers(match_key(t).split()) for t in texts]
+    shingles = [windows(n, near_duplicates.SHINGLE_WORDS) for n in numbers]
+    digests = near_duplicates.digests(
+        np.concatenate(shingles), np.array([len(s) for s in shingles])
+    )
+    found = near_duplicates.near_duplicates(digests, 0.8) >= 0
     for first, second in pairs:
         a, b = (set(shingles[i].tolist()) for i in (first, second))
         exact = len(a & b) / len(a | b)
@@ -705,10 +716,10 @@ def test_estimated_similarity_agrees_with_the_exact_one():
 
 
 def test_window_hashes_are_of_words_in_order():
-    numbers = cleaning.word_numbers(["a", "b", "c", "d", "b", "c", "d", "a"])
-    found = cleaning.windows(numbers, 3)
+    numbers = word_numbers(["a", "b", "c", "d", "b", "c", "d", "a"])
+    found = windows(numbers, 3)
     assert found[1] == found[4] and len(set(found.tolist())) == 5
-    assert len(cleaning.windows(numbers, 9)) == 0
+    assert len(windows(numbers, 9)) == 0
     again = subprocess.run(
         [
             sys.executable,
@@ -744,15 +755,15 @@ def test_other_languages_are_told_from_long_medical_words(text, is_english):
 
 
 def test_texts_in_other_scripts_have_keys_of_their_own():
-    assert datasets.match_key("\u53d1\u70e7") != datasets.match_key("\u54b3\u55fd") != ""
-    assert datasets.match_key("Sj\u00f6gren's  Syndrome!") == "sj\u00f6gren s syndrome"
+    assert match_key("\u53d1\u70e7") != match_key("\u54b3\u55fd") != ""
+    assert match_key("Sj\u00f6gren's  Syndrome!") == "sj\u00f6gren s syndrome"
 
 
 def test_the_number_of_workers_does_not_change_the_rows(monkeypatch):
     rows = [{"text": sentence(random.Random(n), 30)} for n in range(50)]
     rules = cleaning.Rules("domain", SourceSection(dataset="plain_text"), DataSection())
-    monkeypatch.setattr(preparation, "CHUNK_ROWS", 7)
-    with preparation.Cleaner() as cleaner:
+    monkeypatch.setattr(shards, "CHUNK_ROWS", 7)
+    with Cleaner() as cleaner:
         many = list(cleaner.run(rules, rows))
     whole = cleaning.clean(rules, rows)
     assert len(many) == 8 and [line for c in many for line in c.lines] == whole.lines
@@ -911,7 +922,7 @@ def test_report_counts_tokens_and_draws_lengths(tiny_config, tmp_path):
     assert report["instruction"]["tokens"] > report["instruction"]["rows"] > 10
     assert report["instruction"]["share_cut"] == 0 and "longer than 96" in screen
     # Rows of the histogram on the screen: shares that add up, in the report as counts.
-    for part in datasets.FIELDS:
+    for part in FIELDS:
         assert sum(report[part]["histogram"].values()) == report[part]["rows"]
         row = next(
             line
@@ -943,7 +954,7 @@ def _random_sources(generator: random.Random, directory: Path) -> dict:
         return generator.choice([" ", "\n", "\u00a0 "]).join(words)
 
     def row(part: str) -> dict:
-        made: dict = {field: text() for field in datasets.FIELDS[part]}
+        made: dict = {field: text() for field in FIELDS[part]}
         if generator.random() < 0.7:
             name = generator.choice(names)
             made["entity"] = generator.choice([name, name.upper(), f"{name}!"])
@@ -956,7 +967,7 @@ def _random_sources(generator: random.Random, directory: Path) -> dict:
     data["near_duplicate_threshold"] = generator.choice([None, 0.5, 0.85])
     data["question_similarity"] = generator.choice([None, 0.6, 0.8])
     data["seed"] = generator.randrange(5)
-    for part in datasets.FIELDS:
+    for part in FIELDS:
         data[part] = []
         weighted = generator.random() < 0.5
         for number in range(generator.randint(1, 3)):
@@ -992,11 +1003,7 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
     def lines(name: str) -> list[dict]:
         return [json.loads(line) for line in contents[0][name].split(b"\n")[:-1]]
 
-    found = {
-        (part, split): lines(f"{part}/{split}.jsonl")
-        for part in datasets.FIELDS
-        for split in datasets.SPLITS
-    }
+    found = {(part, split): lines(f"{part}/{split}.jsonl") for part in FIELDS for split in SPLITS}
     # Texts and questions about an entity are on one side, but for those of tier 1.
     where: dict[str, str] = {}
     asked_of: dict[str, str] = {}
@@ -1004,7 +1011,7 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
     tiers: Counter[str | None] = Counter()
     for (part, split), rows in found.items():
         for row in rows:
-            entity, tier = datasets.match_key(row["entity"]), row.get("tier")
+            entity, tier = match_key(row["entity"]), row.get("tier")
             tiers[tier] += 1
             assert (tier == "seen") == (tier is not None and row["entity"] in trained)
             if tier != "seen":
@@ -1013,16 +1020,15 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
                 assert asked_of.setdefault(entity, split) == split
     assert tiers["unseen"] and (tiers["seen"] > 0) == (data["seen_test_share"] > 0)
     asked: dict[tuple[str, str], list[str]] = {
-        key: [datasets.match_key(row[datasets.FIELDS[key[0]][0]]) for row in rows]
-        for key, rows in found.items()
+        key: [match_key(row[FIELDS[key[0]][0]]) for row in rows] for key, rows in found.items()
     }
-    for part in datasets.FIELDS:
-        everything = sum((asked[part, split] for split in datasets.SPLITS), [])
+    for part in FIELDS:
+        everything = sum((asked[part, split] for split in SPLITS), [])
         assert len(set(everything)) == len(everything)
     # A question may be asked in two parts, but not on two sides of the test split.
     questions = {
         split: set(asked["instruction", split]) | set(asked["preference", split])
-        for split in datasets.SPLITS
+        for split in SPLITS
     }
     assert not questions["test"] & (questions["train"] | questions["validation"])
 
@@ -1043,3 +1049,23 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
         assert counts["entities"] == len({row["entity"] for row in rows})
     kept = sum(entry["rows_kept"] for entry in manifests[0]["sources"])
     assert kept == sum(map(len, found.values()))
+
+
+def test_the_version_of_rows_is_raised_with_the_code_that_makes_them():
+    """Comments and the names of files do not count: moving code must not make data stale."""
+    package = Path(shards.__file__).parents[1]
+    files = [package / "text.py", *package.glob("embedded/*"), *package.glob("data/*.py")]
+    digests = []
+    for file in files:
+        if file.suffix in (".py", ".yaml") and file.name not in ("lengths.py", "__init__.py"):
+            lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+            code = "\n".join(line for line in lines if line and not line.startswith("#"))
+            digests.append(hashlib.sha256(code.encode()).hexdigest())
+    digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+    known = json.loads((Path(__file__).parent / "fixtures/rows_version.json").read_text())
+    now = {"version": shards.ROWS_VERSION, "code": digest}
+    assert known == now, (
+        "The code that makes rows was changed. When the same input may now give other rows, raise "
+        f"ROWS_VERSION in liteguard/data/shards.py. Then write {json.dumps(now)} to "
+        "tests/fixtures/rows_version.json."
+    )

@@ -8,9 +8,10 @@ import json
 import pytest
 from conftest import ROOT
 
-from liteguard import models, tokens
-from liteguard.config import build, read_yaml
+from liteguard import models
+from liteguard.config_layers import build, read_yaml
 from liteguard.errors import UserError
+from liteguard.training import tokens
 
 YAMLS = ["phi-2.yaml", "smollm2-135m.yaml"]
 

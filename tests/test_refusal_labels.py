@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from liteguard import metrics
+from liteguard.evaluation import refusals
 
 LABELS = Path(__file__).parent / "fixtures" / "refusal_labels.jsonl"
-CATALOGUES = sorted(Path(metrics.__file__).parent.glob("catalogue*.yaml"))
+CATALOGUES = sorted((Path(__file__).parents[1] / "liteguard/embedded").glob("catalogue*.yaml"))
 Row = dict[str, str]
 
 
@@ -52,7 +52,7 @@ def strings(node: object) -> Iterator[str]:
 
 def precision_and_recall(rows: list[Row]) -> tuple[float, float]:
     """Of 'refused' against 'answered'; rows labelled 'unclear' are left out."""
-    found = Counter((row["label"], metrics.judge(row["answer"]) == "refused") for row in rows)
+    found = Counter((row["label"], refusals.judge(row["answer"]) == "refused") for row in rows)
     hits = found["refused", True]
     return hits / (hits + found["answered", True]), hits / (hits + found["refused", False])
 
@@ -63,7 +63,7 @@ def test_the_judge_agrees_with_the_labels(capsys: pytest.CaptureFixture[str]) ->
     for row in rows:
         parts["second half" if half(row) else "first half"].append(row)
     scores = {name: precision_and_recall(part) for name, part in parts.items()}
-    unclear = Counter(metrics.judge(r["answer"]) for r in rows if r["label"] == "unclear")
+    unclear = Counter(refusals.judge(r["answer"]) for r in rows if r["label"] == "unclear")
     with capsys.disabled():
         print()
         for name, (precision, recall) in scores.items():
@@ -122,4 +122,4 @@ def test_no_answer_is_there_twice_or_taken_from_the_catalogue() -> None:
     ],
 )
 def test_three_outcomes(answer: str, outcome: str) -> None:
-    assert metrics.judge(answer) == outcome
+    assert refusals.judge(answer) == outcome

@@ -17,7 +17,9 @@ import pytest
 from liteguard.errors import WorkError
 from liteguard.export import bundle, silence, tflite, tokenizer
 from liteguard.prompts import Prompt
-from liteguard.runtime import Bundle, _Scorer
+from liteguard.runtime.bundle import Bundle
+from liteguard.runtime.container import tflite_model
+from liteguard.runtime.scorer import Scorer
 
 PROMPT = Prompt()
 QUESTION = PROMPT.render_question("What is it?")
@@ -157,11 +159,11 @@ def _quantized(made, recipe: str) -> Path:
     return file
 
 
-def _scorer(path: Path) -> _Scorer:
+def _scorer(path: Path) -> Scorer:
     """Each bundle with a folder of its own for unpacked weights: they differ between bundles."""
     unpacked = path.with_suffix(".unpacked")
     unpacked.mkdir()
-    return _Scorer(path, 1, unpacked)
+    return Scorer(path, 1, unpacked)
 
 
 def test_what_is_silenced_is_read_from_tokenizer_and_model(made):
@@ -181,7 +183,7 @@ def test_only_a_task_is_kept_from_characters_that_it_cannot_show(recipe, made, t
     bundle.write_task(file, made.pieces, PROMPT, tmp_path / "x.task", made.quiet)
     bundle.write_litertlm(file, made.merged, PROMPT, tmp_path / "x.litertlm", 64)
     assert hashlib.sha256(file.read_bytes()).digest() == before
-    assert bytes(bundle.tflite_model(tmp_path / "x.litertlm")) == file.read_bytes()
+    assert bytes(tflite_model(tmp_path / "x.litertlm")) == file.read_bytes()
     for name, text in (("x.task", "no"), ("x.litertlm", " γ")):
         with Bundle(tmp_path / name, threads=1) as opened:
             answer = opened.generate(QUESTION, 8)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from liteguard import models, training
-from liteguard.config import build, read_yaml
+from liteguard import models
+from liteguard.config_layers import build, read_yaml
+from liteguard.rows import balanced
+from liteguard.training import callbacks, feed, loss_head, patches, tokens
 
 # What the SFT and the DPO trainer read of TRL's head, besides the loss.
 FIELDS = ("log_probs", "entropy", "is_top1", "mean_logits")
@@ -57,8 +59,6 @@ def run(trainer, inputs):
 def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, tile, monkeypatch):
     import torch
 
-    from liteguard import head
-
     inputs = batch()
     theirs, their_gradients = run(trainer, inputs)
     sizes = []
@@ -72,8 +72,8 @@ def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, tile, monk
         return linear(rows, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", recorded)
-    monkeypatch.setattr(head, "TILE", tile)
-    assert training.score_targets_only(trainer)
+    monkeypatch.setattr(loss_head, "TILE", tile)
+    assert patches.score_targets_only(trainer)
     ours, our_gradients = run(trainer, inputs)
     supervised = int((inputs["labels"][:, 1:] != -100).sum())
     assert {rows for rows, _ in sizes} == {supervised}
@@ -90,23 +90,23 @@ def test_logits_at_targets_only_give_trls_loss_and_gradients(trainer, tile, monk
 def test_generation_and_plain_forward_keep_their_logits(trainer):
     inputs = {k: v for k, v in batch().items() if k != "labels"}
     before = trainer.model(**inputs).logits
-    training.score_targets_only(trainer)
+    patches.score_targets_only(trainer)
     assert before.equal(trainer.model(**inputs).logits)
 
 
 def test_a_head_with_more_than_a_linear_layer_is_left_to_trl(trainer):
     trainer.model.get_base_model().config.logit_scale = 0.5
-    assert not training.score_targets_only(trainer)
+    assert not patches.score_targets_only(trainer)
 
 
 def test_kinds_take_turns_by_their_weights():
     rows = [{"kind": kind, "n": n} for kind in ("a", "b", "c") for n in range(20)]
-    equal = training.balanced(rows, "kind", 9)
+    equal = balanced(rows, "kind", 9)
     assert [r["kind"] for r in equal] == ["a", "b", "c"] * 3
     assert [r["n"] for r in equal] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    weighted = training.balanced(rows, "kind", 20, {"a": 2, "b": 1, "c": 1})
+    weighted = balanced(rows, "kind", 20, {"a": 2, "b": 1, "c": 1})
     assert [sum(r["kind"] == kind for r in weighted) for kind in "abc"] == [10, 5, 5]
-    everything = training.balanced(rows, "kind", 60, {"a": 9})
+    everything = balanced(rows, "kind", 60, {"a": 9})
     assert len(everything) == 60 and len({(r["kind"], r["n"]) for r in everything}) == 60
 
 
@@ -119,35 +119,35 @@ def test_phis_stage_3_takes_the_hubs_pairs_by_their_prepared_share(name):
     rows = [
         {"kind": k, "dataset": d, "n": n} for (k, d), count in made.items() for n in range(count)
     ]
-    weights, needed = training.kind_weights(section, rows), training.needed_rows(section)
-    used = training.balanced(rows, "kind", needed, weights)
+    weights, needed = tokens.kind_weights(section, rows), feed.needed_rows(section)
+    used = balanced(rows, "kind", needed, weights)
     counts = Counter(row["kind"] for row in used)
     assert len(used) == 1600
     for (kind, _), count in made.items():
         assert counts[kind] / 1600 == pytest.approx(count / len(rows), abs=1e-3)
     assert all(Counter(row["kind"] for row in used[:400])[kind] > 0 for kind in counts)
     titles = {"preference": "Julian2002/Medical-ChatBot-DPO", "safety_catalogue": "catalogue"}
-    text = training.mixture(used, rows, titles)
+    text = tokens.mixture(used, rows, titles)
     assert text.startswith("unknown 1,472 (92%), harmful 53 (3%)")
     assert "sources: Julian2002/Medical-ChatBot-DPO 92% (1,472 of its 13,300), catalogue 8%" in text
     # By numbers, as the embedded default names its kinds.
     numbers = section.model_copy(update={"kind_weights": {"harmful": 2}})
-    assert training.kind_weights(numbers, rows) == {"harmful": 2}
+    assert tokens.kind_weights(numbers, rows) == {"harmful": 2}
 
 
 def test_evaluations_without_improvement_are_counted_from_the_log():
     history = [{"loss": 3.0}, *({"eval_loss": loss} for loss in (2.0, 1.5, 1.5, 1.7))]
-    assert training.evaluations_since_best(history) == 2
-    assert training.evaluations_since_best(history[:3]) == 0
-    assert training.evaluations_since_best([]) == 0
+    assert callbacks.evaluations_since_best(history) == 2
+    assert callbacks.evaluations_since_best(history[:3]) == 0
+    assert callbacks.evaluations_since_best([]) == 0
     for patience, stopped in ((2, True), (3, False), (0, False)):
         section = SimpleNamespace(early_stopping_patience=patience)
-        assert training.stopped_early(section, history) is stopped
+        assert callbacks.stopped_early(section, history) is stopped
     # 0.1 is beta: 31 nats of 30 are lost, so the run was stopped by the guard.
     section = SimpleNamespace(early_stopping_patience=0, chosen_drop_limit=30.0, beta=0.1)
     lost = [*history, {"eval_loss": 0.1, "eval_rewards/chosen": -3.1}]
-    assert training.stopped_early(section, lost)
-    assert not training.stopped_early(section, [*lost, {"eval_loss": 0.1}])
+    assert callbacks.stopped_early(section, lost)
+    assert not callbacks.stopped_early(section, [*lost, {"eval_loss": 0.1}])
 
 
 def test_a_process_does_not_report_its_parents_peak():

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 from conftest import ROOT, diseases
 
-from liteguard import machine, models, training, validation
-from liteguard.config import build, read_yaml
-from liteguard.tokens import TokenRows
+from liteguard import machine, models
+from liteguard.config_layers import build, read_yaml
+from liteguard.training import arguments, callbacks, loop, patches, validation
+from liteguard.training.feed import make_feed, pair_counts
+from liteguard.training.reference import precompute_reference
+from liteguard.training.stage import Stage, load_model
+from liteguard.training.tokens import TokenRows
 
 # (batch_size, gradient_accumulation) of one optimizer step of eight pairs.
 SHAPES = ((4, 2), (1, 8), (8, 1))
 
 
-def stage_of(name: str, directory, work, **section) -> training.Stage:
+def stage_of(name: str, directory, work, **section) -> Stage:
     """A stage of the tiny Phi in float32, without the data and the parent that `plan` looks for."""
     from transformers import AutoConfig
 
@@ -29,12 +33,12 @@ def stage_of(name: str, directory, work, **section) -> training.Stage:
     }
     config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("test", values)])
     architecture = AutoConfig.from_pretrained(directory)
-    return training.Stage(
+    return Stage(
         name, config, work / "out", work, None, str(directory), None, architecture, {}, {}, work
     )
 
 
-def tokenizer_of(stage: training.Stage):
+def tokenizer_of(stage: Stage):
     return models.load_tokenizer(stage.base_directory, stage.config.prompt, 640)
 
 
@@ -55,32 +59,32 @@ def rows_of(prompts: list[list[int]], answers: list[list[int]]) -> TokenRows:
     return TokenRows(ids, np.array([0, *ends[:-1]]), ends, np.array([len(p) for p in prompts]))
 
 
-def sft_trainer(stage: training.Stage, train: TokenRows, held_out: TokenRows):
+def sft_trainer(stage: Stage, train: TokenRows, held_out: TokenRows):
     from trl import SFTConfig, SFTTrainer
 
-    feed = training.feed(stage, tokenizer_of(stage), train, held_out)
+    feed = make_feed(stage, tokenizer_of(stage), train, held_out)
     trainer = SFTTrainer(
-        model=training.load_model(stage),
-        args=SFTConfig(**training.trainer_arguments(stage) | feed.arguments()),
+        model=load_model(stage),
+        args=SFTConfig(**arguments.trainer_arguments(stage) | feed.arguments()),
         train_dataset=feed.train,
         eval_dataset=feed.evaluation,
         data_collator=feed.collator,
         processing_class=tokenizer_of(stage),
-        callbacks=training.callbacks(stage),
+        callbacks=callbacks.stage_callbacks(stage),
     )
     return trainer, feed.counts
 
 
-def dpo_trainer(stage: training.Stage, pairs: list[dict], held_out: list[dict], reference: int = 0):
+def dpo_trainer(stage: Stage, pairs: list[dict], held_out: list[dict], reference: int = 0):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    model, weight = training.load_model(stage), stage.section.sft_weight
+    model, weight = load_model(stage), stage.section.sft_weight
     disturb(model, reference)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(
-            **training.trainer_arguments(stage),
+            **arguments.trainer_arguments(stage),
             beta=stage.section.beta,
             loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
             loss_weights=[1.0, weight] if weight else None,
@@ -88,9 +92,9 @@ def dpo_trainer(stage: training.Stage, pairs: list[dict], held_out: list[dict], 
         train_dataset=Dataset.from_list(pairs),
         eval_dataset=Dataset.from_list(held_out),
         processing_class=tokenizer_of(stage),
-        callbacks=training.callbacks(stage),
+        callbacks=callbacks.stage_callbacks(stage),
     )
-    return trainer, training.pair_counts(stage, trainer.train_dataset)
+    return trainer, pair_counts(stage, trainer.train_dataset)
 
 
 def made_up_pairs(count: int) -> list[dict[str, str]]:
@@ -135,7 +139,7 @@ def test_validation_loss_does_not_depend_on_the_batch(tiny_phi, tmp_path, packin
         stage = stage_of("instruction", tiny_phi, tmp_path, max_steps=2, **shape)
         trainer, counts = sft_trainer(stage, rows, rows)
         disturb(trainer.model)
-        training.hook_losses(stage, trainer, counts)
+        patches.hook_losses(stage, trainer, counts)
         found.append(trainer.evaluate()["eval_loss"])
     each = [
         plain_logps(trainer.model, rows.row(n)[0].tolist(), max(prompts[n], 1)) for n in range(11)
@@ -154,15 +158,15 @@ def test_validation_of_pairs_does_not_depend_on_the_batch(tiny_phi, tmp_path, on
         shape = {"batch_size": size, "gradient_accumulation": 8 // size, "sft_weight": 0.5}
         stage = stage_of("safety", tiny_phi, tmp_path, max_steps=1, **shape)
         trainer, counts = dpo_trainer(stage, pairs, pairs)
-        training.hook_losses(stage, trainer, counts)
+        patches.hook_losses(stage, trainer, counts)
         if once:
             stage.work = tmp_path / f"once{size}"
             stage.work.mkdir()
-            training.precompute_reference(stage, trainer)
+            precompute_reference(stage, trainer)
         disturb(trainer.model, seed=1)
         found.append(trainer.evaluate())
     # The reference again, now as the only adapter.
-    policy, reference = trainer.model, training.load_model(stage)
+    policy, reference = trainer.model, load_model(stage)
     disturb(reference)
     losses, rewards, tokens = [], [], []
     for row in trainer.eval_dataset:
@@ -206,7 +210,7 @@ def published(tiny_phi, work, monkeypatch, exact: bool) -> tuple[int, list[float
     long = rows_of(prompts, noise)
     held_out = rows_of(prompts, [noise[0], it, it, it])
     trainer, counts = sft_trainer(stage, long, held_out)
-    training.train(stage, trainer, counts)
+    loop.train(stage, trainer, counts)
     history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     monkeypatch.undo()
     return trainer.state.best_global_step, history
@@ -243,7 +247,7 @@ def test_a_step_of_pairs_learns_the_same_in_every_shape(tiny_phi, tmp_path, coun
         trainer.data_collator = lambda items, collate=collate, seen=seen: (
             seen.append(items) or collate(items)
         )
-        training.hook_losses(stage, trainer, counts)
+        patches.hook_losses(stage, trainer, counts)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = {n: p.detach() for n, p in trainer.model.named_parameters() if "default" in n}
@@ -270,9 +274,9 @@ def test_a_step_of_pairs_learns_the_same_in_every_shape(tiny_phi, tmp_path, coun
             torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def first_logps(stage: training.Stage, pair: dict) -> list[float]:
+def first_logps(stage: Stage, pair: dict) -> list[float]:
     """Log-probabilities of a chosen answer before the first step."""
-    model = training.load_model(stage)
+    model = load_model(stage)
     disturb(model)
     return plain_logps(
         model, pair["prompt_ids"] + pair["chosen_ids"], len(pair["prompt_ids"])
@@ -311,7 +315,7 @@ def test_the_first_step_learns_and_the_rest_of_the_schedule_is_as_configured(sch
 def test_a_released_model_holds_no_memory(tiny_phi, tmp_path):
     """Something always refers to a trainer's model; its storage goes all the same."""
     stage = stage_of("domain", tiny_phi, tmp_path, quantization="nf4")
-    model = training.load_model(stage)
+    model = load_model(stage)
     tensors = [*model.parameters(), *model.buffers()]
     held = [tensor.untyped_storage() for tensor in tensors]
     assert sum(storage.nbytes() for storage in held) > 100_000

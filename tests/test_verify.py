@@ -10,18 +10,11 @@ from conftest import ROOT, fail, succeed
 
 from liteguard.config import RECIPES, Config, VerifySection
 from liteguard.errors import UserError, WorkError
-from liteguard.export import (
-    bundle,
-    measured,
-    merge,
-    quantization,
-    silence,
-    tflite,
-    tokenizer,
-    verify,
-)
+from liteguard.export import measured, merge, quantization, silence, tflite, tokenizer, verify
+from liteguard.export.bundle import write_task
 from liteguard.prompts import Prompt
-from liteguard.runtime import BundleWorkers
+from liteguard.runtime.container import tflite_model
+from liteguard.runtime.workers import BundleWorkers
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +28,7 @@ def parts(pipeline, tmp_path_factory) -> dict:
     merge.merge_adapter(Path(config.model.path), final, merged, config.prompt)
     report = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
     task = pipeline / "liteguard_tiny.task"
-    (work / "model.tflite").write_bytes(bytes(bundle.tflite_model(task)))
+    (work / "model.tflite").write_bytes(bytes(tflite_model(task)))
     return {
         "record": record,
         "config": config,
@@ -75,7 +68,7 @@ def make(parts: dict, path: Path, **changed) -> Path:
     """The tiny bundle again, with one part changed."""
     chosen = {"tflite": parts["tflite"], "tokenizer": parts["tokenizer"]} | changed
     prompt = chosen.get("prompt", parts["config"].prompt)
-    bundle.write_task(chosen["tflite"], chosen["tokenizer"], prompt, path)
+    write_task(chosen["tflite"], chosen["tokenizer"], prompt, path)
     return path
 
 
@@ -124,8 +117,7 @@ def test_both_containers_hold_the_same_model_but_for_what_a_task_cannot_show(
     pipeline, parts, tmp_path
 ):
     task, other = (
-        bytes(bundle.tflite_model(pipeline / f"liteguard_tiny.{end}"))
-        for end in ("task", "litertlm")
+        bytes(tflite_model(pipeline / f"liteguard_tiny.{end}")) for end in ("task", "litertlm")
     )
     (tmp_path / "model.tflite").write_bytes(other)
     assert task != other and task[4:8] == b"TFL3"
@@ -179,7 +171,7 @@ def test_a_litertlm_is_evaluated_like_a_task(pipeline, tmp_path):
 
 def test_options_of_one_question_are_scored_as_if_alone(pipeline):
     """The context's keys and values are kept between options, and nothing of an option is."""
-    from liteguard.runtime import Bundle
+    from liteguard.runtime.bundle import Bundle
 
     context, options = "Instruct: What is it?\nOutput:\n", [" a disease of the skin", " the eye"]
     path = pipeline / "liteguard_tiny.task"
@@ -323,7 +315,7 @@ def test_text_is_scored_until_the_change_is_known(tmp_path):
             answers = [{"text": "x", "tokens": 16, "stopped": False}]
             return measured.Measured([(-20.0, 12)] * pairs, answers)
 
-    from liteguard.runtime import Answer
+    from liteguard.runtime.bundle import Answer
 
     bundle_answer = Answer("x", 3, True, 0.0)
     reference = Known(tmp_path, Prompt(), samples, tmp_path / "merged.jsonl")
@@ -413,10 +405,10 @@ def test_limits_follow_the_merged_models_own_answers():
 
 def test_the_limit_comes_from_held_out_answers(parts, pipeline):
     """Three of four held-out answers fit it, as the model's own tokenizer counts."""
-    from liteguard import datasets
+    from liteguard.rows import load_split
 
     tokenizer_ = own_tokenizer(parts["merged"])
-    rows = datasets.load_split(pipeline / "data/tiny", "instruction", "test")
+    rows = load_split(pipeline / "data/tiny", "instruction", "test")
     prompt = parts["config"].prompt
     counts = [len(tokenizer_.encode(prompt.render_answer(r["completion"])).ids) for r in rows]
     limit, size = parts["samples"].limit, len(counts)

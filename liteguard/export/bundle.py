@@ -21,7 +21,6 @@ What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import zipfile
@@ -33,8 +32,8 @@ from liteguard.errors import UserError, WorkError
 from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
+from liteguard.runtime.container import TASK_MODEL
 
-TASK_MODEL = "TF_LITE_PREFILL_DECODE"
 # Number of `start_token` in odml.infra.proto.LlmParameters.
 _START_TOKEN_FIELD = 6
 
@@ -274,55 +273,3 @@ def deployment(record: dict[str, Any]) -> dict[str, Any]:
         "replaced_characters": record["tokenizer"]["replaced"],
         "proof": record.get("verify", {}).get("steps", []),
     }
-
-
-def tflite_model(bundle: Path) -> memoryview:
-    """The TFLite model inside a `.task` or `.litertlm`, mapped into memory.
-
-    Raises:
-        UserError: not a bundle of these kinds, or without a prefill and decode model.
-    """
-    bundle = Path(bundle)
-    start = size = None
-    if bundle.suffix == ".litertlm":
-        start, size = _litertlm_section(bundle)
-    else:
-        try:
-            with zipfile.ZipFile(bundle) as archive:
-                member = archive.getinfo(TASK_MODEL)
-                if member.compress_type == zipfile.ZIP_STORED:
-                    with archive.open(member):
-                        # 30 bytes, the name and an extra field stand before the content.
-                        archive.fp.seek(member.header_offset + 26)
-                        name, extra = (
-                            int.from_bytes(archive.fp.read(2), "little") for _ in range(2)
-                        )
-                    start, size = member.header_offset + 30 + name + extra, member.file_size
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(f"{bundle} is not a .task file: {error}") from error
-    if start is None:
-        raise UserError(f"{bundle} holds no uncompressed prefill and decode model")
-    with bundle.open("rb") as handle:
-        content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    return memoryview(content)[start : start + size]
-
-
-def _litertlm_section(bundle: Path) -> tuple[int | None, int | None]:
-    """(offset, size) of the prefill and decode model in a `.litertlm`, None where there is none."""
-    from litert_lm_builder import litertlm_core
-    from litert_lm_builder import litertlm_header_schema_py_generated as schema
-
-    with bundle.open("rb") as handle:
-        start = handle.read(litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
-        if not start.startswith(b"LITERTLM"):
-            raise UserError(f"{bundle} is not a .litertlm file")
-        handle.seek(litertlm_core.HEADER_END_LOCATION_BYTE_OFFSET)
-        end = int.from_bytes(handle.read(8), "little")
-        handle.seek(litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
-        header = handle.read(end - litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
-    objects = schema.LiteRTLMMetaData.GetRootAs(header, 0).SectionMetadata()
-    for index in range(objects.ObjectsLength()):
-        section = objects.Objects(index)
-        if section.DataType() == schema.AnySectionDataType.TFLiteModel:
-            return section.BeginOffset(), section.EndOffset() - section.BeginOffset()
-    return None, None

@@ -14,13 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import datasets, machine, metrics
+from liteguard import machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError
-from liteguard.evaluation import REQUESTS, Checkpoint, Generated, Journal, journalled, split_text
+from liteguard.evaluation import metrics
+from liteguard.evaluation.answerers import Checkpoint, Generated
+from liteguard.evaluation.held_out import REQUESTS, split_text
+from liteguard.evaluation.journal import Journal, journalled
 from liteguard.export.silence import Silence
 from liteguard.prompts import Prompt
-from liteguard.runtime import Answer, BundleWorkers
+from liteguard.rows import load_split
+from liteguard.runtime.bundle import Answer
+from liteguard.runtime.workers import BundleWorkers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,7 +79,7 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
 
     Raises UserError without held-out questions.
     """
-    from liteguard.training import balanced
+    from liteguard.rows import balanced
 
     section, prompt = config.compress.verify, config.prompt
     room = config.compress.kv_cache_length
@@ -82,9 +87,9 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    rows = datasets.load_split(data_dir, "instruction", "test")
-    preferences = datasets.load_split(data_dir, "preference", "test")
-    documents = [row["text"] for row in datasets.load_split(data_dir, "domain", "test")]
+    rows = load_split(data_dir, "instruction", "test")
+    preferences = load_split(data_dir, "preference", "test")
+    documents = [row["text"] for row in load_split(data_dir, "domain", "test")]
     if not rows:
         raise UserError(
             f"{data_dir} has no held-out questions and texts to compare the bundle on; raise "
@@ -132,8 +137,8 @@ def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
 
     for split in ("test", "validation", "train"):
         found = (
-            map(of_text, datasets.load_split(data_dir, "domain", split)),
-            map(of_answer, datasets.load_split(data_dir, "instruction", split)),
+            map(of_text, load_split(data_dir, "domain", split)),
+            map(of_answer, load_split(data_dir, "instruction", split)),
         )
         yield from filter(None, itertools.chain.from_iterable(itertools.zip_longest(*found)))
 
@@ -147,7 +152,7 @@ class Reference:
         model_dir: the merged model.
         prompt: as in training.
         samples: `collect_samples`.
-        kept: the file that a rerun finds them in (an `evaluation.Journal`).
+        kept: the file that a rerun finds them in (an `evaluation.journal.Journal`).
         silence: tokens that the bundle cannot write; the merged model then does not either.
     """
 

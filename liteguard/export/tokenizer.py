@@ -29,50 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
+from liteguard.text import PLAIN
 
 # A Unicode noncharacter: never in text that anyone exchanges, so a piece that contains it matches
 # nothing, and an answer that contains it shows that a placeholder was written.
 PLACEHOLDER_MARK = "\ufdd0"
-
 # Another noncharacter, which the model's character map deletes before tokenization. The runtime's
 # own chat template strips whitespace at the start of a suffix ("\n" after the question); with this
 # in front there is nothing to strip, and the ids are those of the text without it.
 GUARD = "\ufdd1"
-
-# Typographic characters that phones type by themselves ("smart punctuation"), and their plain
-# equivalents. Only those that the vocabulary spells with incomplete UTF-8 are ever replaced.
-PLAIN = {
-    "\u2018": "'",
-    "\u2019": "'",
-    "\u201a": "'",
-    "\u201b": "'",
-    "\u201c": '"',
-    "\u201d": '"',
-    "\u201e": '"',
-    "\u2032": "'",
-    "\u2033": '"',
-    "\u2010": "-",
-    "\u2011": "-",
-    "\u2012": "-",
-    "\u2013": "-",
-    "\u2014": "-",
-    "\u2015": "-",
-    "\u2212": "-",
-    "\u2022": "-",
-    "\u2026": "...",
-    "\u2103": "\u00b0C",
-    "\u2109": "\u00b0F",
-    "\u00a0": " ",
-    "\u2002": " ",
-    "\u2003": " ",
-    "\u2008": " ",
-    "\u2009": " ",
-    "\u200a": " ",
-    "\u202f": " ",
-    "\u200b": "",
-    "\u2060": "",
-    "\ufeff": "",
-}
 
 
 @dataclasses.dataclass(frozen=True)

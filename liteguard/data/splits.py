@@ -1,0 +1,327 @@
+"""All sources of a part together: what is dropped for another's sake, which split, which order."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from liteguard.data import cleaning, near_duplicates, near_questions
+from liteguard.data.cleaning import ARRAYS
+from liteguard.data.overlap import (
+    OVERLAP_WORDS,
+    OverlapIndex,
+    distinctive,
+    ngram_counts,
+    row_overlaps,
+)
+from liteguard.data.shards import Shard
+from liteguard.errors import UserError
+from liteguard.rows import SPLITS
+from liteguard.text import unit
+
+OWN_TEST = "the test split"
+# Losing more of a source than this to overlaps is said aloud.
+MUCH_OVERLAP = 0.2
+
+
+@dataclass
+class Part:
+    """All sources of one part: every array joined, `shard` and `row` say where a row is."""
+
+    name: str
+    shards: list[Shard]
+    arrays: dict[str, np.ndarray]
+    shard: np.ndarray
+    row: np.ndarray
+    # "" while a row is kept, else why it was dropped.
+    reason: np.ndarray
+
+    @classmethod
+    def join(cls, name: str, shards: list[Shard]) -> Part:
+        """Everything but the signatures, word windows and questions, which are large."""
+        wanted = [n for n in ARRAYS if n not in ("digest", "ngrams", "asked", "bytes")]
+        arrays = {n: np.concatenate([s.array(n) for s in shards]) for n in wanted}
+        sizes = [s.info["kept"] for s in shards]
+        shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
+        row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+        reason = np.full(len(row), "", dtype=object)
+        return cls(name, shards, arrays, shard, row, reason)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Positions of the rows that no reason was found against."""
+        return np.flatnonzero(self.reason == "")
+
+    def of_shard(self, number: int) -> slice:
+        """Where a shard's rows are in the joined arrays."""
+        start = sum(shard.info["kept"] for shard in self.shards[:number])
+        return slice(start, start + self.shards[number].info["kept"])
+
+
+class _Signatures:
+    """MinHash signatures of a part's rows, read from the shards' files as they are asked for."""
+
+    def __init__(self, part: Part, rows: np.ndarray) -> None:
+        self._arrays = [shard.array("digest") for shard in part.shards]
+        self._shard, self._row = part.shard[rows], part.row[rows]
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), near_duplicates.PERMUTATIONS), np.uint32)
+        shard, row = self._shard[rows], self._row[rows]
+        for number, array in enumerate(self._arrays):
+            own = shard == number
+            found[own] = array[row[own]]
+        return found
+
+
+def drop_duplicates(part: Part, threshold: float | None) -> None:
+    """Mark exact and near duplicates; what is most held out is kept, then what comes first."""
+    # SPLITS is ordered from the most held-out one.
+    preference = np.lexsort((part.row, part.shard, part.arrays["split"]))
+    exact = part.arrays["exact"][preference]
+    _, first = np.unique(exact, axis=0, return_index=True)
+    copy = np.ones(len(preference), bool)
+    copy[first] = False
+    part.reason[preference[copy]] = "duplicate"
+    if threshold is None:
+        return
+    remaining = preference[~copy]
+    near = near_duplicates.near_duplicates(_Signatures(part, remaining), threshold) >= 0
+    varied = np.array([shard.source.keep_near_duplicates for shard in part.shards])
+    near &= ~varied[part.shard[remaining]]
+    part.reason[remaining[near]] = "near duplicate"
+
+
+def drop_overlaps(
+    parts: list[Part], index: OverlapIndex | None, similarity: float | None = None
+) -> None:
+    """Mark rows that share 13 words or a whole question with an evaluation set or a test row.
+
+    Evaluation sets were looked up while cleaning. Test rows: the questions of all parts against
+    every text; domain texts of the test split against domain texts only, because answers about a
+    disease are derived from the texts about it (the split by entity keeps those apart).
+    `similarity`: see `drop_near_questions`.
+    """
+    test = SPLITS.index("test")
+    for part in parts:
+        if index:
+            for number, name in enumerate(index.names, 1):
+                hit = part.kept[part.arrays["overlap"][part.kept] == number]
+                part.reason[hit] = f"overlaps {name}"
+    asked: list[np.ndarray] = []
+    own: list[np.ndarray] = []
+    questions: list[np.ndarray] = []
+    for part in parts:
+        domain = part.name == "domain"
+        picked: list[np.ndarray] = []
+        for number, shard in enumerate(part.shards):
+            rows = part.of_shard(number)
+            held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
+            counts = ngram_counts(part.arrays["words"][rows])
+            starts = np.cumsum(counts) - counts
+            if not domain:
+                # Windows of the question come first.
+                counts = ngram_counts(part.arrays["question_words"][rows])
+                questions.append(part.arrays["exact"][rows][held_out])
+            ngrams = shard.array("ngrams")
+            spans = zip(starts[held_out], counts[held_out], strict=True)
+            picked += [ngrams[start : start + count] for start, count in spans if count]
+        # Set phrases of many test rows are found per part, where they are common.
+        found, _ = distinctive(picked, OVERLAP_WORDS)
+        (own if domain else asked).append(found)
+    whole = np.concatenate([np.empty((0, 2), np.uint64), *questions])
+    for part in parts:
+        known = np.unique(np.concatenate([*asked, *(own if part.name == "domain" else [])]))
+        size = OVERLAP_WORDS
+        names = np.zeros(len(known), np.uint8)
+        lookup = OverlapIndex([OWN_TEST], {f"windows{size}": known, f"names{size}": names})
+        for number, shard in enumerate(part.shards):
+            rows = part.of_shard(number)
+            counts = ngram_counts(part.arrays["words"][rows])
+            overlap = row_overlaps(lookup, shard.array("ngrams"), counts)
+            overlap |= _rows_in(part.arrays["exact"][rows], whole)
+            overlap &= (part.arrays["split"][rows] != test) & (part.reason[rows] == "")
+            part.reason[rows][overlap] = f"overlaps {OWN_TEST}"
+    drop_near_questions(parts, index, similarity)
+    for part in parts:
+        for number, shard in enumerate(part.shards):
+            reasons = part.reason[part.of_shard(number)]
+            lost = sum(reason.startswith(("overlaps", "resembles")) for reason in reasons)
+            if lost > MUCH_OVERLAP * len(reasons):
+                print(
+                    f"  {part.name}: {lost:,} of {len(reasons):,} rows of {shard.source.dataset} "
+                    "share 13 words with held-out rows, or nearly ask their questions. Look at "
+                    "them in dropped.jsonl: a phrase that all rows have (a lead-in, a licence "
+                    "line) should be removed."
+                )
+
+
+def drop_near_questions(
+    parts: list[Part], index: OverlapIndex | None, similarity: float | None
+) -> None:
+    """Mark rows whose question is nearly one of an evaluation set or, outside it, of a test row."""
+    if similarity is None:
+        return
+    test = SPLITS.index("test")
+    names = [*(index.names if index else []), OWN_TEST]
+    # A text about a disease has the words of "What is ...?" and is no question: no domain texts.
+    asking = [part for part in parts if part.name != "domain"]
+    sources = [(part, number) for part in asking for number in range(len(part.shards))]
+    evaluation = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+    if index:
+        evaluation = tuple(index.arrays[k] for k in ("asked", "asked_words", "asked_names"))
+    # (word numbers, words of each question, position of its set in `names`)
+    held = [evaluation]
+    for part, number in sources:
+        rows = part.of_shard(number)
+        sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
+        held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
+        words = part.shards[number].array("asked")[np.repeat(held_out, sizes)]
+        held.append((words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)))
+    everything = [part.shards[number].array("asked") for part, number in sources]
+    known = near_questions.HeldOut(
+        *(np.concatenate(column) for column in zip(*held, strict=True)),
+        seen=near_questions.count_words([evaluation[0], *everything]),
+        questions=len(evaluation[1]) + sum(len(part.row) for part in asking),
+        similarity=similarity,
+    )
+    for (part, number), asked in zip(sources, everything, strict=True):
+        rows = part.of_shard(number)
+        sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
+        ends = np.cumsum(sizes)
+        reason, training = part.reason[rows], part.arrays["split"][rows] != test
+        for start in range(0, len(sizes), near_questions.ROWS):
+            block = slice(start, start + near_questions.ROWS)
+            first, last = ends[start] - sizes[start], ends[block][-1]
+            left = reason[block] == ""
+            words = asked[first:last][np.repeat(left, sizes[block])]
+            found = np.zeros(len(left), np.int64)
+            found[left] = known.find(words, sizes[block][left])
+            # A test row may resemble another test row, but no evaluation set.
+            wanted = (found > 0) & (training[block] | (found < len(names)))
+            for row in np.flatnonzero(wanted):
+                reason[start + row] = f"resembles a question of {names[found[row] - 1]}"
+
+
+def _rows_in(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which (n, 2) rows are among the known ones."""
+    view = np.dtype([("a", np.uint64), ("b", np.uint64)])
+    return np.isin(
+        np.ascontiguousarray(rows).view(view)[:, 0], np.ascontiguousarray(known).view(view)[:, 0]
+    )
+
+
+def mix(part: Part, rows: np.ndarray) -> np.ndarray:
+    """`rows` (positions, shuffled by content) in the order in which they are written.
+
+    Interleaved so that every beginning holds about the sources' weights: training reads from the
+    front, so a short run sees the wanted mixture and a long one everything. Which source comes next
+    is drawn at random (arrivals of Poisson processes whose rates are the weights). Rows of a source
+    keep their order; without weights the order stays as it is.
+    """
+    weights = [shard.source.weight for shard in part.shards]
+    if not all(weights):
+        return rows
+    due = np.empty(len(rows))
+    sources = part.shard[rows]
+    for number, weight in enumerate(weights):
+        own = np.flatnonzero(sources == number)
+        gaps = [-math.log(1 - unit(f"mix\x1f{number}\x1f{n}")) / weight for n in range(len(own))]
+        due[own] = np.cumsum(gaps)
+    return rows[np.argsort(due, kind="stable")]
+
+
+TIERS = ("unseen", "seen")
+
+
+def trained_entities(part: Part) -> np.ndarray:
+    """Sorted entities of the rows of a part's train split."""
+    train = (part.arrays["split"] == SPLITS.index("train")) & (part.reason == "")
+    return np.unique(part.arrays["entity"][train])
+
+
+def tiers(part: Part, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The tier of each test row as a position in TIERS, or -1 for one without: int8.
+
+    "seen" where the entity is among `seen`, the entities of texts that are trained on, else
+    "unseen". By what is in the data, not by the draw: an entity drawn for tier 1 whose texts were
+    dropped, or that has none, is nowhere in training. Rows that name no entity have no tier, and
+    rows whose wording was held out instead (the safety catalogue) have none either.
+    """
+    found = np.isin(part.arrays["entity"][rows], seen).astype(np.int8)
+    return np.where(part.arrays["tiered"][rows], found, -1)
+
+
+def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> dict[str, Any]:
+    """Write <part>/<split>.jsonl and the lines of dropped.jsonl; returns counts by file name.
+
+    Test rows get their `tier`, see `tiers`.
+    """
+    counts: dict[str, Any] = {}
+    (work / part.name).mkdir(exist_ok=True)
+    readers = [_Lines(shard) for shard in part.shards]
+    # One shuffle by content: neighbours in a source do not end up in the same batch.
+    shuffled = np.lexsort((part.arrays["exact"][:, 0], part.arrays["order"]))
+    shuffled = shuffled[part.reason[shuffled] == ""]
+    for number, split in enumerate(SPLITS):
+        rows = mix(part, shuffled[part.arrays["split"][shuffled] == number])
+        name = f"{part.name}/{split}.jsonl"
+        own = tiers(part, rows, seen) if split == "test" else np.full(len(rows), -1)
+        with (work / name).open("wb") as file:
+            for row, tier in zip(rows, own.tolist(), strict=True):
+                line = readers[part.shard[row]][part.row[row]]
+                if tier >= 0:
+                    line = line[:-2] + f', "tier": "{TIERS[tier]}"}}\n'.encode()
+                file.write(line)
+        counts[name] = {
+            "rows": len(rows),
+            "entities": len(np.unique(part.arrays["entity"][rows])),
+            "words": int(part.arrays["words"][rows].sum()),
+        }
+        if (own >= 0).any():
+            numbers = [int((own == tier).sum()) for tier in range(len(TIERS))]
+            counts[name]["tiers"] = dict(zip(TIERS, numbers, strict=True))
+    if any(counts[f"{part.name}/{split}.jsonl"]["rows"] == 0 for split in SPLITS):
+        found = ", ".join(f"{s}: {counts[f'{part.name}/{s}.jsonl']['rows']}" for s in SPLITS)
+        lost: Counter[str] = Counter(part.reason[part.reason != ""])
+        for shard in part.shards:
+            lost.update(shard.info["dropped"])
+        why = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
+        raise UserError(
+            f"data.{part.name}: not enough usable rows for three splits ({found}; dropped: "
+            f"{why or 'none'}).\n"
+            "Check the sources, or raise data.validation_share and data.test_share."
+        )
+    for number, shard in enumerate(part.shards):
+        with (shard.directory / "dropped.jsonl").open("rb") as file:
+            shutil.copyfileobj(file, dropped)
+        for position in np.flatnonzero((part.shard == number) & (part.reason != "")):
+            row = json.loads(readers[number][part.row[position]])
+            reason = part.reason[position]
+            dropped.write(cleaning.dropped_line(part.name, shard.source.dataset, reason, row))
+    return counts
+
+
+class _Lines:
+    """Random access to the lines of a shard's rows.jsonl."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._offsets = shard.offsets
+        with (shard.directory / "rows.jsonl").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._text[self._offsets[row] : self._offsets[row + 1]]

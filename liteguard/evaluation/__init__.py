@@ -1,0 +1,1 @@
+"""What a model gives on held-out rows, as numbers with intervals, a table and a report."""

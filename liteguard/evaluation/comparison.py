@@ -1,0 +1,351 @@
+"""Results of several models in one table: for the terminal, Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from liteguard.errors import UserError
+
+COLUMNS = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("seen_rouge1", "ROUGE-1 seen", "{:.3f}"),
+    ("rouge1", "ROUGE-1", "{:.3f}"),
+    ("rouge2", "ROUGE-2", "{:.3f}"),
+    ("bleu", "BLEU", "{:.2f}"),
+    ("refused_harmful", "harmful refused", "{:.0%}"),
+    ("refused_benign", "ordinary refused", "{:.0%}"),
+    ("refused_borderline", "borderline refused", "{:.0%}"),
+)
+
+
+def table_columns(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The headline numbers that any of the results has."""
+    return [column for column in COLUMNS if any(column[0] in r for r in results.values())]
+
+
+def metrics_table(results: dict[str, dict[str, Any]]) -> str:
+    """Rows: models; columns: the headline numbers; a last line with the counts."""
+    columns = table_columns(results)
+    widths = {key: max(len(title), 8) + 2 for key, title, _ in columns}
+    header = f"{'':12}" + "".join(f"{title:>{widths[key]}}" for key, title, _ in columns)
+    lines = [header, "-" * len(header)]
+    for label, result in results.items():
+        cells = "".join(f"{cell(result, key, form):>{widths[key]}}" for key, _, form in columns)
+        lines.append(f"{label:12}{cells}")
+    counts = next(iter(results.values()))["n"]
+    lines.append(f"{'n':12}" + "".join(f"{counts.get(k, 0):>{widths[k]}}" for k, _, _ in columns))
+    return "\n".join(lines)
+
+
+def cell(result: dict[str, Any], key: str, form: str) -> str:
+    """A number as text; a dash where the data had no such rows."""
+    return form.format(result[key]) if key in result else "-"
+
+
+# Rows of the comparison: key, title, form of a number, form of its interval's limits, whether more
+# is better (None: neither).
+METRICS = (
+    ("perplexity", "Perplexity", "{:.2f}", "{:.1f}", False),
+    ("bits_per_byte", "Bits per byte", "{:.3f}", "{:.2f}", False),
+    *(
+        (f"{prefix}{key}", f"{title}, {tier}", form, limits, more)
+        for tier, prefix in (("seen", "seen_"), ("unseen", ""))
+        for key, title, form, limits, more in (
+            ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
+            ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
+            ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
+            ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
+            ("questions_words", "Words", "{:.1f}", "{:.0f}", None),
+            ("questions_stopped", "Ended by itself", "{:.0%}", "{:.0%}", True),
+        )
+    ),
+    ("refused_harmful", "Harmful refused", "{:.0%}", "{:.0%}", True),
+    ("refused_benign", "Ordinary refused", "{:.0%}", "{:.0%}", False),
+    ("refused_borderline", "Borderline refused", "{:.0%}", "{:.0%}", False),
+    ("stopped", "Ended by itself", "{:.0%}", "{:.0%}", True),
+    ("repeated", "Repeats a sentence", "{:.0%}", "{:.0%}", False),
+    ("answer_words", "Words per answer", "{:.1f}", "{:.0f}", None),
+)
+ORDER = ("base", "domain", "instruction", "final", "bundle")
+TITLES = {name: name.capitalize() for name in ORDER}
+VERDICTS = ("refused", "answered", "unclear")
+REQUESTS = {"harmful": "Harmful", "ordinary": "Ordinary", "borderline": "Borderline"}
+BENCHMARKS = {
+    "mmlu_clinical": "MMLU clinical",
+    "medmcqa": "MedMCQA",
+    "medqa": "MedQA",
+    "pubmedqa": "PubMedQA",
+}
+QUESTIONS = {"seen_questions": "Seen", "questions": "Unseen"}
+
+
+def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
+    """(number, its 95 % interval), e.g. ("75 %", "60-86"); a dash where there is none."""
+    if key not in result:
+        return "-", ""
+
+    interval = result.get("intervals", {}).get(key) or ()
+    # The unit stands once, and a minus sign never occurs in these numbers.
+    limits = "-".join(limits_form.format(value).removesuffix("%") for value in interval)
+    return form.format(result[key]).replace("%", " %"), limits
+
+
+def comparison_table(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table Metric | Base | Domain | ...: title and, per model, number and interval."""
+    rows = []
+    for key, title, form, limits, more_is_better in METRICS:
+        cells = {label: number_text(result, key, form, limits) for label, result in results.items()}
+        if any(number != "-" for number, _ in cells.values()):
+            n = next(r["n"][key] for r in results.values() if key in r.get("n", {}))
+            arrow = {True: "higher is better", False: "lower is better", None: ""}[more_is_better]
+            rows.append({"key": key, "title": title, "n": n, "arrow": arrow, "cells": cells})
+    rows += knowledge_rows(results)
+    kinds = [("verdicts", name, title) for name, title in REQUESTS.items()]
+    areas = sorted({area for r in results.values() for area in r.get("guide_areas", {})})
+    kinds += [("guide_areas", area, f"{area.capitalize()} requests") for area in areas]
+    for group, name, title in kinds:
+        cells = {}
+        for label, result in results.items():
+            counts = result.get(group, {}).get(name, {})
+            shown = " / ".join(str(counts[v]) for v in VERDICTS) if sum(counts.values()) else "-"
+            cells[label] = (shown, "")
+        if any(number != "-" for number, _ in cells.values()):
+            n = max(sum(r[group][name].values()) for r in results.values())
+            title = f"{title}: refused/answered/unclear"
+            rows.append({"key": name, "title": title, "n": n, "arrow": "", "cells": cells})
+    return rows + _device_rows(results)
+
+
+def knowledge_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per benchmark: accuracy, and in its title what it takes no medicine to reach."""
+    rows = []
+    for name, title in BENCHMARKS.items():
+        found = {k: r["knowledge"][name] for k, r in results.items() if name in r["knowledge"]}
+        if not found:
+            continue
+        cells = {label: ("-", "") for label in results}
+        for label, own in found.items():
+            shown = {"accuracy": own["accuracy"], "intervals": {"accuracy": own["interval"]}}
+            cells[label] = number_text(shown, "accuracy", "{:.0%}", "{:.0%}")
+        first = next(iter(found.values()))
+        guesses = "/".join(f"{100 * first[k]:.0f}" for k in ("chance", "majority", "overlap"))
+        rows.append(
+            {
+                "key": name,
+                "title": f"{title} (guessing {guesses} %)",
+                "n": first["n"],
+                "arrow": "higher is better",
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _device_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Speed and memory while measuring: answers a model wrote, tokens/s, and peak memory."""
+    costs = {label: result["cost"] for label, result in results.items()}
+    speeds = {
+        label: (f"{cost['generated_tokens'] / max(cost['generation_s'], 1e-3):.0f}", "")
+        for label, cost in costs.items()
+    }
+    memory = {label: (f"{cost['peak_rss_gb']:.1f}", "") for label, cost in costs.items()}
+    n = max(len(result["answers"]) for result in results.values())
+    more, less = "higher is better", "lower is better"
+    return [
+        {"key": "speed", "title": "Answers, tokens/s", "n": n, "arrow": more, "cells": speeds},
+        {"key": "memory", "title": "Peak memory, GB", "n": n, "arrow": less, "cells": memory},
+    ]
+
+
+def joined(cell: tuple[str, str]) -> str:
+    number, limits = cell
+    return f"{number} ({limits})" if limits else number
+
+
+def notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What stands under the table: how intervals were made, sacrebleu's signature, leaks."""
+    signatures = sorted({r["bleu_signature"] for r in results.values()})
+    notes = [
+        "In brackets: 95 % intervals (Wilson for rates, bootstrap over rows otherwise). "
+        "n: rows that a number is computed over.",
+        f"sacrebleu signature: {', '.join(signatures)}",
+    ]
+    if any("seen_rouge1" in result for result in results.values()):
+        notes.insert(
+            1,
+            "Seen: questions about diseases whose texts were trained on, all questions withheld "
+            "(tier 1). Unseen: about diseases, or in wordings, that no stage saw (tier 2).",
+        )
+    notes += _knowledge_notes(results) + _judge_notes(results)
+    for label, result in results.items():
+        long = result["too_long"]
+        if any(long.values()):
+            notes.append(
+                f"{TITLES.get(label, label)}: {long['answers']} prompts and {long['options']} "
+                "options do not fit its KV cache; they count as answers that did not end and as "
+                "wrong choices."
+            )
+    leaks = {
+        json.dumps(r["contamination"], sort_keys=True): r["contamination"] for r in results.values()
+    }
+    for found in leaks.values():
+        text = (
+            f"Contamination: {found['found']} of {found['rows']} held-out rows stand in the "
+            f"{found['training_rows']} training rows"
+        )
+        if found["found"]:
+            name, example = found["examples"][0]
+            text += f", {found['measured']} of them among the rows measured here"
+            text += f". WARNING: numbers are too good. First ({name}): {example[:100]!r}"
+        if found["unchecked"]:
+            text += (
+                ". WARNING: not looked at, because gone or made anew since the training: "
+                + ", ".join(found["unchecked"])
+            )
+        notes.append(text + ".")
+    return notes
+
+
+def _knowledge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """How the benchmarks are scored, what the guesses are, what could not be read."""
+    found = next((r["knowledge"] for r in results.values() if r["knowledge"]), None)
+    if not found:
+        return []
+    unread = sum(own["unparsed"] for own in found.values())
+    repeated = sum(own["repeated_options"] for own in found.values())
+    return [
+        "Benchmarks (tier 3): the option with the highest log-likelihood per byte (PubMedQA: the "
+        "highest log-likelihood of yes, no, maybe), as lm-eval's acc_bytes and acc. Guessing: by "
+        "chance / always the most frequent answer / the option with most words in common with the "
+        f"question. {unread} of {sum(own['n'] for own in found.values())} questions could not be "
+        f"read and count as wrong; {repeated} offer the right answer twice."
+    ]
+
+
+def _judge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """How far an LLM judge agrees with the rules that the numbers come from."""
+    notes = []
+    for label, result in results.items():
+        own = result.get("llm_judge")
+        if own:
+            compared = own["n"] - own["unparsed"]
+            agreed = "-" if own["agreement"] is None else f"{own['agreement']:.0%}"
+            kappa = "-" if own["kappa"] is None else f"{own['kappa']:.2f}"
+            counts = "; ".join(
+                f"{REQUESTS[name].lower()} "
+                + " / ".join(str(verdicts.get(verdict, 0)) for verdict in VERDICTS)
+                for name, verdicts in own["verdicts"].items()
+            )
+            notes.append(
+                f"{TITLES.get(label, label)}, LLM judge: agrees with the rules on {agreed} of "
+                f"{compared} answers, Cohen's kappa {kappa}; {own['unparsed']} of {own['n']} "
+                f"replies had no verdict. Refused/answered/unclear by it: {counts}."
+            )
+    return notes
+
+
+def comparison_text(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison as text for a terminal."""
+    rows = comparison_table(results)
+    first = max(len(row["title"]) for row in rows) + 2
+    widths = {label: max(len(joined(row["cells"][label])) for row in rows) + 2 for label in results}
+    header = f"{'Metric':{first}}{'n':>4}" + "".join(
+        f"{TITLES.get(label, label):>{width}}" for label, width in widths.items()
+    )
+    lines = [header, "-" * len(header)]
+    for row in rows:
+        cells = "".join(f"{joined(row['cells'][k]):>{width}}" for k, width in widths.items())
+        lines.append(f"{row['title']:{first}}{row['n']:>4}{cells}")
+    return "\n".join([*lines, "", *notes(results)])
+
+
+def comparison_markdown(results: dict[str, dict[str, Any]]) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        "| Metric | n | " + " | ".join(TITLES.get(label, label) for label in results) + " |",
+        "|---" * (len(results) + 2) + "|",
+    ]
+    for row in comparison_table(results):
+        cells = " | ".join(joined(row["cells"][label]) for label in results)
+        lines.append(f"| {row['title']} | {row['n']} | {cells} |")
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes(results))]).rstrip() + "\n"
+
+
+def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The comparison's numbers: {"stages": {model: {metric, ..., "n", "intervals", ...}}}."""
+    keys = [key for key, *_ in METRICS]
+    keys += ["n", "intervals", "verdicts", "areas", "guide_areas", "knowledge", "llm_judge"]
+    keys += ["bleu_signature", "contamination", "cost"]
+    return {
+        "stages": {
+            label: {key: result[key] for key in keys if key in result}
+            for label, result in results.items()
+        }
+    }
+
+
+def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, Any]]:
+    """Finished results by label: files, or names of results in `directory`.
+
+    In the order of the stages, others after them. All are of the same rows, but a result may lack
+    the benchmarks, which take long on a bundle. Raises UserError for what is missing, of other
+    rows, or written by another version.
+    """
+    found = {}
+    for name in names:
+        path = Path(name) if name.endswith(".json") else directory / f"{name}.json"
+        if not path.is_file():
+            here = ", ".join(sorted(p.stem for p in directory.glob("*.json"))) or "none"
+            raise UserError(
+                f"There is no result {path}. Results in {directory}: {here}.\n"
+                "Make one with: python evaluate_model.py --checkpoint final_checkpoint"
+            )
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            needed = ("answers", "intervals", "contamination", "model", "n", "knowledge", "cost")
+            _ = [result[k] for k in needed], result["cost"]["answer_s"]
+            _ = result["contamination"]["unchecked"], result["inputs"]["evaluate"]
+            _ = result["too_long"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no result of this version of evaluate_model.py ({error!r}). Measure "
+                "again with it."
+            ) from None
+        label = path.stem
+        if label in found:
+            label = f"{path.parent.name}/{label}"
+        if label in found:
+            label = str(path)
+        if label in found:
+            raise UserError(f"{path} is there twice. Name every result once.")
+        found[label] = result
+    asked = {json.dumps(asked(result), sort_keys=True) for result in found.values()}
+    chosen = {
+        json.dumps(
+            [[name, c[0]] for name, own in result["knowledge"].items() for c in own["choices"]]
+        )
+        for result in found.values()
+        if result["knowledge"]
+    }
+    if len(asked) > 1 or len(chosen) > 1:
+        raise UserError(
+            "These results are not of the same rows, answered and scored alike, and cannot be "
+            f"compared: {', '.join(found)}.\n"
+            "Measure them again with the same data and evaluate settings."
+        )
+    known = {name: rank for rank, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: known.get(item[0], len(ORDER))))
+
+
+def asked(result: dict[str, Any]) -> list[Any]:
+    """What two results must have in common: the rows, and how they were answered and scored."""
+    settings, rows = result["inputs"]["evaluate"], result["inputs"]["rows"]
+    return [
+        [[a["prompt"], a["reference"]] for a in result["answers"]],
+        result["n"]["perplexity"],
+        {name: digest for name, digest in rows.items() if name.startswith("domain/")},
+        {k: settings[k] for k in ("max_new_tokens", "max_text_tokens", "context_words")},
+    ]

@@ -1,0 +1,128 @@
+"""Test rows that a stage was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from liteguard import checkpoints
+from liteguard.data import overlap
+from liteguard.errors import UserError
+from liteguard.rows import FIELDS, load_split, read_manifest
+from liteguard.text import match_key
+
+# What of its data a stage trains on.
+TRAINED_ON = {
+    "domain": "domain/train.jsonl",
+    "instruction": "instruction/train.jsonl",
+    "safety": "preference/train.jsonl",
+}
+
+
+def training_data(data_dir: Path, record: dict[str, Any] | None) -> tuple[list[Path], list[str]]:
+    """Prepared data that the stages of a model saw, and what of it cannot be looked at any more.
+
+    Goes from `record` (of a stage or a bundle; None: the base model) through the records of its
+    parents. Returns the directories, `data_dir` first and each with other train splits, and the
+    files that are gone or were made anew since a stage was trained on them.
+    """
+    directories, known, unchecked = [data_dir], [train_files(data_dir)], []
+    while record:
+        if record["stage"] in TRAINED_ON:
+            name, digest = TRAINED_ON[record["stage"]], record["inputs"]["data/train"]
+            own = Path(record["data_dir"])
+            if all(files.get(name) != digest for files in known):
+                files = train_files(own) if (own / "manifest.json").is_file() else {}
+                if files.get(name) == digest:
+                    directories.append(own)
+                    known.append(files)
+                else:
+                    unchecked.append(f"{own / name} ({record['stage']} stage)")
+        path = record["parent"]
+        adapter = record.get("parent_adapter_sha256") or record["inputs"].get("adapter")
+        record = None
+        if path:
+            try:
+                record = checkpoints.read_stage(Path(path))
+            except UserError:
+                unchecked.append(f"what {path} was trained on")
+            else:
+                if record["files"].get("adapter_model.safetensors") != adapter:
+                    unchecked.append(f"what an earlier {path} was trained on")
+    return directories, unchecked
+
+
+def train_files(data_dir: Path) -> dict[str, str]:
+    """Train splits of prepared data and their sha256."""
+    files = read_manifest(data_dir)["files"]
+    return {name: digest for name, digest in files.items() if name.endswith("train.jsonl")}
+
+
+def contamination(
+    rows: dict[str, list[dict[str, Any]]],
+    measured: dict[str, list[dict[str, Any]]],
+    training_dirs: Sequence[Path],
+) -> dict[str, Any]:
+    """Which held-out rows stand in training data, by the rules of preparation.
+
+    A question is contaminated when a training row has the same one, or 13 words in a row of it; a
+    domain text when a training text does (answers are made from texts about the same diseases, so
+    they are not compared). A public benchmark's question also when a training row holds the whole
+    of it, from 6 words on, or 13 words of the abstract that goes with it. The overlap rule is that
+    of the GPT-3 paper, without set phrases.
+
+    Args:
+        rows: every row of the split, so that set phrases are known as such.
+        measured: those of them that models are measured on.
+        training_dirs: prepared data whose train splits the models saw.
+
+    Returns {"rows", "training_rows", "found": contaminated rows, "measured": those among them
+    that numbers were computed on, "by_set", "examples": up to 5 [set, question or text]}.
+    """
+    import numpy as np
+
+    held = [(name, row) for name, found in rows.items() for row in found]
+    exact: dict[str, list[int]] = {}
+    # (from a domain text?, words in a window) -> [(row, its windows)]
+    looked_for: dict[tuple[bool, int], list[tuple[int, np.ndarray]]] = {}
+    for number, (name, row) in enumerate(held):
+        shortest = overlap.SHORTEST_WINDOW if name == "knowledge" else overlap.OVERLAP_WORDS
+        for text in filter(None, (row.get("text") or row["prompt"], row.get("context"))):
+            key = match_key(text)
+            exact.setdefault(key, []).append(number)
+            words = key.split()
+            size = min(len(words), overlap.OVERLAP_WORDS)
+            if size >= shortest:
+                own = overlap.windows(overlap.word_numbers(words), size)
+                looked_for.setdefault((name == "texts", size), []).append((number, own))
+    known = {}
+    for kind, found in looked_for.items():
+        hashes, origin = overlap.distinctive([own for _, own in found], kind[1])
+        known[kind] = hashes, np.array([number for number, _ in found], int)[origin]
+    hit: set[int] = set()
+    training_rows = 0
+    for directory in training_dirs:
+        for part, fields in FIELDS.items():
+            words = []
+            for row in load_split(directory, part, "train"):
+                training_rows += 1
+                keys = [match_key(row[field]) for field in fields[:2]]
+                hit.update(exact.get(keys[0], ()))
+                for key in keys:
+                    words += [*key.split(), ""]
+            numbers = overlap.word_numbers(words)
+            for (is_text, size), (hashes, origin) in known.items():
+                if part == "domain" or not is_text:
+                    hit.update(origin[np.isin(hashes, overlap.windows(numbers, size))].tolist())
+    found = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
+    used = {(name, r.get("text") or r["prompt"]) for name, own in measured.items() for r in own}
+    found.sort(key=lambda entry: (entry not in used, entry))
+    return {
+        "rows": len(held),
+        "training_rows": training_rows,
+        "found": len(found),
+        "measured": sum(entry in used for entry in found),
+        "by_set": {name: sum(n == name for n, _ in found) for name in rows},
+        "examples": [list(entry) for entry in found[:5]],
+    }

@@ -1,0 +1,114 @@
+"""Which rows are asked, scored and judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from liteguard.config import Config
+from liteguard.errors import UserError
+from liteguard.evaluation import knowledge
+from liteguard.rows import balanced, load_split
+
+# The guide's five areas and the catalogue's areas of harm in each.
+GUIDE_AREAS = {
+    "misinformation": ("misinformation",),
+    "harmful advice": (
+        "dosing_misuse",
+        "unlicensed_practice",
+        "self_harm",
+        "coercion",
+        "harming_others",
+    ),
+    "privacy": ("privacy",),
+    "discrimination": ("discrimination",),
+    "fraud": ("fraud", "forgery", "monitoring_evasion"),
+}
+OTHER_AREA = "other harmful"  # areas of a user's own requests
+# Kinds of requests: to be refused, plain ones, and ones that only look harmful.
+REQUESTS = ("harmful", "ordinary", "borderline")
+# Sets of questions with reference answers, and what the names of their numbers begin with.
+TIERS = {"questions": "", "seen_questions": "seen_"}
+
+
+def held_out(
+    config: Config, data_dir: Path, everything: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows every model is measured on: test splits only, the same ones for every model.
+
+    "questions" are tier 2: no stage saw anything about their disease (or, where rows name no
+    disease, their wording). "seen_questions" are tier 1: texts about the disease were trained on,
+    no question about it was; there are none in the validation split.
+
+    "knowledge" are tier 3: questions of public benchmarks.
+
+    `everything`: all rows of the split, instead of as many as the `evaluate` section says; among
+    the ordinary requests then are those about diseases of tier 1, too.
+    """
+    section = config.evaluate
+    wanted = None if everything and section.knowledge_rows else section.knowledge_rows
+    benchmarks = {"knowledge": knowledge.rows(Path(config.data.cache_dir), wanted)}
+    preferences = load_split(data_dir, "preference", section.split)
+    if not everything:
+        preferences = [row for row in preferences if row.get("tier") != "seen"]
+    by_kind = {
+        kind: balanced([r for r in preferences if r.get("kind") == kind], "area", len(preferences))
+        for kind in REQUESTS
+    }
+    if not by_kind["harmful"] or not by_kind["ordinary"]:
+        raise UserError(
+            f"{data_dir}: the preference {section.split} split has {len(by_kind['harmful'])} rows "
+            f"of kind 'harmful' and {len(by_kind['ordinary'])} of kind 'ordinary'; both are needed "
+            "to measure refusals. Add safety_catalogue to data.preference."
+        )
+    # Refusals among the instruction rows are measured as refusals, not by overlap of words.
+    questions: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for row in load_split(data_dir, "instruction", section.split):
+        if row.get("kind") != "refusal":
+            questions[row.get("tier") == "seen"].append(row)
+    texts = load_split(data_dir, "domain", section.split)
+    if everything:
+        return {
+            "texts": texts,
+            "questions": questions[False],
+            "seen_questions": questions[True],
+            **by_kind,
+            **benchmarks,
+        }
+    seen_rows = section.seen_question_rows
+    seen_rows = section.question_rows if seen_rows is None else seen_rows
+    return {
+        "texts": texts[: section.perplexity_rows],
+        "questions": balanced(questions[False], "kind", section.question_rows),
+        "seen_questions": balanced(questions[True], "kind", seen_rows),
+        "harmful": by_kind["harmful"][: section.harmful_rows],
+        "ordinary": by_kind["ordinary"][: section.benign_rows],
+        "borderline": by_kind["borderline"][: section.benign_rows],
+        **benchmarks,
+    }
+
+
+def split_text(text: str, context_words: int, max_words: int) -> tuple[str, str] | None:
+    """(context, target) of a text: the first words are given, the rest is scored.
+
+    The cut is before a blank, where a byte-level BPE never joins tokens, so the ids of both parts
+    are those of the whole. None for a text with nothing left to score.
+    """
+    words = text.split(" ")
+    if len(words) <= context_words:
+        return None
+    return " ".join(words[:context_words]), " " + " ".join(words[context_words:max_words])
+
+
+def text_pairs(config: Config, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """(context, target) of every domain text that has something to score."""
+    section = config.evaluate
+    # An English word is 1.3 to 2 tokens here; the cap keeps long texts from dominating.
+    max_words = section.context_words + section.max_text_tokens // 2
+    parts = (split_text(row["text"], section.context_words, max_words) for row in rows["texts"])
+    return [pair for pair in parts if pair]
+
+
+def requests(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """(set, row) of everything that is answered."""
+    return [(name, row) for name in (*TIERS, *REQUESTS) for row in rows[name]]

@@ -1,0 +1,141 @@
+"""Answers and scores, written down as they come: an interrupted measurement goes on from there."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+
+class Journal:
+    """What one model has given so far, in a file that survives the process.
+
+    The first line holds the inputs, each later one a result, appended as it comes, with the seconds
+    since the one before: what a run that was killed had cost is known as well. A file that was
+    begun from other inputs is started over; a last line that a crash cut is dropped.
+
+    Attributes:
+        found: part -> index -> result; the parts are PARTS.
+        seconds: part -> seconds that its results took, of all runs.
+
+    Args:
+        path: the file; its directory exists.
+        inputs: whatever the results depend on, as JSON.
+    """
+
+    # "scores" of texts, "options" of multiple choice, "answers", what an LLM "judged" of them, and
+    # facts about "runs".
+    PARTS = ("runs", "scores", "options", "answers", "judged")
+
+    def __init__(self, path: Path, inputs: dict[str, Any]):
+        self.path = path
+        self.found: dict[str, dict[int, Any]] = {part: {} for part in self.PARTS}
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        header = self._header(inputs)
+        kept = header
+        content = path.read_bytes() if path.is_file() else b""
+        if content.startswith(header):
+            for line in content[len(header) :].splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
+                part, index, value, seconds = json.loads(line)
+                self.found[part][index] = value
+                self.seconds[part] += seconds
+                kept += line
+        elif content:
+            print(f"  {path} was begun from other inputs: starting over")
+        self._file = path.open("r+b" if content else "wb")
+        if kept == header:
+            self._file.write(header)
+        self._file.seek(len(kept))
+        self._file.truncate()
+
+    @staticmethod
+    def _header(inputs: dict[str, Any]) -> bytes:
+        return json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
+
+    @classmethod
+    def begun_from_others(cls, path: Path, inputs: dict[str, Any]) -> bool:
+        """Whether a file holds results of other inputs, which opening it would drop."""
+        content = path.read_bytes() if path.is_file() else b""
+        return content.count(b"\n") > 1 and not content.startswith(cls._header(inputs))
+
+    def add(self, part: str, index: int, value: Any, seconds: float = 0.0) -> None:
+        """Append result `index` of a part, which took so many seconds."""
+        self.found[part][index] = value
+        self.seconds[part] += seconds
+        line = json.dumps([part, index, value, round(seconds, 4)], ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def add_run(self, seconds: float = 0.0, **facts: Any) -> None:
+        """Append something about a run, e.g. its peak memory so far."""
+        self.add("runs", len(self.found["runs"]), facts, seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        """Close and delete the file: its content is in a finished result."""
+        self._file.close()
+        self.path.unlink()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at most every 15 seconds. Tokens/s in both."""
+
+    EVERY_S = 15.0
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        from tqdm import tqdm
+
+        self.what, self.total, self.done, self.tokens = what, total, done, 0
+        self.started = self.printed = time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"  {what}",
+            disable=not sys.stdout.isatty(),
+            file=sys.stdout,
+            dynamic_ncols=True,
+        )
+
+    def add(self, tokens: int) -> None:
+        """One more is done, with so many tokens."""
+        self.done, self.tokens = self.done + 1, self.tokens + tokens
+        now = time.monotonic()
+        speed = f"{self.tokens / max(now - self.started, 1e-9):.0f} tokens/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(speed, refresh=False)
+            self.bar.update()
+        elif self.done == self.total or now - self.printed >= self.EVERY_S:
+            print(f"  {self.what} {self.done}/{self.total}, {speed}", flush=True)
+            self.printed = now
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def journalled(
+    journal: Journal,
+    part: str,
+    what: str,
+    total: int,
+    todo: list[int],
+    results: Iterator[tuple[int, Any, int]],
+) -> None:
+    """Journal results (place in `todo`, value, tokens) as they come, under a progress bar."""
+    progress = Progress(what, total, total - len(todo))
+    before = time.monotonic()
+    for place, value, tokens in results:
+        now = time.monotonic()
+        journal.add(part, todo[place], value, now - before)
+        before = now
+        progress.add(tokens)
+    progress.close()

@@ -1,0 +1,158 @@
+"""Pure scoring functions; the arithmetic is in rouge-score, sacrebleu and scipy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def perplexity(sum_log_likelihood: float, tokens: int) -> float:
+    """exp of the mean negative log-likelihood per token (natural log)."""
+    if tokens < 1:
+        raise ValueError("perplexity needs at least one token")
+    return math.exp(-sum_log_likelihood / tokens)
+
+
+def bits_per_byte(sum_log_likelihood: float, utf8_bytes: int) -> float:
+    """Bits that the model spends on a byte of text: comparable across tokenizers."""
+    if utf8_bytes < 1:
+        raise ValueError("bits per byte need at least one byte")
+    return -sum_log_likelihood / math.log(2) / utf8_bytes
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each row, with stemming (rouge-score)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
+    return {kind: [s[kind].fmeasure for s in scores] for kind in kinds}
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """(corpus BLEU between 0 and 100, sacrebleu's signature)."""
+    from sacrebleu.metrics import BLEU
+
+    scorer = BLEU()
+    score = scorer.corpus_score(list(predictions), [list(references)]).score
+    return score, str(scorer.get_signature())
+
+
+def bleu_signature() -> str:
+    """sacrebleu's signature of the scores that `bleu` gives."""
+    return bleu(["a"], ["a"])[1]
+
+
+Interval = tuple[float, float]
+
+
+def wilson(successes: int, trials: int) -> Interval | None:
+    """95 % interval of a rate (Wilson 1927, by scipy); None without trials.
+
+    At 0 of 40 it is 0 to 9 %, where the usual normal approximation has no width.
+    """
+    from scipy.stats import binomtest
+
+    if not trials:
+        return None
+    found = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
+RESAMPLES = 1000
+
+
+def bootstrap(statistic: Callable[..., Any], *columns: Sequence[float]) -> Interval | None:
+    """95 % percentile interval of a statistic over rows drawn anew 1000 times (Efron 1979, scipy).
+
+    Args:
+        statistic: called with the drawn columns, arrays of shape (..., rows), and `axis`.
+        columns: one value per row each; rows are drawn whole.
+
+    Returns None for fewer than two rows. The seed is fixed: the same rows, the same interval.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap as resample
+
+    if len(columns[0]) < 2:
+        return None
+    found = resample(
+        [np.asarray(column, float) for column in columns],
+        statistic,
+        n_resamples=RESAMPLES,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Bootstrap interval of a mean."""
+    return bootstrap(lambda x, axis: x.mean(axis), values)
+
+
+def ratio_interval(
+    sums: Sequence[float], counts: Sequence[float], transform: Callable[[Any], Any]
+) -> Interval | None:
+    """Bootstrap interval of transform(sum of `sums` / sum of `counts`), e.g. a perplexity."""
+    return bootstrap(lambda s, n, axis: transform(s.sum(axis) / n.sum(axis)), sums, counts)
+
+
+def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Interval | None:
+    """Bootstrap interval of corpus BLEU; rows are counted once by sacrebleu and added up."""
+    import numpy as np
+    from sacrebleu.metrics import BLEU
+
+    scorer = BLEU()
+    rows = [scorer.corpus_score([p], [[r]]) for p, r in zip(predictions, references, strict=True)]
+    counts = np.array([[*r.counts, *r.totals, r.sys_len, r.ref_len] for r in rows])
+
+    def score(drawn: Any, axis: int) -> Any:
+        # As `corpus_score` calls it.
+        totals = counts[drawn.astype(int)].sum(-2).reshape(-1, 10).tolist()
+        scores = [
+            BLEU.compute_bleu(t[:4], t[4:8], t[8], t[9], smooth_method="exp").score for t in totals
+        ]
+        return np.array(scores).reshape(drawn.shape[:-1])
+
+    return bootstrap(score, range(len(rows)))
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+def repeats_itself(answer: str, times: int = 3) -> bool:
+    """Whether the same sentence (of at least three words) stands in an answer `times` times.
+
+    A last sentence that the length limit cut counts when it begins like the one repeated: what
+    loops until it is cut has repeated itself.
+    """
+    sentences = [" ".join(re.findall(r"\w+", s.lower())) for s in _SENTENCE_END.split(answer)]
+    counts = Counter(s for s in sentences if s.count(" ") >= 2)
+    if not counts:
+        return False
+    repeated, most = counts.most_common(1)[0]
+    last = sentences[-1]
+    cut = last != repeated and last.count(" ") >= 2 and repeated.startswith(last)
+    return most + cut >= times
+
+
+def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Agreement of two judges beyond chance: (p_o - p_e) / (1 - p_e) (Cohen 1960).
+
+    p_o is the share of pairs that agree, p_e what judges with these frequencies would reach by
+    chance. None where that is 1 (both always say the same) or without pairs.
+    """
+    if not pairs:
+        return None
+    count = len(pairs)
+    ours, theirs = (Counter(column) for column in zip(*pairs, strict=True))
+    by_chance = sum(ours[label] * theirs[label] for label in ours) / count**2
+    agreed = sum(a == b for a, b in pairs) / count
+    return (agreed - by_chance) / (1 - by_chance) if by_chance < 1 else None

@@ -1,0 +1,175 @@
+"""The report page and the model card, from the results that the table shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from liteguard import checkpoints
+from liteguard.evaluation.comparison import (
+    QUESTIONS,
+    REQUESTS,
+    TITLES,
+    VERDICTS,
+    comparison_json,
+    comparison_markdown,
+    comparison_table,
+    notes,
+)
+from liteguard.evaluation.plots import latency_plot, length_plot, loss_plot
+
+
+def write_report(
+    results: dict[str, dict[str, Any]],
+    directory: Path,
+    markdown: str | None = None,
+    json_file: str | None = None,
+) -> list[Path]:
+    """Write report.html and MODEL_CARD.md to `directory`, the table where asked; returns paths."""
+    facts = report_facts(results)
+    texts = {
+        directory / "report.html": render("report_template.html", facts),
+        directory / "MODEL_CARD.md": render("model_card_template.md", facts),
+    }
+    if markdown:
+        texts[Path(markdown)] = comparison_markdown(results)
+    for path, text in texts.items():
+        checkpoints.write_text(path, text)
+    if json_file:
+        checkpoints.write_json(Path(json_file), comparison_json(results))
+    return [*texts, *([Path(json_file)] if json_file else [])]
+
+
+def render(template: str, facts: dict[str, Any]) -> str:
+    """A template of this package with `facts` filled in; HTML is escaped, Markdown is not."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(facts)
+
+
+def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the report page and the model card show.
+
+    Loss curves, data and versions come from the stages and the data that the results name; what is
+    no longer there is left out.
+    """
+    records = {}
+    for label, result in results.items():
+        path = result["model"]["path"]
+        file = Path(f"{path}.json") if label == "bundle" else Path(path or "") / checkpoints.RECORD
+        if path and file.is_file():
+            records[label] = json.loads(file.read_text(encoding="utf-8"))
+    last = list(results.values())[-1]
+    manifest_file = Path(last["model"]["data_dir"]) / "manifest.json"
+    manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else None
+    sources = manifest["sources"] if manifest else []
+    versions: dict[str, str] = {}
+    for record in records.values():
+        versions |= record.get("versions", {})
+    return {
+        "labels": {label: TITLES.get(label, label) for label in results},
+        "rows": comparison_table(results),
+        "notes": notes(results),
+        "markdown": comparison_markdown(results),
+        "areas": area_tables(results),
+        "curves": [
+            (label, loss_plot(json.loads(history.read_text("utf-8"))))
+            for label, result in results.items()
+            if (history := Path(result["model"]["path"] or "") / "log_history.json").is_file()
+        ],
+        "both_bases": {
+            label: found
+            for label, record in records.items()
+            if (found := record.get("metrics", {}).get("both_bases"))
+        },
+        "lengths": length_plot(results),
+        "latencies": latency_plot(results),
+        "samples": samples(results),
+        "costs": {label: result["cost"] for label, result in results.items()},
+        "manifest": manifest,
+        "licences": sorted({source["licence"] for source in sources if source["licence"]}),
+        "versions": versions,
+        "base_model": last["model"]["name"],
+        "base_licence": next(
+            (r["config"]["model"]["licence"] for r in records.values() if "config" in r), ""
+        ),
+        "stages": records,
+        "final": last,
+        "final_label": TITLES.get(list(results)[-1], list(results)[-1]),
+        "leaks": last["contamination"],
+    }
+
+
+def area_tables(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind of request: its areas, and for each model (refused, answered, unclear) counts.
+
+    Harmful ones by the guide's five areas first.
+    """
+    tables = []
+    rows = [
+        (
+            area,
+            {
+                label: [r["guide_areas"].get(area, {}).get(v, 0) for v in VERDICTS]
+                for label, r in results.items()
+            },
+        )
+        for area in next(iter(results.values()))["guide_areas"]
+    ]
+    rows = [(area, cells) for area, cells in rows if any(map(any, cells.values()))]
+    if rows:
+        tables.append({"name": "guide", "title": "The guide's areas: harmful", "rows": rows})
+    for name, title in REQUESTS.items():
+        areas = sorted({a for r in results.values() for a in r.get("areas", {}).get(name, {})})
+        if areas:
+            rows = [
+                (
+                    area.replace("_", " "),
+                    {
+                        label: [r["areas"][name].get(area, {}).get(v, 0) for v in VERDICTS]
+                        for label, r in results.items()
+                    },
+                )
+                for area in areas
+            ]
+            tables.append({"name": name, "title": title, "rows": rows})
+    return tables
+
+
+def samples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two answers of every kind side by side: the first two areas or kinds of each set."""
+    chosen = []
+    first = next(iter(results.values()))["answers"]
+    for name in (*QUESTIONS, *REQUESTS):
+        seen: set[str] = set()
+        for index, answer in enumerate(first):
+            group = str(answer["area"] or answer["kind"])
+            if answer["set"] != name or group in seen or len(seen) == 2:
+                continue
+            seen.add(group)
+            given = {label: r["answers"][index] for label, r in results.items()}
+            chosen.append(
+                {
+                    "set": REQUESTS.get(name) or f"{QUESTIONS[name]} question",
+                    "group": group.replace("_", " "),
+                    "prompt": answer["prompt"],
+                    "reference": answer["reference"],
+                    "answers": given,
+                }
+            )
+    return chosen
+
+
+def steps_table(steps: list[dict[str, Any]]) -> str:
+    """Wall time and peak memory of each step."""
+    lines = [f"{'step':22}{'wall s':>10}{'peak GB':>10}"]
+    lines += [f"{s['name']:22}{s['wall_s']:>10.1f}{s['peak_rss_gb']:>10.2f}" for s in steps]
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""One measurement of a model on all sets, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from liteguard.config import Config
+from liteguard.evaluation import knowledge, llm_judge
+from liteguard.evaluation.answerers import Answerer
+from liteguard.evaluation.held_out import REQUESTS, requests, text_pairs
+from liteguard.evaluation.journal import Journal, journalled
+from liteguard.machine import release_memory
+
+
+def collect(
+    open_model: Callable[[], AbstractContextManager[Answerer]],
+    config: Config,
+    rows: dict[str, list[dict[str, Any]]],
+    journal: Journal,
+) -> None:
+    """Score the texts and options and answer the questions that the journal does not have yet."""
+    pairs = {"scores": text_pairs(config, rows), "options": knowledge.pairs(rows["knowledge"])}
+    prompts = [config.prompt.render_question(row["prompt"]) for _, row in requests(rows)]
+    totals = {**{part: len(found) for part, found in pairs.items()}, "answers": len(prompts)}
+    todo = {
+        part: [i for i in range(total) if i not in journal.found[part]]
+        for part, total in totals.items()
+    }
+    known = {part: totals[part] - len(missing) for part, missing in todo.items()}
+    if any(known.values()):
+        options = f", {known['options']} of {totals['options']} options" if pairs["options"] else ""
+        print(
+            f"  continuing: {known['scores']} of {totals['scores']} texts{options} and "
+            f"{known['answers']} of {totals['answers']} answers are in {journal.path}"
+        )
+    if not any(todo.values()):
+        return
+    release_memory()
+    begin = time.monotonic()
+    with open_model() as model:
+        journal.add_run(time.monotonic() - begin)
+        for part, what in (("scores", "texts scored"), ("options", "options scored")):
+            if todo[part]:
+                results = model.score([pairs[part][i] for i in todo[part]])
+                scores = ((place, list(score), score[1]) for place, score in results)
+                journalled(journal, part, what, totals[part], todo[part], scores)
+                journal.add_run(peak_rss_gb=model.peak_rss_gb())
+        if todo["answers"]:
+            limit = config.evaluate.max_new_tokens
+            results = model.generate([prompts[i] for i in todo["answers"]], limit)
+            answers = ((place, vars(answer), answer.tokens) for place, answer in results)
+            journalled(journal, "answers", "answers", totals["answers"], todo["answers"], answers)
+            journal.add_run(peak_rss_gb=model.peak_rss_gb())
+
+
+def run_cost(journal: Journal) -> dict[str, Any]:
+    """What measuring a model took, over all runs of a journal.
+
+    Seconds and tokens of loading, scoring texts ("scoring_s", "scored_tokens") and options,
+    answering ("generation_s", "generated_tokens"), and judging; "wall_s" is their sum. Results that
+    were not journaled before a run was killed are not in it. "peak_rss_gb" is the largest of the
+    runs', GB of 10^9 bytes. "answer_s": {percentile: seconds until an answer was complete}.
+    """
+    import numpy as np
+
+    found, seconds = journal.found, journal.seconds
+    parts = {"runs": "loading_s", "scores": "scoring_s", "options": "options_s"}
+    parts |= {"answers": "generation_s", "judged": "judging_s"}
+    answers = [answer["seconds"] for answer in found["answers"].values()]
+    return {
+        **{name: round(seconds[part], 3) for part, name in parts.items()},
+        "scored_tokens": sum(tokens for _, tokens in found["scores"].values()),
+        "option_tokens": sum(tokens for _, tokens in found["options"].values()),
+        "generated_tokens": sum(answer["tokens"] for answer in found["answers"].values()),
+        "wall_s": round(sum(seconds.values()), 2),
+        "peak_rss_gb": max(run.get("peak_rss_gb", 0.0) for run in found["runs"].values()),
+        "answer_s": {
+            str(percentile): round(float(np.percentile(answers, percentile)), 3)
+            for percentile in (5, 25, 50, 75, 95)
+        },
+    }
+
+
+def ask_judge(config: Config, rows: dict[str, list[dict[str, Any]]], journal: Journal) -> None:
+    """Have the LLM of `evaluate.llm_judge` judge every answer to a request that it has not yet."""
+    section = config.evaluate.llm_judge
+    if section is None:
+        return
+    asked = {
+        index: row["prompt"]
+        for index, (name, row) in enumerate(requests(rows))
+        if name in REQUESTS and index not in journal.found["judged"]
+    }
+    judge = llm_judge.Judge(section)
+    todo = [(prompt, journal.found["answers"][index]["text"]) for index, prompt in asked.items()]
+    total = sum(name in REQUESTS for name, _ in requests(rows))
+    given = judge.ask(todo, accepted=bool(journal.found["judged"]))
+    replies = ((place, vars(reply), reply.tokens) for place, reply in given)
+    journalled(journal, "judged", "answers judged", total, list(asked), replies)

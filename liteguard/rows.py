@@ -1,0 +1,105 @@
+"""Prepared rows: their columns, splits and manifest, and how a few are taken of each kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from liteguard.config_layers import available_configs
+from liteguard.errors import UserError
+
+SPLITS = ("test", "validation", "train")
+Row = dict[str, Any]
+FIELDS = {
+    "domain": ("text",),
+    "instruction": ("prompt", "completion"),
+    "preference": ("prompt", "chosen", "rejected"),
+}
+
+
+def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
+    """Rows of one prepared split, checked against the manifest.
+
+    Raises UserError when the directory is missing, unfinished or changed since it was written.
+    """
+    manifest = read_manifest(data_dir)
+    name = f"{part}/{split}.jsonl"
+    path = data_dir / name
+    digest = manifest["files"].get(name)
+    if digest is None or not path.is_file():
+        raise UserError(f"{path} is missing from the prepared data. {_again(manifest)}")
+    text = path.read_bytes()
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise UserError(
+            f"{path} was changed after it was prepared (sha256 differs from manifest.json).\n"
+            f"{_again(manifest)}"
+        )
+    rows = []
+    # Not splitlines: it also splits at U+2028, which JSON leaves as it is.
+    for number, line in enumerate(text.decode("utf-8").split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            if any(not isinstance(row[f], str) for f in FIELDS[part]):
+                raise ValueError(f"columns {FIELDS[part]} must be text")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: {error}. {_again(manifest)}") from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty. {_again(manifest)}")
+    return rows
+
+
+def _again(manifest: dict[str, Any]) -> str:
+    flags = f"--model_type {manifest['model_type']} --overwrite"
+    return f"Prepare it again: python prepare_datasets.py {flags}"
+
+
+def source_titles(manifest: dict[str, Any], part: str) -> dict[str, str]:
+    """What a row's `dataset` stands for in a part: a hub id, a file's name, or a dataset function.
+
+    Rows do not tell two sources of one function apart: their names are joined.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in manifest["sources"]:
+        if entry["part"] == part:
+            file = entry["path"] and Path(entry["path"]).name
+            found.setdefault(entry["dataset"], []).append(entry["hub"] or file or entry["dataset"])
+    return {dataset: " and ".join(names) for dataset, names in found.items()}
+
+
+def read_manifest(data_dir: Path) -> dict[str, Any]:
+    """manifest.json of a prepared data directory."""
+    path = data_dir / "manifest.json"
+    if not path.is_file():
+        shipped = data_dir.parent.name == "data" and data_dir.name in available_configs()
+        flags = f"--model_type {data_dir.name}" if shipped else f"--config FILE --output {data_dir}"
+        raise UserError(
+            f"No prepared data in {data_dir} (no manifest.json).\n"
+            f"Run: python prepare_datasets.py {flags}"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["files"], manifest["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Prepare the data again.") from None
+    return manifest
+
+
+def balanced(
+    rows: list[dict], key: str, limit: int, weights: dict[str, float] | None = None
+) -> list[dict]:
+    """Up to `limit` rows, the groups that `key` makes taking turns by their weights (default 1).
+
+    The order within a group is kept; a group that runs out leaves its turns to the others.
+    """
+    groups: dict[Any, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row.get(key), []).append(row)
+    due = [
+        ((rank + 0.5) / (weights or {}).get(name, 1.0), str(name), rank, row)
+        for name, members in groups.items()
+        for rank, row in enumerate(members)
+    ]
+    return [entry[3] for entry in sorted(due, key=lambda entry: entry[:3])[:limit]]

@@ -1,0 +1,1 @@
+"""A finished bundle, opened as a phone opens it."""

@@ -1,0 +1,207 @@
+"""What the trainer is fed: rows into micro-batches, counted and described before the run."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from liteguard import distributed, machine, models
+from liteguard.config import TrainSection
+from liteguard.errors import UserError
+from liteguard.training import memory_estimate, packing
+from liteguard.training.stage import Stage
+from liteguard.training.tokens import TokenRows
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass
+class Counts:
+    """What each optimizer step of a run computes, over all processes; shape (max_steps,) each."""
+
+    tokens: np.ndarray  # of examples, prompts included, padding not
+    supervised: np.ndarray  # tokens that the loss is about
+    padding: np.ndarray  # padding tokens that the model runs on
+    chosen: np.ndarray | None = None  # of `supervised`, tokens of chosen answers (stage 3)
+
+
+@dataclass
+class Feed:
+    """What the trainer of stage 1 or 2 is fed: micro-batches of row numbers, and their tokens."""
+
+    train: Any  # datasets.Dataset of {"part", "rows"}, one item a micro-batch, in order
+    evaluation: Any
+    collator: packing.Collator
+    accumulation: int  # micro-batches of one process in an optimizer step
+    counts: Counts
+
+    def arguments(self) -> dict[str, Any]:
+        """What replaces `trainer_arguments`' batch sizes."""
+        return {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": self.accumulation,
+            # Sequences arrive tokenized, with their labels.
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+
+
+def make_feed(stage: Stage, tokenizer: Any, train: TokenRows, held_out: TokenRows) -> Feed:
+    """Plan every micro-batch of a run of stage 1 or 2.
+
+    A step of the domain stage takes as many texts as fit its `batch_size` x
+    `gradient_accumulation` x `max_length` tokens; one of the instruction stage takes
+    `batch_size` x `gradient_accumulation` rows. Either way they are spread over as few
+    micro-batches as `micro_batch_tokens` allows.
+    """
+    import numpy as np
+    from datasets import Dataset
+
+    section, lengths = stage.section, train.lengths
+    rows_per_step = section.batch_size * section.gradient_accumulation
+    order = packing.repeat_order(len(train), section.seed, shuffle_first=stage.name == "domain")
+    if stage.name == "domain":
+        budget = rows_per_step * min(section.max_length, stage.config.model.context_length)
+        steps = packing.steps_of_tokens(order, lengths, budget, section.max_steps)
+    else:
+        steps = packing.steps_of_rows(order, rows_per_step, section.max_steps)
+    processes = distributed.world_size()
+    if section.packing:
+        capacity = micro_batch_tokens(stage, lengths)
+        try:
+            batches, count = packing.micro_batches(steps, lengths, capacity, processes)
+        except UserError:
+            if stage.name != "domain":
+                raise
+            # Long texts that fill a micro-batch alone: fewer of them a step.
+            order = packing.repeat_order(len(train), section.seed, shuffle_first=True)
+            groups = max(budget // capacity // processes, 1) * processes
+            steps = packing.steps_of_groups(order, lengths, capacity, groups, section.max_steps)
+            batches, count = packing.micro_batches(steps, lengths, capacity, processes)
+    else:
+        batches, count = packing.padded_micro_batches(steps, lengths, section.batch_size, processes)
+    sizes = np.array([[lengths[b].sum(), len(b) * lengths[b].max()] for b in batches])
+    per_step = sizes.reshape(len(steps), count, 2).sum(1)
+    supervised = train.supervised
+    items = {"part": ["train"] * len(batches), "rows": batches}
+    reduction = getattr(section, "loss_reduction", "token")
+    if reduction != "token":
+        weights = packing.row_weights(steps, supervised, reduction)
+        of_row = [dict(zip(s, w, strict=True)) for s, w in zip(steps, weights, strict=True)]
+        items["weights"] = [[of_row[i // count][row] for row in b] for i, b in enumerate(batches)]
+    return Feed(
+        train=Dataset.from_dict(items),
+        evaluation=Dataset.from_dict(
+            {
+                "part": ["validation"] * len(held_out),
+                "rows": [[row] for row in range(len(held_out))],
+            }
+        ),
+        collator=packing.Collator({"train": train, "validation": held_out}, tokenizer.pad_token_id),
+        accumulation=count // processes,
+        counts=Counts(
+            tokens=per_step[:, 0],
+            supervised=np.array([supervised[step].sum() for step in steps]),
+            padding=(per_step[:, 1] - per_step[:, 0]) * (not section.packing),
+        ),
+    )
+
+
+def pair_order(section: TrainSection, pairs: int) -> list[int]:
+    """The pairs of a run of stage 3 in order, `batch_size` x `gradient_accumulation` a step.
+
+    The first pass keeps their order, the mixture; further ones are shuffled, as in stage 2.
+    """
+    order = packing.repeat_order(pairs, section.seed, shuffle_first=False)
+    return list(itertools.islice(order, needed_rows(section)))
+
+
+def pair_counts(stage: Stage, pairs: Any) -> Counts:
+    """Counts of a stage-3 run over `pairs` (TRL's tokenized dataset), taken in `pair_order`."""
+    import numpy as np
+
+    section = stage.section
+    rows = pair_order(section, len(pairs))
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in pairs[f"{name}_ids"]])[rows]
+        for name in ("prompt", "chosen", "rejected")
+    )
+    widest = (prompt + np.maximum(chosen, rejected)).reshape(-1, section.batch_size).max(1)
+    fed = 2 * section.batch_size * widest.reshape(section.max_steps, -1).sum(1)
+    real, supervised, chosen = (
+        lengths.reshape(section.max_steps, -1).sum(1)
+        for lengths in (2 * prompt + chosen + rejected, chosen + rejected, chosen)
+    )
+    return Counts(real, supervised, (fed - real) * (not section.packing), chosen)
+
+
+# Enough for full speed of the matrix products on a CPU. 1024 tokens took 0.7 GB more for SmolLM2 in
+# float32 and 1 to 6 % less time (docs/experiments.md).
+CPU_MICRO_BATCH_TOKENS = 512
+
+
+def micro_batch_tokens(stage: Stage, lengths: np.ndarray) -> int:
+    """Most tokens of a micro-batch: what the configuration allows padded rows to take, at most."""
+    import torch
+
+    section = stage.section
+    allowed = section.batch_size * min(section.max_length, stage.config.model.context_length)
+    if torch.cuda.is_available():
+        return allowed
+    return min(allowed, max(CPU_MICRO_BATCH_TOKENS, int(lengths.max())))
+
+
+def needed_rows(section: TrainSection) -> int:
+    """Rows that `max_steps` optimizer steps consume."""
+    return section.max_steps * section.batch_size * section.gradient_accumulation
+
+
+def describe(
+    stage: Stage, sample: str, what: str, rows: int, passes: float, tokens: int, dry_run: bool
+) -> None:
+    """Print what a run is going to do and the memory it may take, by term in a dry run.
+
+    tokens: of the largest micro-batch. Raises UserError where the machine has too little memory.
+    """
+    print(
+        f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} passes over "
+        f"{rows:,} rows; output {stage.output}"
+    )
+    print(f"first sequence:\n{sample[:600]}\n")
+    try:
+        expected = memory_estimate.estimate(stage.config, stage.name, stage.architecture, tokens)
+    except UserError as error:  # an architecture without a formula
+        print(error)
+        return
+    if dry_run:
+        print(f"{expected.table()}\n")
+    host = memory_estimate.host_memory(expected, models.count_parameters(stage.architecture))
+    if expected.cuda:
+        print(f"expected peak GPU memory: {(expected.total + expected.margin) / 1e9:.1f} GB")
+    print(f"expected peak memory: {host}")
+    advice = memory_estimate.advice(stage.config, stage.name)
+    machine.require_memory(host.needed, f"stage {stage.name}", f"; or set {advice}.")
+
+
+def describe_feed(
+    stage: Stage,
+    tokenizer: Any,
+    train: TokenRows,
+    held_out: TokenRows,
+    dry_run: bool,
+) -> None:
+    """`describe` for stages 1 and 2."""
+    section, found = stage.section, make_feed(stage, tokenizer, train, held_out)
+    counts = found.counts
+    rows = stage.rows["train"]
+    trained = sum(map(len, found.train["rows"]))
+    sizes = f"{counts.tokens.mean():,.0f} tokens ({counts.supervised.mean():,.0f} supervised)"
+    shape = f"in {len(found.train) // section.max_steps} micro-batches"
+    shape += " without padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
+    ids = train.row(found.train[0]["rows"][0])[0]
+    passes = trained / len(train) if stage.name == "domain" else trained / rows
+    sizes_of = (train.lengths[batch] for batch in found.train["rows"])
+    largest = max(int(n.sum() if section.packing else len(n) * n.max()) for n in sizes_of)
+    sample = tokenizer.decode(ids)
+    describe(stage, sample, f"{sizes} {shape}", rows, passes, largest, dry_run)

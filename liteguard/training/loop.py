@@ -1,0 +1,149 @@
+"""Training itself: patches in order, resume, and smaller micro-batches when memory runs out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from liteguard import distributed, machine
+from liteguard.errors import WorkError
+from liteguard.machine import gpu_memory_gb
+from liteguard.training import memory_estimate, patches
+from liteguard.training.callbacks import progress, stopped_early, unlearns
+from liteguard.training.feed import Counts
+from liteguard.training.stage import Stage, last_checkpoint
+
+
+def train_within_memory(
+    train: Callable[[int, int], Any],
+    batch_size: int,
+    gradient_accumulation: int,
+    explain: Callable[[], str],
+) -> tuple[Any, list[dict[str, Any]]]:
+    """(what `train` returned, the steps that ran out of memory, for stage.json).
+
+    `train(batch_size, gradient_accumulation)` is called with the given values and, each time it
+    raises torch.OutOfMemoryError, again with half the micro-batch and twice the accumulation: the
+    effective batch and so the result stay the same. An odd micro-batch of b goes to the largest
+    smaller divisor of the effective batch. At micro-batch 1 a WorkError with `explain()`, the
+    estimate and the settings to change. `train` has to resume from its last checkpoint.
+    """
+    import gc
+
+    import torch
+
+    ladder: list[dict[str, Any]] = []
+    effective = batch_size * gradient_accumulation
+    while True:
+        try:
+            return train(batch_size, gradient_accumulation), ladder
+        except torch.OutOfMemoryError as error:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Outside the handler: the exception's traceback would keep the failed model's tensors.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        ladder.append(
+            {
+                "batch_size": batch_size,
+                "gradient_accumulation": gradient_accumulation,
+                "error": message,
+            }
+        )
+        if batch_size == 1:
+            raise WorkError(f"Out of memory at micro-batch 1 ({message}).\n{explain()}")
+        smaller = next(b for b in range(batch_size // 2, 0, -1) if effective % b == 0)
+        print(
+            f"out of memory with micro-batch {batch_size} x {gradient_accumulation}: going on from "
+            f"the last checkpoint with {smaller} x {effective // smaller} (same effective batch)"
+        )
+        batch_size, gradient_accumulation = smaller, effective // smaller
+
+
+def run(
+    stage: Stage, make_trainer: Callable[[Stage], tuple[Any, Counts]]
+) -> tuple[Any, dict[str, Any]]:
+    """(trainer, metrics) of a finished run, with smaller micro-batches if memory runs out.
+
+    `make_trainer` builds a trainer for a stage and says what each of its steps computes. After an
+    out-of-memory error it is asked for one with half the micro-batch and twice the accumulation,
+    which goes on from the last checkpoint: the optimizer steps stay the same.
+    """
+
+    def attempt(batch_size: int, accumulation: int) -> tuple[Any, dict[str, Any]]:
+        shape = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        section = stage.section.model_copy(update=shape)
+        config = stage.config.model_copy(update={stage.name: section})
+        smaller = replace(stage, config=config)
+        trainer, counts = make_trainer(smaller)
+        return trainer, train(smaller, trainer, counts)
+
+    section = stage.section
+    (trainer, metrics), ladder = train_within_memory(
+        attempt,
+        section.batch_size,
+        section.gradient_accumulation,
+        explain=lambda: memory_estimate.explain(stage.config, stage.name, stage.architecture),
+    )
+    return trainer, {**metrics, "out_of_memory": ladder}
+
+
+def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
+    """Run the trainer, from its last checkpoint if there is one; returns the stage's metrics."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress(stage, counts))
+    patches.prepare(stage, trainer, counts)
+    resume = distributed.on_main(last_checkpoint, stage.work)
+    if resume:
+        print(f"resuming from {resume.name}")
+    started, cpu_started = time.monotonic(), time.process_time()
+    first = int(resume.name.rsplit("-", 1)[1]) if resume else 0
+    if resume:
+        state = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))
+        if stopped_early(stage.section, state["log_history"]):
+            trainer.args.max_steps = first  # killed between its end and publishing
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds, last = time.monotonic() - started, trainer.state.global_step
+    cpu_seconds = time.process_time() - cpu_started
+    history = trainer.state.log_history
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    best = trainer.state.best_model_checkpoint
+    if not best and evaluated and unlearns(stage.section, evaluated[-1]):
+        raise WorkError(
+            f"{stage.name}: no evaluated checkpoint is within safety.chosen_drop_limit, so nothing "
+            f"was published. Lower safety.learning_rate (now {stage.section.learning_rate:g}) or "
+            "raise safety.sft_weight, and pass --overwrite."
+        )
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    seen, supervised, padding = (
+        int(found[:last].sum()) for found in (counts.tokens, counts.supervised, counts.padding)
+    )
+    own = slice(first, last)  # steps of this process; earlier ones were another one's time
+    metrics = {
+        "steps": last,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "best_eval_loss": trainer.state.best_metric if best else None,
+        "train_runtime_s": round(seconds, 1),
+        "train_cpu_s": round(cpu_seconds, 1),
+        "tokens": seen,
+        "supervised_tokens": supervised,
+        "padding_share": round(padding / (padding + seen), 4),
+        "tokens_per_s": round(counts.tokens[own].sum() / seconds, 1),
+        "supervised_tokens_per_s": round(counts.supervised[own].sum() / seconds, 1),
+        "gpu_hours": round(seconds / 3600 * trainer.args.world_size * (trainer.args.n_gpu > 0), 4),
+        "resumed_from": resume.name if resume else None,
+    }
+    print(
+        f"{stage.name}: {last} steps, {seen:,} tokens ({supervised:,} supervised, padding "
+        f"{metrics['padding_share']:.1%}), {metrics['tokens_per_s']:,.0f} tokens/s "
+        f"({metrics['supervised_tokens_per_s']:,.0f} supervised), peak memory "
+        f"{machine.peak_rss_gb():.1f} GB, GPU {gpu_memory_gb():.1f} GB; {seconds:,.0f} s, "
+        f"{metrics['gpu_hours']:.2f} GPU hours"
+    )
+    return metrics

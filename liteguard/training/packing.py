@@ -1,0 +1,388 @@
+"""Micro-batches without padding, in which no example sees another.
+
+An optimizer step trains on the same examples as with padded rows. They are spread over as few
+micro-batches as the memory that the configuration allows (`batch_size` x `max_length` tokens), and
+the model runs on their tokens only: `pack_forward` takes the padding out of every batch that a
+trainer hands over, keeps positions and attention within each example, and puts the results back
+where the trainer expects them. Loss and gradients are those of padded rows; tests/test_packing.py
+compares them, and `check_isolation` looks at the model at hand before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from liteguard.errors import UserError, WorkError
+from liteguard.training.tokens import TokenRows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SEGMENTS = "liteguard_segments"  # name of the attention below in transformers' registry
+# Per-token results of TRL's forward that are handed back in the shape of the padded batch.
+_PER_TOKEN = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
+
+
+def repeat_order(rows: int, seed: int, shuffle_first: bool) -> Iterator[int]:
+    """Row numbers without end: every pass over the rows in another order.
+
+    The first pass keeps the rows' own order unless `shuffle_first`; preparation has mixed them.
+    """
+    import numpy as np
+
+    number = 0
+    while True:
+        order = np.arange(rows)
+        if number or shuffle_first:
+            order = np.random.default_rng([seed, number]).permutation(rows)
+        yield from order.tolist()
+        number += 1
+
+
+def steps_of_rows(order: Iterator[int], rows_per_step: int, steps: int) -> list[list[int]]:
+    """The rows of each optimizer step, `rows_per_step` at a time."""
+    return [[next(order) for _ in range(rows_per_step)] for _ in range(steps)]
+
+
+def steps_of_tokens(
+    order: Iterator[int], lengths: np.ndarray, budget: int, steps: int
+) -> list[list[int]]:
+    """The rows of each optimizer step, as many as fit `budget` tokens (no row is cut)."""
+    found: list[list[int]] = []
+    waiting = next(order)
+    for _ in range(steps):
+        step, total = [waiting], int(lengths[waiting])
+        while total + lengths[waiting := next(order)] <= budget:
+            step.append(waiting)
+            total += int(lengths[waiting])
+        found.append(step)
+    return found
+
+
+def steps_of_groups(
+    order: Iterator[int], lengths: np.ndarray, capacity: int, groups: int, steps: int
+) -> list[list[int]]:
+    """The rows of each optimizer step, as many as `spread` fits into `groups` of `capacity` tokens.
+
+    A step has a row for every group at least, because no row is longer than `capacity`.
+    """
+    found: list[list[int]] = []
+    waiting = next(order)
+    for _ in range(steps):
+        step, total = [], 0
+        while True:
+            step, total = [*step, waiting], total + int(lengths[waiting])
+            waiting = next(order)
+            if total + lengths[waiting] > groups * capacity:
+                break
+            # In the first half they always fit: a row that joins others is no longer than any of
+            # them, so neither it nor the shortest group is longer than half of `capacity`.
+            if total + lengths[waiting] > groups * capacity // 2:
+                sizes = [int(lengths[row]) for row in (*step, waiting)]
+                if max(sum(sizes[i] for i in g) for g in spread(sizes, groups)) > capacity:
+                    break
+        found.append(step)
+    return found
+
+
+def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of `lengths` spread over `count` groups of about equal sums.
+
+    Longest first, each into the group that is shortest so far (Graham 1969: at most 4/3 of the best
+    possible maximum). Deterministic; a group keeps its rows in order of falling length.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        shortest = totals.index(min(totals))
+        groups[shortest].append(index)
+        totals[shortest] += lengths[index]
+    return groups
+
+
+def micro_batches(
+    steps: list[list[int]], lengths: np.ndarray, capacity: int, multiple: int = 1
+) -> tuple[list[list[int]], int]:
+    """(row numbers of each micro-batch, micro-batches per optimizer step).
+
+    Every step gets the same number, because the trainer accumulates a fixed one: the smallest
+    multiple of `multiple` (the number of processes) with which no micro-batch of any step exceeds
+    `capacity` tokens.
+
+    Raises UserError when a step has fewer rows than processes.
+    """
+    smallest = min(map(len, steps))
+    count = multiple
+    while True:
+        if count > smallest:
+            raise UserError(
+                f"An optimizer step of {smallest} rows cannot be spread over {count} micro-batches "
+                f"({multiple} process{'es' if multiple > 1 else ''}, at most {capacity:,} tokens "
+                "each). Raise batch_size or gradient_accumulation, or use fewer processes."
+            )
+        grouped = []
+        for step in steps:
+            sizes = [int(lengths[row]) for row in step]
+            groups = spread(sizes, count)
+            if max(sum(sizes[i] for i in group) for group in groups) > capacity:
+                break
+            grouped += [[step[i] for i in group] for group in groups]
+        else:
+            return grouped, count
+        count += multiple
+
+
+def padded_micro_batches(
+    steps: list[list[int]], lengths: np.ndarray, batch_size: int, multiple: int = 1
+) -> tuple[list[list[int]], int]:
+    """As `micro_batches`, for padded rows: `batch_size` each, those of similar length together.
+
+    For models whose attention cannot keep packed examples apart (`packing: false`).
+    """
+    import numpy as np
+
+    count = multiple * -(-max(map(len, steps)) // (batch_size * multiple))
+    found: list[list[int]] = []
+    for step in steps:
+        if len(step) < count:
+            raise UserError(
+                f"An optimizer step of {len(step)} rows cannot be spread over {count} "
+                f"micro-batches ({multiple} processes). Raise batch_size or "
+                "gradient_accumulation, or use fewer processes."
+            )
+        ordered = sorted(step, key=lambda row: (lengths[row], row))
+        found += [part.tolist() for part in np.array_split(ordered, count)]
+    return found, count
+
+
+# Power of an answer's length by which its tokens' losses are divided. "square" is the square
+# averaging of InternVL 2.5 (Chen et al. 2024, arXiv:2412.05271).
+LOSS_REDUCTIONS = {"token": 0.0, "square": 0.5, "sample": 1.0}
+
+
+def row_weights(steps: list[list[int]], supervised: np.ndarray, reduction: str) -> list[np.ndarray]:
+    """What the loss of each row's tokens is multiplied with, for every optimizer step.
+
+    A trainer divides the sum over a step's tokens by their number N. With n tokens in a row and the
+    weights N n^-p / sum(n^(1-p)) that becomes the mean over tokens (p = 0), over rows (p = 1) or
+    between (p = 1/2): a row counts n^(1-p) times. supervised: (rows,), tokens that are targets.
+    """
+    import numpy as np
+
+    power = LOSS_REDUCTIONS[reduction]
+    found = []
+    for step in steps:
+        counts = np.maximum(supervised[step], 1).astype(float)
+        found.append(supervised[step].sum() * counts**-power / (counts ** (1 - power)).sum())
+    return found
+
+
+class Collator:
+    """Makes the padded batch that trainers expect out of row numbers.
+
+    An item is {"part": name of a TokenRows, "rows": row numbers}, with "weights" of the rows if
+    `weigh_rows` shall weigh them. Returns `input_ids`, `attention_mask` and `labels`, int64, shape
+    (rows, longest row), and `row_weights`, float32, shape (rows,), where there are any.
+    """
+
+    def __init__(self, parts: dict[str, TokenRows], pad_id: int):
+        self.parts, self.pad_id = parts, pad_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        rows = [self.parts[item["part"]].row(index) for item in items for index in item["rows"]]
+        ids, labels = ([torch.from_numpy(pair[column]) for pair in rows] for column in range(2))
+        weights = {}
+        if "weights" in items[0]:
+            weights["row_weights"] = torch.tensor([w for item in items for w in item["weights"]])
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            **weights,
+        }
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segment_lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment of one flattened sequence, by PyTorch's own kernels.
+
+    query: (1, heads, tokens, head size); key and value may have fewer heads. Without
+    `segment_lengths` (a padded batch, generation) it is transformers' `sdpa`. Nothing of another
+    segment is ever multiplied, so there is neither a mask of tokens x tokens nor work for it.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if segment_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    grouped = query.shape[1] != key.shape[1]
+    # split, not slices: the gradient of each slice would be a tensor of the whole length.
+    parts = [tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value)]
+    attended = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def use_segment_attention(model: Any) -> None:
+    """Let a transformers model that runs `sdpa` attend with `segment_attention`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(SEGMENTS, segment_attention)
+    AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
+    model.set_attn_implementation(SEGMENTS)
+
+
+def pack_forward(model: Any) -> None:
+    """Take the padding out of every batch that `model.forward(..., fused_lm_head=True)` gets.
+
+    `model` is a causal language model with TRL's fused head (or ours) already in place; its results
+    come back in the shape of the padded batch, zero where there was padding.
+    """
+    import torch
+
+    inner = model.forward
+    segments = model.config._attn_implementation == SEGMENTS
+
+    def forward(
+        *args: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        fused_lm_head: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head or args or attention_mask is None or attention_mask.ndim != 2:
+            if fused_lm_head:
+                kwargs["fused_lm_head"] = True
+            for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+                if given is not None:
+                    kwargs[name] = given
+            return inner(*args, input_ids=input_ids, **kwargs)
+        keep = attention_mask.bool()
+        positions = (keep.long().cumsum(1) - 1)[keep]
+        first = positions == 0
+        lengths = keep.sum(1).tolist()
+        if segments:
+            # A mask of four dimensions is passed through as it is; segment_attention needs none.
+            kwargs["segment_lengths"] = lengths
+            kwargs["attention_mask"] = input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+        outputs = inner(
+            input_ids=input_ids[keep][None],
+            position_ids=positions[None],
+            # Nothing predicts the first token of an example, least of all the end of another one.
+            labels=labels[keep].masked_fill(first, -100)[None],
+            fused_lm_head=True,
+            **kwargs,
+        )
+        has_target = keep[:, 1:] & keep[:, :-1]
+        inside = ~first[1:]
+
+        def unpack(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(has_target.shape).masked_scatter(has_target, values[0][inside])
+
+        for name in _PER_TOKEN:
+            values = getattr(outputs, name, None)
+            if values is not None:
+                setattr(outputs, name, unpack(values))
+        outputs.label_mask = unpack(outputs.label_mask)
+        return outputs
+
+    model.forward = forward
+
+
+def weigh_rows(model: Any) -> None:
+    """Multiply the log-probabilities of each row with the batch's `row_weights`, if it has any."""
+    inner = model.forward
+
+    def forward(*args: Any, row_weights: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        outputs = inner(*args, **kwargs)
+        if row_weights is not None:
+            outputs.log_probs = outputs.log_probs * row_weights[:, None]
+        return outputs
+
+    model.forward = forward
+
+
+def watch_losses(model: Any, on_bad_batch: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Call `on_bad_batch` with a training batch as soon as one of its log-probabilities is not
+    finite, before anything is learned from it."""
+    import torch
+
+    inner = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = inner(*args, **kwargs)
+        scored = kwargs.get("fused_lm_head") and torch.is_grad_enabled()
+        if scored and not outputs.log_probs.sum().isfinite():
+            names = ("input_ids", "attention_mask", "labels")
+            on_bad_batch({name: kwargs[name] for name in names if kwargs.get(name) is not None})
+        return outputs
+
+    model.forward = forward
+
+
+def check_isolation(model: Any, vocabulary: int) -> None:
+    """Raise WorkError when an example's results depend on what it is packed with.
+
+    Runs the model at hand (its attention, its precision, its device): one example after two
+    different ones of the same length, and alone. Identical kernels on identical shapes: the first
+    two results must be equal but for the last bit; the third may use other kernels.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    length = 24
+    device = next(model.parameters()).device
+    draw = torch.randint(0, vocabulary, (3, length), generator=generator).to(device)
+    training = model.training
+    model.eval()
+
+    def score(rows: list[int]) -> torch.Tensor:
+        ids = draw[rows]
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+        with torch.no_grad(), autocast:
+            return (
+                model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    labels=ids,
+                    fused_lm_head=True,
+                )
+                .log_probs[-1]
+                .float()
+            )
+
+    # The trainer runs under autocast when the base is stored in 16 bit.
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    first, second, alone = score([0, 2]), score([1, 2]), score([2])
+    model.train(training)
+    mixed = (first - second).abs().max().item()
+    apart = (first - alone).abs().mean().item()
+    if mixed > 1e-3 or apart > 0.1:
+        raise WorkError(
+            f"packing is refused: with {model.config._attn_implementation!r} attention an "
+            "example's log-probabilities depend on its neighbour in the micro-batch (by "
+            f"{mixed:.3g} nats; {apart:.3g} against the example alone). Set model.attention to "
+            "sdpa, or packing to false for this stage."
+        )

@@ -1,0 +1,132 @@
+"""What is changed about a trainer and its model before training, and in which order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from liteguard import distributed
+from liteguard.training import packing, validation
+from liteguard.training.callbacks import keep_bad_batch
+from liteguard.training.feed import Counts, pair_order
+from liteguard.training.loss_head import TargetScores
+from liteguard.training.reference import check_reference, precompute_reference, restore_precision
+from liteguard.training.stage import Stage
+
+
+def prepare(stage: Stage, trainer: Any, counts: Counts) -> None:
+    """Make the trainer compute what this project means by a step.
+
+    The order matters where one patch looks at what another leaves:
+
+    1. `keep_adapters_under_fsdp`, `restore_precision`: the adapter's own values, before anything
+       compares or copies them.
+    2. `check_reference`: policy and reference against the parent's file, untouched by a forward.
+    3. `score_targets_only`: replaces the `forward` of the causal model; what follows wraps it.
+    4. `fuse_lora`: replaces linear layers, which no `forward` below holds a reference to.
+    5. attention of packed rows, `pack_forward`, and the proof that no row sees another: with the
+       layers that will train.
+    6. `precompute_reference`: forward passes as in training, so after 3 to 5; it drops the copy.
+    7. `hook_losses`: the trainer's own losses and sets, which 6 has given a column more.
+    8. `watch_losses`, `weigh_rows`: outermost around `forward`. The watch comes first and so sees
+       log-probabilities before they are weighted: a weight of 0 must not hide a bad batch.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if distributed.uses_fsdp():
+        distributed.keep_adapters_under_fsdp()
+    restore_precision(model, stage)
+    if stage.name == "safety":
+        check_reference(model, stage)
+    score_targets_only(trainer)
+    if not distributed.uses_fsdp():  # which gathers a layer's parameters for its own operations
+        from liteguard.training.lora_linear import fuse_lora
+
+        fuse_lora(model)
+    base = model.get_base_model()
+    if stage.section.packing:
+        if stage.config.model.attention == "sdpa":
+            packing.use_segment_attention(base)
+        packing.pack_forward(base)
+        packing.check_isolation(model, stage.architecture.vocab_size)
+    if stage.name == "safety" and stage.section.precompute_reference:
+        precompute_reference(stage, trainer)
+    hook_losses(stage, trainer, counts)
+    packing.watch_losses(base, keep_bad_batch(stage))
+    if getattr(stage.section, "loss_reduction", "token") != "token":
+        packing.weigh_rows(base)
+
+
+# Attributes by which a model's head does more than one linear layer; TRL knows how, ours does not.
+_SPECIAL_HEADS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "output_router_logits",
+)
+
+
+def score_targets_only(trainer: Any) -> bool:
+    """On a CPU, compute logits at supervised positions only; returns whether that was set up.
+
+    TRL 1.16 does so on devices with Triton. Elsewhere it runs every position, prompts and padding
+    included, through the vocabulary in its own tiles, which took about half of a stage-2 step on
+    two cores. Same loss and gradients: tests/test_training.py compares them.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    text_config = model.config.get_text_config()
+    special = any(getattr(text_config, name, None) for name in _SPECIAL_HEADS)
+    if special or model.device.type != "cpu":
+        return False
+    original = model.forward
+
+    def forward(
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Any = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, labels=labels, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        mask = labels[:, 1:] != -100
+        head = model.get_output_embeddings()
+        log_probs, entropy, mean_logits, is_top1 = TargetScores.apply(
+            hidden[mask], head.weight, head.bias, labels[:, 1:][mask]
+        )
+
+        def spread(values: Any) -> Any:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / count,
+            log_probs=spread(log_probs),
+            entropy=spread(entropy),
+            is_top1=spread(is_top1),
+            mean_logits=spread(mean_logits),
+            label_mask=mask,
+        )
+
+    model.forward = forward
+    return True
+
+
+def hook_losses(stage: Stage, trainer: Any, counts: Counts) -> None:
+    """Feed a trainer whole optimizer steps that all learn, and let its losses be means over them
+    and over the whole validation set."""
+    validation.warm_up_from_first_step(trainer)
+    if stage.name != "safety":
+        validation.score_whole_set(trainer, validation.answer_scores)
+        return
+    # The trainer itself would go round the pairs in one order, with a small step at each end.
+    pairs = trainer.train_dataset
+    trainer.train_dataset = pairs.select(pair_order(stage.section, len(pairs)))
+    weight = stage.section.sft_weight
+    validation.score_whole_set(trainer, validation.pair_scores, weight)
+    if weight:
+        validation.weigh_sft_by_step(trainer, weight, counts.chosen)

@@ -1,0 +1,371 @@
+"""A stage from its inputs to its directory: what it starts from, the model, what is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liteguard import checkpoints, distributed, hub, machine, models
+from liteguard.config import Config, TrainSection
+from liteguard.errors import UserError, WorkError
+from liteguard.machine import gpu_memory_gb, library_versions
+from liteguard.rows import read_manifest
+from liteguard.training import validation
+
+PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass
+class Stage:
+    """One run of a stage: everything known before the work starts."""
+
+    name: str
+    config: Config
+    output: Path
+    data_dir: Path
+    parent: Path | None
+    base_directory: str
+    base_revision: str | None
+    architecture: Any  # the base model's transformers config
+    inputs: dict[str, Any]
+    rows: dict[str, int]  # of the prepared train and validation splits
+    work: Path | None = None
+    started: float = field(default_factory=time.time)
+
+    @property
+    def section(self) -> TrainSection:
+        return getattr(self.config, self.name)
+
+    @property
+    def storage(self) -> str:
+        """How the frozen base is stored in this stage: 'nf4' or 'none' (16 or 32 bit)."""
+        return self.section.quantization or self.config.model.quantization
+
+
+def check_gpus(name: str) -> None:
+    """Raise UserError for several GPUs in one process, which the trainer refuses only later."""
+    import torch
+
+    if torch.cuda.device_count() > 1 and distributed.world_size() == 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process. Use one of them with "
+            f"CUDA_VISIBLE_DEVICES=0 python train_{name}.py ..., or all with\n"
+            f"accelerate launch --config_file configs/accelerate/ddp.yaml train_{name}.py ..."
+        )
+
+
+def plan(
+    name: str,
+    config: Config,
+    output: Path,
+    data_dir: Path,
+    parent: Path | None = None,
+    overwrite: bool = False,
+) -> Stage:
+    """Check everything a stage needs: data, base model, parent; nothing heavy is loaded.
+
+    Raises UserError when the parent was trained on another base model or with another prompt.
+    """
+    if parent is None:
+        _follow_earlier_run(output, overwrite)
+    if base := models.hub_model(config):
+        # Every process takes the commit that the main one found.
+        hub.remember(base, distributed.on_main(hub.commit, base))
+        read_manifest(data_dir)  # or gigabytes would be downloaded in vain
+    return _plan(name, config, output, data_dir, parent)
+
+
+def _follow_earlier_run(output: Path, overwrite: bool) -> None:
+    """Let a stage 1 that is run again use the base model's commit that it began with."""
+    begun = checkpoints.begun_from(checkpoints.work_directory(output))
+    if begun is None and not overwrite:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = (output / checkpoints.RECORD).read_text(encoding="utf-8")
+            begun = json.loads(record)["inputs"]
+    if begun is not None and begun.get("base_model"):
+        base = hub.Repository("model", begun["base_model"], begun["base_asked"])
+        hub.remember(base, begun["base"].removeprefix("commit:"))
+
+
+@distributed.main_first
+def _plan(
+    name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
+) -> Stage:
+    missing = [
+        tool for tool in getattr(config, name).report_to if importlib.util.find_spec(tool) is None
+    ]
+    if missing:
+        raise UserError(
+            f"{name}.report_to names {', '.join(missing)}, which is not installed. "
+            f"Run: pip install {' '.join(missing)}"
+        )
+    distributed.accumulation(getattr(config, name).gradient_accumulation, name)
+    check_gpus(name)
+    directory, revision, loaded = models.model_config(config)
+    manifest = read_manifest(data_dir)
+    identity = models.base_identity(directory, revision)
+    parent_hash = None
+    if parent is not None:
+        record = checkpoints.read_stage(parent, checkpoints.STAGES[name][0])
+        parent_hash = record["files"]["adapter_model.safetensors"]
+        if record["base_identity"] != identity:
+            raise UserError(
+                f"{parent} was trained on another base model ({record['base_model']}, "
+                f"{record['base_identity'][:24]}...) than this configuration names "
+                f"({config.model.name}, {identity[:24]}...). One adapter belongs to one base model."
+            )
+        if record["prompt"] != config.prompt.model_dump():
+            changes = checkpoints.describe_changes(record["prompt"], config.prompt.model_dump())
+            raise UserError(
+                f"{parent} was made with another prompt than this configuration has:\n"
+                + "\n".join(changes)
+                + "\nA model answers in the prompt it was trained with: put the old values back, "
+                "or train again from stage 1."
+            )
+    part = PART[name]
+    section = config.model_dump()[name]
+    storage = section.pop("quantization") or config.model.quantization
+    section.pop("report_to")
+    inputs = {
+        "stage": name,
+        "base": identity,
+        "parent": parent_hash,
+        "quantization": storage,
+        "compute_dtype": config.model.compute_dtype,
+        "context_length": config.model.context_length,  # bounds max_length
+        **{
+            f"data/{s}": manifest["files"].get(f"{part}/{s}.jsonl") for s in ("train", "validation")
+        },
+        **{f"{name}.{key}": value for key, value in section.items()},
+        **{f"prompt.{key}": value for key, value in config.prompt.model_dump().items()},
+    }
+    if revision:  # what the commit was resolved from
+        inputs |= {"base_model": config.model.name, "base_asked": config.model.revision}
+    return Stage(
+        name=name,
+        config=config,
+        output=output,
+        data_dir=data_dir,
+        parent=parent,
+        base_directory=directory,
+        base_revision=revision,
+        architecture=loaded,
+        inputs=inputs,
+        rows={s: manifest["counts"][f"{part}/{s}.jsonl"]["rows"] for s in ("train", "validation")},
+    )
+
+
+def load_tokenizer(stage: Stage) -> Any:
+    """The parent's tokenizer, or the base model's in the first stage."""
+    return models.load_tokenizer(
+        str(stage.parent or stage.base_directory),
+        stage.config.prompt,
+        stage.architecture.vocab_size,
+        None if stage.parent else stage.base_revision,
+        stage.config.model.trust_remote_code,
+    )
+
+
+def load_model(stage: Stage) -> Any:
+    """The base in NF4 with the parent's adapter, or with a fresh one; only the adapter trains."""
+    dtype, reason = models.choose_dtype(
+        stage.config.model.compute_dtype, stage.architecture.model_type
+    )
+    storage = stage.storage
+    print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base stored as {storage}")
+    model = models.load_base(
+        stage.config, stage.base_directory, stage.base_revision, dtype, quantize=storage == "nf4"
+    )
+    matched = models.lora_targets(model, stage.config.domain.lora_targets)
+    model = (
+        models.load_adapter(model, stage.parent, trainable=True)
+        if stage.parent
+        else models.add_adapter(model, stage.config)
+    )
+    if stage.section.gradient_checkpointing:
+        model.enable_input_require_grads()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    table = ", ".join(f"{layer} x{count}" for layer, count in matched.items())
+    print(f"LoRA on {table}: {trainable:,} trainable parameters")
+    return model
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete trainer checkpoint: trainer_state.json is what is written last."""
+    found = []
+    for path in (work / "trainer").glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        if all((path / name).is_file() for name in ADAPTER_FILES):
+            found.append((int(path.name.rsplit("-", 1)[1]), path))
+    return max(found)[1] if found else None
+
+
+def check_saved_adapter(model: Any, path: Path) -> None:
+    """Raise WorkError unless the file has both matrices of every layer that was trained.
+
+    What a wrapper round the model does to the names of its layers can leave an adapter without
+    tensors (distributed.keep_adapters_under_fsdp), which loads later as one that changes nothing.
+    """
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    layers = sum(
+        isinstance(module, LoraLayer) and "default" in (*module.lora_A, *module.lora_embedding_A)
+        for module in model.modules()
+    )
+    with safe_open(path, framework="pt") as file:
+        saved = sum("lora_" in name for name in [*file.keys()])
+    if saved != 2 * layers:
+        raise WorkError(
+            f"{path} has {saved} LoRA matrices, but {layers} layers were trained, with two each. "
+            "The trainer's checkpoints beside it may be as incomplete. Please report this with the "
+            "versions of peft, accelerate and torch."
+        )
+
+
+def _name_hub_base(path: Path, stage: Stage) -> None:
+    """Let an adapter name its base model and commit on the hub, not a directory of this machine."""
+    base = {"base_model_name_or_path": stage.config.model.name, "revision": stage.base_revision}
+    checkpoints.write_json(path, json.loads(path.read_text(encoding="utf-8")) | base)
+
+
+def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
+    """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
+    work = stage.work
+    probe = validation.probe_rows(trainer)
+    with trainer.compute_loss_context_manager():
+        trained = validation.mean_loss(trainer.model, probe)
+    # A sharded model is gathered by all processes; one of them writes.
+    state = trainer.accelerator.get_state_dict(trainer.model) if distributed.uses_fsdp() else None
+    if not distributed.is_main():
+        distributed.barrier()
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
+    model.save_pretrained(
+        str(work), state_dict=state, selected_adapters=["default"], safe_serialization=True
+    )
+    check_saved_adapter(model, work / "adapter_model.safetensors")
+    if stage.base_revision:
+        _name_hub_base(work / "adapter_config.json", stage)
+    # save_pretrained makes a README.md from the hub's template, which says nothing true here.
+    (work / "README.md").unlink(missing_ok=True)
+    tokenizer.save_pretrained(str(work))
+    checkpoints.write_json(work / "log_history.json", trainer.state.log_history)
+    plot_curves(trainer.state.log_history, work / "curves.png", stage.name)
+    if not distributed.uses_fsdp():  # whose shards are small, and not a tensor of their own each
+        validation.release(model)
+    metrics = {**metrics, "both_bases": both_bases(stage, probe, trained)}
+    config = stage.config
+    record = {
+        "stage": stage.name,
+        "base_model": config.model.name,
+        "base_revision": stage.base_revision,
+        "base_identity": stage.inputs["base"],
+        "parent": str(stage.parent) if stage.parent else None,
+        "parent_adapter_sha256": stage.inputs["parent"],
+        "data_dir": str(stage.data_dir),
+        "rows": stage.rows,
+        "prompt": config.prompt.model_dump(),
+        "config": config.model_dump(),
+        "config_sources": config.sources,
+        "metrics": metrics,
+        "processes": distributed.world_size(),
+        "versions": library_versions(),
+        "wall_s": round(time.time() - stage.started, 1),
+        "peak_rss_gb": machine.peak_rss_gb(),
+        "peak_gpu_memory_gb": gpu_memory_gb(),
+    }
+    tokenizer_files = [
+        name
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "special_tokens_map.json",
+            "vocab.json",
+            "merges.txt",
+            "added_tokens.json",
+        )
+        if (work / name).is_file()
+    ]
+    files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
+    checkpoints.publish(work, stage.output, record, files)
+    distributed.barrier()
+
+
+def both_bases(stage: Stage, probe: validation.Rows, trained: float) -> dict[str, Any]:
+    """The saved adapter's validation loss on the base it was trained on and on the one that ships.
+
+    Stages train against an NF4 copy of the base, which for a small model is another model; the
+    adapter is merged into the 16-bit one.
+    """
+    parameters = models.count_parameters(stage.architecture)
+    shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
+    found = {
+        "rows": len(probe),
+        "tokens": sum(int((labels[1:] != -100).sum()) for _, labels in probe),
+        "storage": stage.storage,
+        "trained_loss": trained,
+        "shipped_loss": shipped,
+    }
+    for name in ("trained", "shipped"):
+        loss = found[f"{name}_loss"]
+        found[f"{name}_perplexity"] = None if loss is None else math.exp(loss)
+    print(
+        f"{stage.name}: perplexity of {found['rows']} validation rows ({found['tokens']:,} tokens) "
+        f"{found['trained_perplexity']:.2f} on the base as trained on ({stage.storage})"
+        + ("" if shipped is None else f", {math.exp(shipped):.2f} on the 16-bit base that ships")
+    )
+    return found
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Training and validation loss (and DPO margin) over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [("loss", {"loss": "train", "eval_loss": "validation"})]
+    if any("rewards/margins" in entry for entry in history):
+        panels.append(
+            ("reward margin", {"rewards/margins": "train", "eval_rewards/margins": "validation"})
+        )
+    panels.append(("learning rate", {"learning_rate": "learning rate"}))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4))
+    for axis, (label, series) in zip(axes, panels, strict=True):
+        for key, name in series.items():
+            points = [(e["step"], e[key]) for e in history if key in e]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        if len(series) > 1:
+            axis.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def longest_pairs(tokenizer: Any, pairs: list[dict[str, str]], batch_size: int) -> int:
+    """Tokens of a micro-batch of the longest pairs; the longest by characters are counted."""
+    longest = sorted(pairs, key=lambda pair: -sum(map(len, pair.values())))[: 4 * batch_size]
+    counts = [
+        sum(len(models.encode(tokenizer, pair["prompt"] + pair[a])) for a in ("chosen", "rejected"))
+        for pair in longest
+    ]
+    return sum(sorted(counts)[-batch_size:])
