@@ -18,14 +18,14 @@ Writes the bundle, a record beside it (NAME.task.json) and what an app needs to 
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, machine, models
+from liteguard import checkpoints, cli, models
 from liteguard.config import RECIPES
 from liteguard.config_layers import flatten
 from liteguard.errors import UserError
+from liteguard.records import BundleRecord
 
 SUFFIXES = (".task", ".litertlm")
 
@@ -68,42 +68,26 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import (
-        bundle,
-        measured,
-        merge,
-        outputs,
-        silence,
-        tflite,
-        tokenizer,
-        verify,
-    )
+    from liteguard.export import bundle, measured, outputs, tflite
+    from liteguard.export.conversion import Conversion
 
-    recipes = section.recipes
     base, revision, architecture = models.model_config(config)
     identity = models.base_identity(base, revision)
-    if identity != record["base_identity"]:
-        raise UserError(
-            f"{source} was trained on another base model ({record['base_identity'][:24]}...) than "
-            f"{config.model.name} is here ({identity[:24]}...)."
-        )
-    if config.prompt.model_dump() != record["prompt"]:
-        raise UserError(f"{source} was trained with another prompt than the configuration in use.")
-    proof = section.verify.level != "none"
+    checkpoints.require_same(source, record, config.prompt, identity, config.model.name)
     samples = None
-    if proof:
+    if section.verify.level != "none":
         own = models.load_base_tokenizer(config).backend_tokenizer
-        samples = measured.collect_samples(config, Path(record["data_dir"]), own)
+        samples = measured.collect_samples(config, Path(record.data_dir), own)
     inputs = {
-        "adapter": record["files"]["adapter_model.safetensors"],
+        "adapter": record.adapter,
         "base": identity,
-        "prompt": record["prompt"],
+        "prompt": record.prompt.model_dump(),
         **flatten(section.model_dump(), "compress."),
     }
     converter = tflite.choose_converter(section.converter)
     parameters = models.count_parameters(architecture)
     memory, _ = tflite.required_resources(parameters, converter)
-    disk = tflite.whole_disk(parameters, converter, recipes[0])
+    disk = tflite.whole_disk(parameters, converter, section.recipes[0])
     print(
         f"expected peak memory: {tflite.peak_memory(parameters, converter) / 1e9:.1f} GB; "
         f"{memory / 1e9:.1f} GB must be free, and {disk / 1e9:.1f} GB of disk"
@@ -112,7 +96,7 @@ def main() -> None:
     if args.dry_run:
         tflite.require_resources(*needed)
         print(
-            f"would merge, convert ({converter}, {' then '.join(recipes)}) and write "
+            f"would merge, convert ({converter}, {' then '.join(section.recipes)}) and write "
             f"{', '.join(map(str, bundles))}; proof: {section.verify.level}\n"
             "dry run: nothing written"
         )
@@ -125,95 +109,34 @@ def main() -> None:
     work = outputs.start_work(output, inputs)
 
     # 3. Work
-    steps = outputs.Steps(work)
-    merged, sentencepiece, exact = work / "merged", work / "tokenizer.model", work / "float.tflite"
-
-    def make_merged():
-        shutil.rmtree(merged, ignore_errors=True)
-        trusted = config.model.trust_remote_code
-        parts = base, source, merged, config.prompt, revision, trusted
-        return {
-            "merge": machine.in_child("merge", merge.merge_adapter, *parts),
-            "tokenizer": tokenizer.build_sentencepiece(merged, sentencepiece).to_dict(),
-        }
-
-    def write_bundle(model, path):
-        if path.suffix == ".task":
-            return bundle.write_task(model, sentencepiece, config.prompt, path, silenced)
-        return bundle.write_litertlm(model, merged, config.prompt, path, section.kv_cache_length)
-
-    def attempt(recipe):
-        """Quantise, bundle and prove; the facts of all three."""
-        quantized = work / f"{recipe}.tflite"
-        if not quantized.exists():
-            machine.check_disk(work, tflite.bundle_disk(parameters, recipe) / 1e9)
-        found = {
-            "quantize": steps.keep(
-                f"quantize_{recipe}", tflite.quantize, exact, quantized, recipe, merged
-            )
-        }
-        found["bundles"] = steps.run(
-            "bundle",
-            lambda: {path.name: write_bundle(quantized, work / path.name) for path in bundles},
-        )
-        if not proof:
-            return found
-        float_bundle = work / f"float{output.suffix}" if section.verify.level == "full" else None
-        if float_bundle and not float_bundle.exists():
-            write_bundle(exact, float_bundle)
-        found["verify"] = steps.run(
-            "verify",
-            verify.verify_bundle,
-            work / output.name,
-            merged,
-            config,
-            samples,
-            replaced=facts["tokenizer"]["replaced"],
-            work=work,
-            recipe=recipe,
-            silence=silenced,
-            float_bundle=float_bundle,
-            also=work / other.name if args.also else None,
-        )
-        return found
-
-    facts = steps.keep("merge", make_merged)
-    # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows all.
-    silenced = silence.Silence.of(tokenizer.TokenizerReport(**facts["tokenizer"]), merged)
-    if any(path.suffix == ".task" for path in bundles):
-        facts["silence"] = steps.keep("silence", silenced.check, merged)
-    facts["export"] = steps.keep(
-        "export",
-        tflite.export,
-        merged,
-        exact,
-        prefill_lengths=section.prefill_lengths,
-        kv_cache_length=section.kv_cache_length,
-        converter=converter,
+    conversion = Conversion(
+        config, source, base, revision, parameters, converter, bundles, samples, work
     )
-    facts |= steps.first_that_passes(attempt, recipes, section.verify.model_dump())
+    facts = conversion.run()
 
     # 4. Results
-    result = {
-        "stage": "bundle",
-        "base_model": config.model.name,
-        "base_revision": revision,
-        "base_licence": config.model.licence,
-        "parent": str(source),
-        "data_dir": record["data_dir"],
-        "prompt": config.prompt.model_dump(),
-        "config": config.model_dump(),
-        "inputs": inputs,
-        "files": {path.name: checkpoints.sha256_file(work / path.name) for path in bundles},
-        "bytes": {path.name: (work / path.name).stat().st_size for path in bundles},
+    result = BundleRecord(
+        stage="bundle",
+        base_model=config.model.name,
+        base_revision=revision,
+        base_identity=identity,
+        base_licence=config.model.licence,
+        parent=str(source),
+        parent_adapter_sha256=record.adapter,
+        data_dir=record.data_dir,
+        prompt=config.prompt,
+        config=config.model_dump(),
+        inputs=inputs,
+        files={path.name: checkpoints.sha256_file(work / path.name) for path in bundles},
+        bytes={path.name: (work / path.name).stat().st_size for path in bundles},
         **facts,
-        "timings_s": steps.timings,
-        "wall_s": round(time.time() - started, 1),
-        "peak_rss_gb": steps.peaks,
-    }
+        timings_s=conversion.steps.timings,
+        wall_s=round(time.time() - started, 1),
+        peak_rss_gb=conversion.steps.peaks,
+    )
     outputs.publish(work, bundles, result, bundle.deployment(result))
     for path in bundles:
-        print(f"wrote {path} ({result['bytes'][path.name] / 1e6:.0f} MB) and {path.name}.json")
+        print(f"wrote {path} ({result.bytes[path.name] / 1e6:.0f} MB) and {path.name}.json")
     print(f"next: python evaluate_model.py --bundle {output}")
 
 

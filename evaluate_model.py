@@ -27,17 +27,12 @@ it with plots, answers side by side and the data's manifest to report.html, and 
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
 
-from liteguard import checkpoints, cli, machine, registry
+from liteguard import checkpoints, cli, machine
 from liteguard.errors import UserError
+from liteguard.records import Made
 from liteguard.rows import read_manifest
-from liteguard.wheels import WHEELS
-
-# Changes when a result of an older version lacks what this one reads.
-FORMAT = 6
 
 
 def parse_args():
@@ -63,31 +58,29 @@ def main() -> None:
     if args.compare:
         compare(args)
         return
+    from liteguard.evaluation import results
+
     if args.markdown or args.json:
         raise UserError("--markdown and --json write a comparison: they need --compare RESULT ...")
-    records = {path: checkpoints.read_stage(Path(path)) for path in args.checkpoint}
+    records: dict[str, Made] = {p: checkpoints.read_stage(Path(p)) for p in args.checkpoint}
     if args.bundle:
-        records[args.bundle] = read_bundle_record(Path(args.bundle))
+        records[args.bundle] = checkpoints.read_bundle(Path(args.bundle))
     if not records and not args.base:
         raise UserError("Say what to measure: --checkpoint DIR ..., --bundle FILE, or --base.")
     parent = next(iter(records.values()), None)
     config = cli.resolve_config(args, parent=None if args.model_type or args.model else parent)
     if parent is not None:
         cli.follow_stage(parent)
-    for path, record in records.items():
-        if record["prompt"] != config.prompt.model_dump():
-            raise UserError(f"{path} was made with another prompt than the configuration in use.")
     if args.limit is not None:
-        config = evaluate_fewer(config, args.limit)
-    targets = targets_by_label(args.base, records)
+        config = results.evaluate_fewer(config, args.limit)
     output = cli.output_directory(args.output)
     cli.print_config(config, "evaluate")
 
     # 2. Inputs
     from liteguard import models
-    from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run, summary
-    from liteguard.evaluation.journal import Journal
+    from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run
 
+    targets = results.targets_by_label(args.base, records)
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
     base = architecture = None
@@ -95,38 +88,21 @@ def main() -> None:
         directory, commit, architecture = models.model_config(config)
         base = models.base_identity(directory, commit)
     for path, record in records.items():
-        trained_from = record.get("base_identity") or record["inputs"]["base"]
-        if base not in (None, trained_from):
-            raise UserError(
-                f"{path} was trained on another base model ({trained_from[:24]}...) than "
-                f"{config.model.name} is here ({base[:24]}...)."
-            )
-    data_dir = Path(args.data or (parent["data_dir"] if parent else f"data/{config.model_type}"))
+        checkpoints.require_same(Path(path), record, config.prompt, base, config.model.name)
+    data_dir = Path(args.data or (parent.data_dir if parent else f"data/{config.model_type}"))
     rows = held_out.held_out(config, data_dir, everything=args.full)
-    manifest = read_manifest(data_dir)
+    files = read_manifest(data_dir)["files"]
     counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
     print(f"{config.evaluate.split} rows: {counts}")
-    split = f"{config.evaluate.split}.jsonl"
     inputs, trained_on = {}, {}
     for label, path in targets.items():
-        trained_on[label] = contamination.training_data(data_dir, records.get(path))
-        directories, unchecked = trained_on[label]
-        inputs[label] = {
-            "format": FORMAT,
-            "model": records[path]["files"] if path else config.model.model_dump(),
-            "base": None if path == args.bundle and path else base,
-            "rows": {n: h for n, h in manifest["files"].items() if n.endswith(split)},
-            "trained_on": [contamination.train_files(directory) for directory in directories],
-            "unchecked": unchecked,
-            # The batch size may be lowered after a crash for lack of memory.
-            "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
-            "counts": {name: len(found) for name, found in rows.items()},
-            "benchmarks": benchmark_files() if config.evaluate.knowledge_rows else None,
-            "prompt": config.prompt.model_dump(),
-        }
+        of = records[path] if path else None
+        trained_on[label] = contamination.training_data(data_dir, of)
+        own_base = None if path and path == args.bundle else base
+        inputs[label] = results.inputs_of(config, rows, files, of, own_base, trained_on[label])
         if args.limit is not None and not args.overwrite:
-            keep_longer_runs(output, label, inputs[label])
-    if args.overwrite or not all(reuse(output / f"{n}.json", inputs[n]) for n in targets):
+            results.keep_longer_runs(output, label, inputs[label])
+    if args.overwrite or not all(results.reuse(output / f"{n}.json", inputs[n]) for n in targets):
         bundle = Path(args.bundle) if args.bundle else None
         needed, pages = answerers.expected_memory(config, architecture, bundle)
         print(
@@ -141,39 +117,36 @@ def main() -> None:
 
     # 3. Work
     output.mkdir(parents=True, exist_ok=True)
-    results, leaks = {}, {}
+    found, leaks = {}, {}
     for label, path in targets.items():
         file = output / f"{label}.json"
-        results[label] = None if args.overwrite else reuse(file, inputs[label])
-        if results[label]:
+        if not args.overwrite and (earlier := results.reuse(file, inputs[label])):
             print(f"{label}: {file} is up to date: reused")
+            found[label] = earlier
             continue
         print(f"{label}: measuring {path or config.model.name}")
-        journal = Journal(output / f"{label}.partial.jsonl", inputs[label])
-        source = partial(answerers.open_answerer, config, Path(path) if path else None)
-        run.collect(source, config, rows, journal)
-        run.ask_judge(config, rows, journal)
+        journal = run.journal_of(output, label, inputs[label])
+        numbers = run.measure(config, Path(path) if path else None, rows, journal)
         directories, unchecked = trained_on[label]
         key = tuple(directories)
         if key not in leaks:
             everything = held_out.held_out(config, data_dir, everything=True)
             leaks[key] = contamination.contamination(everything, rows, directories)
-        results[label] = {
-            **summary.summarise(config, rows, journal),
+        found[label] = {
+            **numbers,
             "contamination": {**leaks[key], "unchecked": unchecked},
-            "cost": run.run_cost(journal),
             "model": {"name": config.model.name, "path": path, "data_dir": str(data_dir)},
             "inputs": inputs[label],
         }
-        checkpoints.write_json(file, results[label])
+        checkpoints.write_json(file, found[label])
         journal.remove()
 
     # 4. Results
     from liteguard.evaluation import comparison
 
-    written = ", ".join(str(output / f"{label}.json") for label in results)
-    print(f"\n{comparison.comparison_text(results)}\n\nwrote {written}")
-    print(f"next: python evaluate_model.py --output {output} --compare {' '.join(results)}")
+    written = ", ".join(str(output / f"{label}.json") for label in found)
+    print(f"\n{comparison.comparison_text(found)}\n\nwrote {written}")
+    print(f"next: python evaluate_model.py --output {output} --compare {' '.join(found)}")
 
 
 def compare(args) -> None:
@@ -193,88 +166,6 @@ def compare(args) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     written = report.write_report(results, output, args.markdown, args.json)
     print(f"\nwrote {', '.join(map(str, written))}")
-
-
-def targets_by_label(base: bool, records: dict[str, dict]) -> dict[str, str | None]:
-    """Label of a result -> what is measured; the base model has no path."""
-    found: dict[str, str | None] = {"base": None} if base else {}
-    for path, record in records.items():
-        label = "final" if record["stage"] == "safety" else record["stage"]
-        if label in found:
-            raise UserError(
-                f"{found[label]} and {path} would both be written to {label}.json.\n"
-                "Measure them one by one, each with its own --output; --compare takes files."
-            )
-        found[label] = path
-    return found
-
-
-def benchmark_files() -> str:
-    """sha256 of the files that hold the public questions."""
-    wheels = {registry.BENCHMARKS[name][0] for name in registry.MULTIPLE_CHOICE}
-    return ",".join(sorted(WHEELS[name].sha256 for name in wheels))
-
-
-def keep_longer_runs(output: Path, label: str, inputs: dict) -> None:
-    """A quick look must not take the place of a result, or of the answers of a run cut short."""
-    from liteguard.evaluation.journal import Journal
-
-    file, journal = output / f"{label}.json", output / f"{label}.partial.jsonl"
-    if reuse(file, inputs):
-        return  # and nothing will be measured
-    if file.is_file():
-        found = file
-    elif Journal.begun_from_others(journal, inputs):
-        found = journal
-    else:
-        return
-    raise UserError(
-        f"{found} was measured with other settings, and --limit would replace it.\n"
-        "Choose another --output (quick_look, say), or pass --overwrite."
-    )
-
-
-def evaluate_fewer(config, limit: int):
-    """The configuration with `limit` rows of every set; benchmarks that are off stay off."""
-    if limit < 1:
-        raise UserError(f"--limit {limit}: at least 1, e.g. --limit 8 for a quick look")
-    section = config.evaluate
-    names = ["perplexity_rows", "question_rows", "seen_question_rows", "harmful_rows"]
-    rows = dict.fromkeys([*names, "benign_rows"], limit)
-    rows["knowledge_rows"] = limit if section.knowledge_rows else 0
-    fewer = config.model_copy(update={"evaluate": section.model_copy(update=rows)})
-    fewer._sources = config.sources | {f"evaluate.{name}": "--limit" for name in rows}
-    return fewer
-
-
-def read_bundle_record(bundle: Path) -> dict:
-    """The record that compress_model.py writes beside a bundle, its sha256 checked."""
-    record_path = bundle.with_name(f"{bundle.name}.json")
-    if not bundle.is_file() or not record_path.is_file():
-        raise UserError(
-            f"{bundle} or its record {record_path.name} is missing.\n"
-            f"Make both with: python compress_model.py --input final_checkpoint --output {bundle}"
-        )
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        described = record["files"].get(bundle.name), record["inputs"]["base"], record["stage"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{record_path} is damaged ({error!r}).") from None
-    if checkpoints.sha256_file(bundle) != described[0]:
-        raise UserError(
-            f"{bundle} is not the file that {record_path.name} describes. A bundle and its record "
-            "keep the names that compress_model.py gave them."
-        )
-    return record
-
-
-def reuse(file: Path, inputs: dict) -> dict | None:
-    """An earlier result for the same inputs."""
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return earlier if earlier.get("inputs") == json.loads(json.dumps(inputs)) else None
 
 
 if __name__ == "__main__":

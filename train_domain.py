@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, distributed, machine
+from liteguard import cli, machine
 from liteguard.training import arguments, callbacks, loop, tokens
 from liteguard.training.feed import describe_feed, make_feed
 from liteguard.training.stage import finish, load_model, load_tokenizer, plan
@@ -54,11 +54,8 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
-    stage.work = distributed.on_main(
-        checkpoints.open_work, stage.output, stage.inputs, args.overwrite
-    )
-    if stage.work is None:
-        print(f"{stage.output} is finished and was made from the same inputs: reused")
+    run = stage.open(args.overwrite)
+    if run is None:
         return
 
     # 3. Work
@@ -77,10 +74,10 @@ def main() -> None:
         )
         return trainer, feed.counts
 
-    trainer, metrics = loop.run(stage, make_trainer)
+    trainer, metrics = loop.run(run, make_trainer)
 
     # 4. Results
-    finish(stage, trainer, tokenizer, metrics)
+    finish(run, trainer, tokenizer, metrics)
     print(f"wrote {stage.output}\nnext: python train_instruction.py --checkpoint {stage.output}")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, distributed, machine
+from liteguard import checkpoints, cli, machine
 from liteguard.rows import load_split, read_manifest, source_titles
 from liteguard.training import arguments, callbacks, feed, loop, tokens
 from liteguard.training.stage import finish, load_model, load_tokenizer, longest_pairs, plan
@@ -41,7 +41,7 @@ def main() -> None:
         "safety",
         config,
         output=Path(args.output),
-        data_dir=Path(args.data or parent["data_dir"]),
+        data_dir=Path(args.data or parent.data_dir),
         parent=Path(args.checkpoint),
     )
     tokenizer = load_tokenizer(stage)
@@ -67,11 +67,8 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
-    stage.work = distributed.on_main(
-        checkpoints.open_work, stage.output, stage.inputs, args.overwrite
-    )
-    if stage.work is None:
-        print(f"{stage.output} is finished and was made from the same inputs: reused")
+    run = stage.open(args.overwrite)
+    if run is None:
         return
 
     # 3. Work
@@ -96,10 +93,10 @@ def main() -> None:
         )
         return trainer, feed.pair_counts(stage, trainer.train_dataset)
 
-    trainer, metrics = loop.run(stage, make_trainer)
+    trainer, metrics = loop.run(run, make_trainer)
 
     # 4. Results
-    finish(stage, trainer, tokenizer, metrics)
+    finish(run, trainer, tokenizer, metrics)
     print(
         f"wrote {stage.output}\nnext: python compress_model.py --input {stage.output} "
         f"--output liteguard_{config.model_type}.task"

@@ -161,7 +161,7 @@ def best(runs: list[dict[str, float]]) -> dict[str, float]:
 def build(args: argparse.Namespace, work: Path) -> tuple[str, dict[str, Path], Path]:
     """(rendered prompt, bundle of each variant, merged directory)."""
     record = checkpoints.read_stage(Path(args.input), "safety")
-    config = Config.model_validate(record["config"])
+    config = Config.model_validate(record.config)
     base, _ = models.base_model(config)
     merged = work / "merged"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)

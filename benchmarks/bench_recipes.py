@@ -49,12 +49,12 @@ def phi_bytes(shape: str, recipe: str) -> int:
 def measure(args: argparse.Namespace, work: Path) -> dict:
     """One row of numbers a recipe."""
     record = checkpoints.read_stage(Path(args.input), "safety")
-    config = Config.model_validate(record["config"])
+    config = Config.model_validate(record.config)
     section = config.compress.verify
     section.questions, section.requests, section.texts = args.rows, 3, args.rows
     section.max_new_tokens = args.tokens
     own = models.load_base_tokenizer(config).backend_tokenizer
-    data_dir = Path(args.data or record["data_dir"])
+    data_dir = Path(args.data or record.data_dir)
     samples = measured.collect_samples(config, data_dir, own)
     base, _ = models.base_model(config)
     merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"

@@ -101,8 +101,8 @@ def main() -> None:
     )
     for directory in map(Path, args.checkpoint):
         record = checkpoints.read_stage(directory)
-        own = validate(record["config"], str(directory))
-        data_dir = Path(args.data or record["data_dir"])
+        own = validate(record.config, str(directory))
+        data_dir = Path(args.data or record.data_dir)
         rows = requests or load_split(data_dir, "preference", args.split)
         counts = (None,) * 3 if requests else (args.limit // 2, args.limit // 4, args.limit // 4)
         model, tokenizer = merged.load_merged(own, directory)

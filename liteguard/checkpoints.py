@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from liteguard import records
 from liteguard.errors import UserError, WorkError
+from liteguard.prompts import Prompt
+from liteguard.records import BundleRecord, Made, StageRecord
 
 RECORD = "stage.json"
 INPUTS = "inputs.json"
@@ -67,7 +70,7 @@ def next_command(stage: str) -> str:
     return f"python {script} --checkpoint {STAGES[parent][2]}"
 
 
-def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> dict[str, Any]:
+def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> StageRecord:
     """The record of a finished stage directory, its files checked against their sha256.
 
     Raises UserError, with the command to run next, when the directory is missing, unfinished,
@@ -89,12 +92,8 @@ def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> dic
             f"{path} has no {RECORD}, so it is not a finished LiteGuard stage (half-copied, or "
             f"made by another tool).{advice}"
         )
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        stage, files = record["stage"], record["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record_path} is damaged ({error!r}).{advice}") from None
-    for name, digest in files.items():
+    record = records.read(StageRecord, record_path, advice)
+    for name, digest in record.files.items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{path} is incomplete: {name} is missing.{advice}")
@@ -103,12 +102,54 @@ def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> dic
                 f"{file} is not the file that {RECORD} describes (sha256 differs: truncated or "
                 f"changed).{advice}"
             )
-    if wanted and stage not in wanted:
+    if wanted and record.stage not in wanted:
         raise UserError(
-            f"{path} is the result of the {stage!r} stage, but a {' or '.join(map(repr, wanted))} "
-            f"checkpoint is needed here. The order is domain -> instruction -> safety.{advice}"
+            f"{path} is the result of the {record.stage!r} stage, but a "
+            f"{' or '.join(map(repr, wanted))} checkpoint is needed here. The order is "
+            f"domain -> instruction -> safety.{advice}"
         )
     return record
+
+
+def read_bundle(bundle: Path) -> BundleRecord:
+    """The record that compress_model.py writes beside a bundle, the bundle's sha256 checked."""
+    record_path = bundle.with_name(f"{bundle.name}.json")
+    if not bundle.is_file() or not record_path.is_file():
+        raise UserError(
+            f"{bundle} or its record {record_path.name} is missing.\n"
+            f"Make both with: python compress_model.py --input final_checkpoint --output {bundle}"
+        )
+    record = records.read(BundleRecord, record_path)
+    if sha256_file(bundle) != record.files.get(bundle.name):
+        raise UserError(
+            f"{bundle} is not the file that {record_path.name} describes. A bundle and its record "
+            "keep the names that compress_model.py gave them."
+        )
+    return record
+
+
+def require_same(
+    path: Path, record: Made, prompt: Prompt, base: str | None = None, name: str = ""
+) -> None:
+    """Raise UserError unless a finished stage or bundle has this prompt and this base model.
+
+    base: the identity of the base model called `name` (`models.base_identity`); None where it is
+    not needed here.
+    """
+    if base is not None and record.base_identity != base:
+        raise UserError(
+            f"{path} was trained on another base model ({record.base_model}, "
+            f"{record.base_identity[:24]}...) than this configuration names ({name}, "
+            f"{base[:24]}...). One adapter belongs to one base model."
+        )
+    if record.prompt != prompt:
+        changes = describe_changes(record.prompt.model_dump(), prompt.model_dump())
+        raise UserError(
+            f"{path} was made with another prompt than this configuration has:\n"
+            + "\n".join(changes)
+            + "\nA model answers in the prompt it was trained with: put the old values back, or "
+            "train again from stage 1."
+        )
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

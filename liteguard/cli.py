@@ -6,7 +6,7 @@ import argparse
 import errno
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from liteguard import distributed, hub, machine
 from liteguard.config import Config
 from liteguard.config_layers import build, find_config, flatten, parse_setting, read_yaml
 from liteguard.errors import LiteGuardError, UserError
+from liteguard.records import Made
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -50,15 +51,15 @@ def add_model_flags(result: argparse.ArgumentParser) -> None:
 def resolve_config(
     args: argparse.Namespace,
     flags: dict[str, tuple[str, Any]] | None = None,
-    parent: dict[str, Any] | None = None,
+    parent: Made | None = None,
 ) -> Config:
     """Config from the flags; `parent` is a stage.json whose config stands in for a YAML.
 
     `flags` maps a flag to its 'section.key' and its value (None: not given).
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers: list[tuple[str, Mapping[str, Any]]] = []
     if parent is not None and not args.config:
-        layers.append(("the parent's stage.json", parent["config"]))
+        layers.append(("the parent's stage.json", parent.config))
     else:
         path = find_config(
             getattr(args, "model_type", None), getattr(args, "model", None), args.config
@@ -74,11 +75,11 @@ def resolve_config(
     return build(layers)
 
 
-def follow_stage(record: dict[str, Any]) -> None:
+def follow_stage(record: Made) -> None:
     """Use the hub commit of the base model that a finished stage or bundle was made from."""
-    model = record["config"]["model"]
+    model = record.config["model"]
     base = hub.Repository("model", model["name"], model["revision"])
-    hub.remember(base, record.get("base_revision"))
+    hub.remember(base, record.base_revision)
 
 
 def model_flags(args: argparse.Namespace) -> str:

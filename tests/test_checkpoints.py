@@ -8,6 +8,18 @@ import pytest
 
 from liteguard import checkpoints
 from liteguard.errors import UserError, WorkError
+from liteguard.prompts import Prompt
+from liteguard.records import BundleRecord, StageRecord
+
+RECORD = {
+    "stage": "domain",
+    "base_model": "a/base",
+    "base_identity": "commit:1",
+    "data_dir": "data/x",
+    "parent": None,
+    "prompt": {},
+    "config": {},
+}
 
 
 def make(tmp_path, text="weights"):
@@ -20,10 +32,10 @@ def make(tmp_path, text="weights"):
 
 def test_published_directory_is_complete_and_clean(tmp_path):
     output, work = make(tmp_path)
-    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    checkpoints.publish(work, output, RECORD, ["adapter_model.safetensors"])
     assert not work.exists()
     assert {p.name for p in output.iterdir()} == {"adapter_model.safetensors", "stage.json"}
-    assert checkpoints.read_stage(output, "domain")["inputs"]["rate"] == 1
+    assert checkpoints.read_stage(output, "domain").inputs["rate"] == 1
     assert checkpoints.open_work(output, {"stage": "domain", "rate": 1}) is None
 
 
@@ -91,3 +103,57 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         checkpoints.write_json(path, {("a", 1): 2})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"files": ["adapter_model.safetensors"]}, "files: Input should be a valid dictionary"),
+        ({"base_identity": None}, "base_identity: Input should be a valid string"),
+        ({"prompt": {"user_prefix": 3}}, "prompt.user_prefix: Input should be a valid string"),
+        ({"config": "x"}, "config: Input should be a valid dictionary"),
+    ],
+)
+def test_a_record_of_another_shape_is_named_by_its_first_wrong_field(tmp_path, wrong, said):
+    output, work = make(tmp_path)
+    checkpoints.publish(work, output, RECORD, ["adapter_model.safetensors"])
+    path = output / checkpoints.RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(UserError) as error:
+        checkpoints.read_stage(output, "domain")
+    assert f"{path} is damaged" in str(error.value) and said in str(error.value)
+    assert "python train_domain.py" in str(error.value), "the way on"
+    for text in ("[]", "null", '"x"', "{", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoints.read_stage(output, "domain")
+
+
+def test_a_bundles_record_of_the_first_version_still_names_its_base_and_adapter():
+    old = {
+        **{key: value for key, value in RECORD.items() if key != "base_identity"},
+        "stage": "bundle",
+        "inputs": {"base": "commit:1", "adapter": "ab", "compress.kv_cache_length": 64},
+        "files": {"x.task": "00"},
+        "bytes": {"x.task": 1},
+        "merge": {},
+        "tokenizer": {},
+        "export": {"kv_cache_length": 64},
+        "quantize": {},
+        "bundles": {},
+    }
+    record = BundleRecord.model_validate(old)
+    assert (record.base_identity, record.parent_adapter_sha256) == ("commit:1", "ab")
+    assert record.cache_length == 64
+
+
+def test_another_base_or_prompt_is_refused_with_both_named(tmp_path):
+    record = StageRecord(**RECORD, inputs={}, files={})
+    checkpoints.require_same(tmp_path, record, Prompt(), "commit:1", "a/base")
+    checkpoints.require_same(tmp_path, record, Prompt())
+    with pytest.raises(
+        UserError, match=r"another base model \(a/base, commit:1.*\(b/base, commit:2"
+    ):
+        checkpoints.require_same(tmp_path, record, Prompt(), "commit:2", "b/base")
+    with pytest.raises(UserError, match="user_prefix: 'Instruct: ' -> 'Q: '"):
+        checkpoints.require_same(tmp_path, record, Prompt(user_prefix="Q: "))

@@ -99,10 +99,10 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):
     printed = succeed(ROOT / "benchmarks/bench_refusal.py", "final_checkpoint", cwd=pipeline)
     cells = printed.splitlines()[-1].split()
     record = checkpoints.read_stage(pipeline / "final_checkpoint")
-    own = validate(record["config"], "test")
+    own = validate(record.config, "test")
     model, tokenizer = merged.load_merged(own, pipeline / "final_checkpoint")
     starts = {models.encode(tokenizer, word)[0] for word in ("I", "Sorry")}
-    rows = load_split(pipeline / record["data_dir"], "preference", "validation")
+    rows = load_split(pipeline / record.data_dir, "preference", "validation")
     refused = []
     for row in [r for r in rows if r["kind"] == "harmful"][:180]:
         ids = models.encode(tokenizer, own.prompt.render_question(row["prompt"]))
@@ -152,7 +152,7 @@ def test_bundle_scores_what_the_checkpoint_scores(pipeline):
     from liteguard.runtime.bundle import Bundle
 
     record = checkpoints.read_stage(pipeline / "final_checkpoint")
-    own = validate(record["config"], "test")
+    own = validate(record.config, "test")
     reference = Checkpoint(own, pipeline / "final_checkpoint")
     pairs = [
         ("The", " heart affects the lung and brings pain."),

@@ -162,7 +162,7 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
             metrics["best_eval_loss"], rel=0.01
         )
     path = Path("instruction_checkpoint")
-    own = validate(checkpoints.read_stage(path)["config"], "instruction_checkpoint")
+    own = validate(checkpoints.read_stage(path).config, "instruction_checkpoint")
     model, tokenizer = merged.load_merged(own, path)
     rows = tokens.answers(tokenizer, Path("data/tiny"), "validation", own, 8)
     total = 0.0
@@ -347,7 +347,7 @@ def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
     )
     data = json.loads((pipeline / "domain_checkpoint/stage.json").read_text())["data_dir"]
     own = validate(
-        checkpoints.read_stage(pipeline / "domain_checkpoint")["config"], "domain_checkpoint"
+        checkpoints.read_stage(pipeline / "domain_checkpoint").config, "domain_checkpoint"
     )
     model, tokenizer = merged.load_merged(own, pipeline / "domain_checkpoint")
     rows = tokens.answers(tokenizer, pipeline / data, "train", own, 4)
@@ -413,8 +413,7 @@ def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path
     monkeypatch.chdir(pipeline)
     config = build([("tiny", read_yaml(tiny_config))])
     parent = Path("instruction_checkpoint")
-    stage = plan("safety", config, tmp_path / "x", Path("data/tiny"), parent)
-    stage.work = tmp_path
+    stage = plan("safety", config, tmp_path / "x", Path("data/tiny"), parent).at(tmp_path)
     guard = callbacks.stage_callbacks(stage)[0]
     # beta is 0.1: a reward of -2.9 is a loss of 29 nats, the limit is 30.
     for reward, stops in ((-2.9, False), (-3.1, True)):
@@ -446,8 +445,7 @@ def test_every_evaluated_step_has_a_checkpoint(pipeline, tiny_config, tmp_path, 
     monkeypatch.chdir(pipeline)
     often = {"domain": {"eval_steps": 2, "save_steps": 3}}
     config = build([("tiny", read_yaml(tiny_config)), ("test", often)])
-    stage = plan("domain", config, tmp_path / "x", Path("data/tiny"))
-    stage.work = tmp_path
+    stage = plan("domain", config, tmp_path / "x", Path("data/tiny")).at(tmp_path)
     arguments = trainer_arguments(stage)
     assert arguments["save_steps"] == arguments["eval_steps"] == 2
     assert arguments["load_best_model_at_end"]

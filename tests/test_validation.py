@@ -160,9 +160,9 @@ def test_validation_of_pairs_does_not_depend_on_the_batch(tiny_phi, tmp_path, on
         trainer, counts = dpo_trainer(stage, pairs, pairs)
         patches.hook_losses(stage, trainer, counts)
         if once:
-            stage.work = tmp_path / f"once{size}"
-            stage.work.mkdir()
-            precompute_reference(stage, trainer)
+            work = tmp_path / f"once{size}"
+            work.mkdir()
+            precompute_reference(stage.at(work), trainer)
         disturb(trainer.model, seed=1)
         found.append(trainer.evaluate())
     # The reference again, now as the only adapter.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -14,9 +13,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from liteguard import machine, merged, models
+from liteguard import machine, merged, models, records
 from liteguard.config import Config
 from liteguard.prompts import Prompt
+from liteguard.records import BundleRecord
 from liteguard.runtime.workers import bundle_memory
 
 # Logits of one scoring batch (128 MB of float32): larger ones are no faster on a CPU.
@@ -346,5 +346,5 @@ def open_answerer(config: Config, path: Path | None) -> Iterator[Answerer]:
     else:
         from liteguard.runtime.workers import BundleWorkers
 
-        record = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
-        yield DeviceBundle(BundleWorkers(path), record["inputs"]["compress.kv_cache_length"])
+        record = records.read(BundleRecord, path.with_name(f"{path.name}.json"))
+        yield DeviceBundle(BundleWorkers(path), record.cache_length)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from liteguard import records
 from liteguard.errors import UserError
+from liteguard.records import Result
 
 COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
@@ -305,14 +307,11 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
             )
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            needed = ("answers", "intervals", "contamination", "model", "n", "knowledge", "cost")
-            _ = [result[k] for k in needed], result["cost"]["answer_s"]
-            _ = result["contamination"]["unchecked"], result["inputs"]["evaluate"]
-            _ = result["too_long"]
-        except (ValueError, KeyError, TypeError) as error:
+            Result.model_validate(result)
+        except ValueError as error:  # a ValidationError is one
             raise UserError(
-                f"{path} is no result of this version of evaluate_model.py ({error!r}). Measure "
-                "again with it."
+                f"{path} is no result of this version of evaluate_model.py "
+                f"({records.first_problem(error)}). Measure again with it."
             ) from None
         label = path.stem
         if label in found:

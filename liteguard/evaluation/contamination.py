@@ -9,6 +9,7 @@ from typing import Any
 from liteguard import checkpoints
 from liteguard.data import overlap
 from liteguard.errors import UserError
+from liteguard.records import Made
 from liteguard.rows import FIELDS, load_split, read_manifest
 from liteguard.text import match_key
 
@@ -20,7 +21,7 @@ TRAINED_ON = {
 }
 
 
-def training_data(data_dir: Path, record: dict[str, Any] | None) -> tuple[list[Path], list[str]]:
+def training_data(data_dir: Path, record: Made | None) -> tuple[list[Path], list[str]]:
     """Prepared data that the stages of a model saw, and what of it cannot be looked at any more.
 
     Goes from `record` (of a stage or a bundle; None: the base model) through the records of its
@@ -29,18 +30,17 @@ def training_data(data_dir: Path, record: dict[str, Any] | None) -> tuple[list[P
     """
     directories, known, unchecked = [data_dir], [train_files(data_dir)], []
     while record:
-        if record["stage"] in TRAINED_ON:
-            name, digest = TRAINED_ON[record["stage"]], record["inputs"]["data/train"]
-            own = Path(record["data_dir"])
+        if record.stage in TRAINED_ON:
+            name, digest = TRAINED_ON[record.stage], record.inputs["data/train"]
+            own = Path(record.data_dir)
             if all(files.get(name) != digest for files in known):
                 files = train_files(own) if (own / "manifest.json").is_file() else {}
                 if files.get(name) == digest:
                     directories.append(own)
                     known.append(files)
                 else:
-                    unchecked.append(f"{own / name} ({record['stage']} stage)")
-        path = record["parent"]
-        adapter = record.get("parent_adapter_sha256") or record["inputs"].get("adapter")
+                    unchecked.append(f"{own / name} ({record.stage} stage)")
+        path, adapter = record.parent, record.parent_adapter_sha256
         record = None
         if path:
             try:
@@ -48,7 +48,7 @@ def training_data(data_dir: Path, record: dict[str, Any] | None) -> tuple[list[P
             except UserError:
                 unchecked.append(f"what {path} was trained on")
             else:
-                if record["files"].get("adapter_model.safetensors") != adapter:
+                if record.adapter != adapter:
                     unchecked.append(f"what an earlier {path} was trained on")
     return directories, unchecked
 

@@ -5,14 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from liteguard.config import Config
 from liteguard.evaluation import knowledge, llm_judge
-from liteguard.evaluation.answerers import Answerer
+from liteguard.evaluation.answerers import Answerer, open_answerer
 from liteguard.evaluation.held_out import REQUESTS, requests, text_pairs
 from liteguard.evaluation.journal import Journal, journalled
+from liteguard.evaluation.summary import summarise
 from liteguard.machine import release_memory
+
+
+def journal_of(output: Path, label: str, inputs: dict[str, Any]) -> Journal:
+    """Where the answers and scores of a model are kept until its result is complete."""
+    return Journal(output / f"{label}.partial.jsonl", inputs)
+
+
+def measure(
+    config: Config,
+    path: Path | None,
+    rows: dict[str, list[dict[str, Any]]],
+    journal: Journal,
+) -> dict[str, Any]:
+    """The numbers of a stage, a bundle or (None) the base model on `rows`, and their cost."""
+    collect(partial(open_answerer, config, path), config, rows, journal)
+    ask_judge(config, rows, journal)
+    return {**summarise(config, rows, journal), "cost": run_cost(journal)}
 
 
 def collect(

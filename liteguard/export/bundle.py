@@ -32,6 +32,7 @@ from liteguard.errors import UserError, WorkError
 from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
+from liteguard.records import BundleRecord
 from liteguard.runtime.container import TASK_MODEL
 
 # Number of `start_token` in odml.infra.proto.LlmParameters.
@@ -245,31 +246,31 @@ def write_litertlm(
     }
 
 
-def deployment(record: dict[str, Any]) -> dict[str, Any]:
+def deployment(record: BundleRecord) -> dict[str, Any]:
     """What an app must know of a bundle, from the record that compress_model.py writes.
 
     Lengths are tokens; `context_length` is prompt and answer together. The sampler is the one that
     the proof was made with: greedy.
     """
-    prompt = Prompt(**record["prompt"])
-    exported, first = record["export"], next(iter(record["bundles"]))
+    exported, first = record.export, next(iter(record.bundles.values()))
     return {
         "bundles": {
-            name: {"sha256": digest, "bytes": record["bytes"][name]}
-            for name, digest in record["files"].items()
+            name: {"sha256": digest, "bytes": record.bytes[name]}
+            for name, digest in record.files.items()
         },
-        "base_model": record["base_model"],
-        "licence": record["base_licence"],
-        "quantize": record["quantize"]["recipe"],
+        "base_model": record.base_model,
+        "license": record.base_licence,
+        "licence": record.base_licence,  # the older spelling, for one release
+        "quantize": record.quantize["recipe"],
         "context_length": exported["kv_cache_length"],
         "kv_cache_length": exported["kv_cache_length"],
         "prefill_lengths": exported["prefill_lengths"],
-        "prompt": record["prompt"],
-        "prompt_example": prompt.render_question("QUESTION"),
-        "prompt_tokens": record["bundles"][first]["prompt_tokens"],
+        "prompt": record.prompt.model_dump(),
+        "prompt_example": record.prompt.render_question("QUESTION"),
+        "prompt_tokens": first["prompt_tokens"],
         "start_token": None,
-        "stop_tokens": record["bundles"][first]["stop_tokens"],
+        "stop_tokens": first["stop_tokens"],
         "sampler": {"top_k": 1, "top_p": 1.0, "temperature": 1.0},
-        "replaced_characters": record["tokenizer"]["replaced"],
-        "proof": record.get("verify", {}).get("steps", []),
+        "replaced_characters": record.tokenizer["replaced"],
+        "proof": (record.verify or {}).get("steps", []),
     }

@@ -14,6 +14,7 @@ from liteguard import checkpoints
 from liteguard.errors import UserError, WorkError
 from liteguard.export.verify import TooCoarse
 from liteguard.machine import peak_rss_gb
+from liteguard.records import BundleRecord
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -27,18 +28,14 @@ def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
                 f"{made} was made without {output.name}. Choose another --output for both, or pass "
                 "--overwrite to convert again."
             )
-        record_path = output.with_name(f"{output.name}.json")
         try:
-            record = json.loads(record_path.read_text(encoding="utf-8"))
-            whole = checkpoints.sha256_file(output) == record["files"][output.name]
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
+            record = checkpoints.read_bundle(output)
+        except UserError as error:
             raise UserError(
-                f"{output} exists, but is not a bundle that {record_path.name} describes. Choose "
-                "another --output, or pass --overwrite to replace what is there."
-            )
-        changes = checkpoints.describe_changes(record["inputs"], json.loads(json.dumps(inputs)))
+                f"{output} exists, but is not a bundle that {output.name}.json describes: {error}\n"
+                "Choose another --output, or pass --overwrite to replace what is there."
+            ) from None
+        changes = checkpoints.describe_changes(record.inputs, json.loads(json.dumps(inputs)))
         if changes:
             raise UserError(
                 f"{output} was made from other inputs:\n"
@@ -131,7 +128,7 @@ class Steps:
 
 
 def publish(
-    work: Path, bundles: list[Path], record: dict[str, Any], deployment: dict[str, Any]
+    work: Path, bundles: list[Path], record: BundleRecord, deployment: dict[str, Any]
 ) -> None:
     """Give records, then bundles, their final names, and drop the intermediate files.
 
@@ -139,7 +136,7 @@ def publish(
     """
     for output in bundles:
         output.unlink(missing_ok=True)
-        checkpoints.write_json(output.with_name(f"{output.name}.json"), record)
+        checkpoints.write_json(output.with_name(f"{output.name}.json"), record.model_dump())
     checkpoints.write_json(bundles[0].with_name(f"{bundles[0].stem}.deploy.json"), deployment)
     for output in bundles:
         os.replace(work / output.name, output)

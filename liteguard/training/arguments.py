@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from liteguard import distributed, models
-from liteguard.training.stage import Stage
+from liteguard.training.stage import Run
 
 
-def trainer_arguments(stage: Stage) -> dict[str, Any]:
+def trainer_arguments(stage: Run) -> dict[str, Any]:
     """Arguments that SFTConfig and DPOConfig share, from the stage's section."""
     import torch
 

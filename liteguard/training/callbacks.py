@@ -14,10 +14,10 @@ from liteguard.machine import gpu_memory_gb
 from liteguard.training import tracking
 from liteguard.training.arguments import trainer_arguments
 from liteguard.training.feed import Counts
-from liteguard.training.stage import Stage
+from liteguard.training.stage import Run, Stage
 
 
-def stage_callbacks(stage: Stage) -> list[Any]:
+def stage_callbacks(stage: Run) -> list[Any]:
     """The stop on gradients that are not finite, early stopping, and the guard of stage 3."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -98,7 +98,7 @@ def stopped_early(section: TrainSection, history: list[dict[str, float]]) -> boo
     return bool(evaluations) and (tired or unlearns(section, evaluations[-1]))
 
 
-def not_finite(stage: Stage, what: str) -> WorkError:
+def not_finite(stage: Run, what: str) -> WorkError:
     return WorkError(
         f"{stage.name}: {what} is not finite, so the run was stopped before anything was learned "
         f"from it. The last good checkpoint is kept in {stage.work}. Lower "
@@ -106,7 +106,7 @@ def not_finite(stage: Stage, what: str) -> WorkError:
     )
 
 
-def keep_bad_batch(stage: Stage) -> Any:
+def keep_bad_batch(stage: Run) -> Any:
     """What to do with a batch whose loss is not finite: keep it, and stop."""
 
     def keep(batch: dict[str, Any]) -> None:

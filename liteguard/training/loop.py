@@ -14,7 +14,7 @@ from liteguard.machine import gpu_memory_gb
 from liteguard.training import memory_estimate, patches
 from liteguard.training.callbacks import progress, stopped_early, unlearns
 from liteguard.training.feed import Counts
-from liteguard.training.stage import Stage, last_checkpoint
+from liteguard.training.stage import Run, Stage, last_checkpoint
 
 
 def train_within_memory(
@@ -64,7 +64,7 @@ def train_within_memory(
 
 
 def run(
-    stage: Stage, make_trainer: Callable[[Stage], tuple[Any, Counts]]
+    stage: Run, make_trainer: Callable[[Stage], tuple[Any, Counts]]
 ) -> tuple[Any, dict[str, Any]]:
     """(trainer, metrics) of a finished run, with smaller micro-batches if memory runs out.
 
@@ -91,7 +91,7 @@ def run(
     return trainer, {**metrics, "out_of_memory": ladder}
 
 
-def train(stage: Stage, trainer: Any, counts: Counts) -> dict[str, Any]:
+def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
     """Run the trainer, from its last checkpoint if there is one; returns the stage's metrics."""
     from transformers import PrinterCallback
 

@@ -10,10 +10,10 @@ from liteguard.training.callbacks import keep_bad_batch
 from liteguard.training.feed import Counts, pair_order
 from liteguard.training.loss_head import TargetScores
 from liteguard.training.reference import check_reference, precompute_reference, restore_precision
-from liteguard.training.stage import Stage
+from liteguard.training.stage import Run, Stage
 
 
-def prepare(stage: Stage, trainer: Any, counts: Counts) -> None:
+def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     """Make the trainer compute what this project means by a step.
 
     The order matters where one patch looks at what another leaves:
@@ -47,7 +47,7 @@ def prepare(stage: Stage, trainer: Any, counts: Counts) -> None:
             packing.use_segment_attention(base)
         packing.pack_forward(base)
         packing.check_isolation(model, stage.architecture.vocab_size)
-    if stage.name == "safety" and stage.section.precompute_reference:
+    if stage.name == "safety" and stage.config.safety.precompute_reference:
         precompute_reference(stage, trainer)
     hook_losses(stage, trainer, counts)
     packing.watch_losses(base, keep_bad_batch(stage))
@@ -126,7 +126,7 @@ def hook_losses(stage: Stage, trainer: Any, counts: Counts) -> None:
     # The trainer itself would go round the pairs in one order, with a small step at each end.
     pairs = trainer.train_dataset
     trainer.train_dataset = pairs.select(pair_order(stage.section, len(pairs)))
-    weight = stage.section.sft_weight
+    weight = stage.config.safety.sft_weight
     validation.score_whole_set(trainer, validation.pair_scores, weight)
     if weight:
         validation.weigh_sft_by_step(trainer, weight, counts.chosen)

@@ -7,7 +7,7 @@ from typing import Any
 
 from liteguard import distributed
 from liteguard.errors import WorkError
-from liteguard.training.stage import Stage
+from liteguard.training.stage import Run, Stage
 
 
 def restore_precision(model: Any, stage: Stage) -> None:
@@ -65,7 +65,7 @@ def check_reference(model: Any, stage: Stage) -> None:
     print(f"DPO reference: frozen copy of {stage.parent} (adapter sha256 {digest}...)")
 
 
-def precompute_reference(stage: Stage, trainer: Any) -> None:
+def precompute_reference(stage: Run, trainer: Any) -> None:
     """Compute the reference's log-probabilities once and drop it: one policy is left in memory.
 
     They are kept in the work directory, so that a resumed run does not compute them again.

@@ -16,6 +16,7 @@ from liteguard import checkpoints, distributed, hub, machine, models
 from liteguard.config import Config, TrainSection
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import gpu_memory_gb, library_versions
+from liteguard.records import StageRecord
 from liteguard.rows import read_manifest
 from liteguard.training import validation
 
@@ -23,9 +24,9 @@ PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
-    """One run of a stage: everything known before the work starts."""
+    """A stage that is planned: everything known before the work starts."""
 
     name: str
     config: Config
@@ -37,7 +38,6 @@ class Stage:
     architecture: Any  # the base model's transformers config
     inputs: dict[str, Any]
     rows: dict[str, int]  # of the prepared train and validation splits
-    work: Path | None = None
     started: float = field(default_factory=time.time)
 
     @property
@@ -48,6 +48,28 @@ class Stage:
     def storage(self) -> str:
         """How the frozen base is stored in this stage: 'nf4' or 'none' (16 or 32 bit)."""
         return self.section.quantization or self.config.model.quantization
+
+    def open(self, overwrite: bool) -> Run | None:
+        """The stage with its work directory, which the main process makes or finds.
+
+        None, said on the screen, when the output is finished and was made from the same inputs.
+        """
+        work = distributed.on_main(checkpoints.open_work, self.output, self.inputs, overwrite)
+        if work is None:
+            print(f"{self.output} is finished and was made from the same inputs: reused")
+            return None
+        return self.at(work)
+
+    def at(self, work: Path) -> Run:
+        """The stage with `work` as its work directory."""
+        return Run(**vars(self), work=work)
+
+
+@dataclass(kw_only=True)
+class Run(Stage):
+    """A stage at work."""
+
+    work: Path
 
 
 def check_gpus(name: str) -> None:
@@ -115,21 +137,8 @@ def _plan(
     parent_hash = None
     if parent is not None:
         record = checkpoints.read_stage(parent, checkpoints.STAGES[name][0])
-        parent_hash = record["files"]["adapter_model.safetensors"]
-        if record["base_identity"] != identity:
-            raise UserError(
-                f"{parent} was trained on another base model ({record['base_model']}, "
-                f"{record['base_identity'][:24]}...) than this configuration names "
-                f"({config.model.name}, {identity[:24]}...). One adapter belongs to one base model."
-            )
-        if record["prompt"] != config.prompt.model_dump():
-            changes = checkpoints.describe_changes(record["prompt"], config.prompt.model_dump())
-            raise UserError(
-                f"{parent} was made with another prompt than this configuration has:\n"
-                + "\n".join(changes)
-                + "\nA model answers in the prompt it was trained with: put the old values back, "
-                "or train again from stage 1."
-            )
+        checkpoints.require_same(parent, record, config.prompt, identity, config.model.name)
+        parent_hash = record.adapter
     part = PART[name]
     section = config.model_dump()[name]
     storage = section.pop("quantization") or config.model.quantization
@@ -241,7 +250,7 @@ def _name_hub_base(path: Path, stage: Stage) -> None:
     checkpoints.write_json(path, json.loads(path.read_text(encoding="utf-8")) | base)
 
 
-def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
+def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
     """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
     work = stage.work
     probe = validation.probe_rows(trainer)
@@ -269,25 +278,27 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
         validation.release(model)
     metrics = {**metrics, "both_bases": both_bases(stage, probe, trained)}
     config = stage.config
-    record = {
-        "stage": stage.name,
-        "base_model": config.model.name,
-        "base_revision": stage.base_revision,
-        "base_identity": stage.inputs["base"],
-        "parent": str(stage.parent) if stage.parent else None,
-        "parent_adapter_sha256": stage.inputs["parent"],
-        "data_dir": str(stage.data_dir),
-        "rows": stage.rows,
-        "prompt": config.prompt.model_dump(),
-        "config": config.model_dump(),
-        "config_sources": config.sources,
-        "metrics": metrics,
-        "processes": distributed.world_size(),
-        "versions": library_versions(),
-        "wall_s": round(time.time() - stage.started, 1),
-        "peak_rss_gb": machine.peak_rss_gb(),
-        "peak_gpu_memory_gb": gpu_memory_gb(),
-    }
+    record = StageRecord(
+        stage=stage.name,
+        base_model=config.model.name,
+        base_revision=stage.base_revision,
+        base_identity=stage.inputs["base"],
+        parent=str(stage.parent) if stage.parent else None,
+        parent_adapter_sha256=stage.inputs["parent"],
+        data_dir=str(stage.data_dir),
+        rows=stage.rows,
+        prompt=config.prompt,
+        config=config.model_dump(),
+        config_sources=config.sources,
+        metrics=metrics,
+        processes=distributed.world_size(),
+        versions=library_versions(),
+        wall_s=round(time.time() - stage.started, 1),
+        peak_rss_gb=machine.peak_rss_gb(),
+        peak_gpu_memory_gb=gpu_memory_gb(),
+        inputs={},  # these two are filled in by `publish`, from what lies in the directory
+        files={},
+    )
     tokenizer_files = [
         name
         for name in (
@@ -302,11 +313,11 @@ def finish(stage: Stage, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) 
         if (work / name).is_file()
     ]
     files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
-    checkpoints.publish(work, stage.output, record, files)
+    checkpoints.publish(work, stage.output, record.model_dump(), files)
     distributed.barrier()
 
 
-def both_bases(stage: Stage, probe: validation.Rows, trained: float) -> dict[str, Any]:
+def both_bases(stage: Run, probe: validation.Rows, trained: float) -> dict[str, Any]:
     """The saved adapter's validation loss on the base it was trained on and on the one that ships.
 
     Stages train against an NF4 copy of the base, which for a small model is another model; the
@@ -314,7 +325,7 @@ def both_bases(stage: Stage, probe: validation.Rows, trained: float) -> dict[str
     """
     parameters = models.count_parameters(stage.architecture)
     shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
-    found = {
+    found: dict[str, Any] = {
         "rows": len(probe),
         "tokens": sum(int((labels[1:] != -100).sum()) for _, labels in probe),
         "storage": stage.storage,

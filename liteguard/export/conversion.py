@@ -1,0 +1,119 @@
+"""The steps from a final checkpoint to proven bundles, each done once in the work directory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liteguard import machine
+from liteguard.config import Config
+from liteguard.export import bundle, merge, silence, tflite, tokenizer, verify
+from liteguard.export.measured import Samples
+from liteguard.export.outputs import Steps
+
+
+@dataclass
+class Conversion:
+    """What is converted, and where to.
+
+    Args:
+        config: its `compress` section says how.
+        checkpoint: the directory of the final stage.
+        base: directory of the base model.
+        revision: its hub commit, or None.
+        parameters: how many the model has.
+        bundles: the files to make, `.task` or `.litertlm`; the first is proven whole.
+        samples: rows for the proof; None for no proof.
+        work: the work directory.
+    """
+
+    config: Config
+    checkpoint: Path
+    base: str
+    revision: str | None
+    parameters: int
+    converter: str
+    bundles: list[Path]
+    samples: Samples | None
+    work: Path
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.work)
+        self.merged = self.work / "merged"
+        self.sentencepiece = self.work / "tokenizer.model"
+        self.exact = self.work / "float.tflite"
+
+    def run(self) -> dict[str, Any]:
+        """All steps; returns the facts of each for the bundle's record."""
+        section = self.config.compress
+        facts = self.steps.keep("merge", self._merge)
+        self.replaced = facts["tokenizer"]["replaced"]
+        # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows
+        # all.
+        report = tokenizer.TokenizerReport(**facts["tokenizer"])
+        self.silenced = silence.Silence.of(report, self.merged)
+        if any(path.suffix == ".task" for path in self.bundles):
+            facts["silence"] = self.steps.keep("silence", self.silenced.check, self.merged)
+        facts["export"] = self.steps.keep(
+            "export",
+            tflite.export,
+            self.merged,
+            self.exact,
+            prefill_lengths=section.prefill_lengths,
+            kv_cache_length=section.kv_cache_length,
+            converter=self.converter,
+        )
+        tolerances = section.verify.model_dump()
+        return facts | self.steps.first_that_passes(self._attempt, section.recipes, tolerances)
+
+    def _merge(self) -> dict[str, Any]:
+        shutil.rmtree(self.merged, ignore_errors=True)
+        prompt, trusted = self.config.prompt, self.config.model.trust_remote_code
+        parts = self.base, self.checkpoint, self.merged, prompt, self.revision, trusted
+        return {
+            "merge": machine.in_child("merge", merge.merge_adapter, *parts),
+            "tokenizer": tokenizer.build_sentencepiece(self.merged, self.sentencepiece).to_dict(),
+        }
+
+    def _write(self, model: Path, path: Path) -> dict[str, Any]:
+        """The container that the path's ending names."""
+        prompt, room = self.config.prompt, self.config.compress.kv_cache_length
+        if path.suffix == ".task":
+            return bundle.write_task(model, self.sentencepiece, prompt, path, self.silenced)
+        return bundle.write_litertlm(model, self.merged, prompt, path, room)
+
+    def _attempt(self, recipe: str) -> dict[str, Any]:
+        """Quantise, bundle and prove; the facts of all three."""
+        quantized = self.work / f"{recipe}.tflite"
+        if not quantized.exists():
+            machine.check_disk(self.work, tflite.bundle_disk(self.parameters, recipe) / 1e9)
+        parts = self.exact, quantized, recipe, self.merged
+        found = {"quantize": self.steps.keep(f"quantize_{recipe}", tflite.quantize, *parts)}
+        made = [self.work / path.name for path in self.bundles]
+        found["bundles"] = self.steps.run(
+            "bundle", lambda: {path.name: self._write(quantized, path) for path in made}
+        )
+        if self.samples is None:
+            return found
+        float_bundle = None
+        if self.config.compress.verify.level == "full":
+            float_bundle = self.work / f"float{made[0].suffix}"
+            if not float_bundle.exists():
+                self._write(self.exact, float_bundle)
+        found["verify"] = self.steps.run(
+            "verify",
+            verify.verify_bundle,
+            made[0],
+            self.merged,
+            self.config,
+            self.samples,
+            replaced=self.replaced,
+            work=self.work,
+            recipe=recipe,
+            silence=self.silenced,
+            float_bundle=float_bundle,
+            also=made[1] if made[1:] else None,
+        )
+        return found
