@@ -17,6 +17,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev browser
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m mypy
 	$(PY) -m pytest tests --numprocesses 2 --dist loadfile
 
 # report.html is tested in a browser. Installing one takes root and apt (a container has both);

@@ -95,10 +95,10 @@ def main() -> None:
     counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
     print(f"{config.evaluate.split} rows: {counts}")
     inputs, trained_on = {}, {}
-    for label, path in targets.items():
-        of = records[path] if path else None
+    for label, target in targets.items():
+        of = records[target] if target else None
         trained_on[label] = contamination.training_data(data_dir, of)
-        own_base = None if path and path == args.bundle else base
+        own_base = None if target and target == args.bundle else base
         inputs[label] = results.inputs_of(config, rows, files, of, own_base, trained_on[label])
         if args.limit is not None and not args.overwrite:
             results.keep_longer_runs(output, label, inputs[label])
@@ -118,15 +118,15 @@ def main() -> None:
     # 3. Work
     output.mkdir(parents=True, exist_ok=True)
     found, leaks = {}, {}
-    for label, path in targets.items():
+    for label, target in targets.items():
         file = output / f"{label}.json"
         if not args.overwrite and (earlier := results.reuse(file, inputs[label])):
             print(f"{label}: {file} is up to date: reused")
             found[label] = earlier
             continue
-        print(f"{label}: measuring {path or config.model.name}")
+        print(f"{label}: measuring {target or config.model.name}")
         journal = run.journal_of(output, label, inputs[label])
-        numbers = run.measure(config, Path(path) if path else None, rows, journal)
+        numbers = run.measure(config, Path(target) if target else None, rows, journal)
         directories, unchecked = trained_on[label]
         key = tuple(directories)
         if key not in leaks:
@@ -135,7 +135,7 @@ def main() -> None:
         found[label] = {
             **numbers,
             "contamination": {**leaks[key], "unchecked": unchecked},
-            "model": {"name": config.model.name, "path": path, "data_dir": str(data_dir)},
+            "model": {"name": config.model.name, "path": target, "data_dir": str(data_dir)},
             "inputs": inputs[label],
         }
         checkpoints.write_json(file, found[label])

@@ -171,7 +171,7 @@ class TrainSection(Section):
     warmup_steps: int = Field(30, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal[*OPTIMIZERS] = Field(
+    optimizer: Literal[*OPTIMIZERS] = Field(  # type: ignore[valid-type]
         "adamw_torch_fused", description="By its name in transformers (`optim`)."
     )
     gradient_checkpointing: bool = False

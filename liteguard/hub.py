@@ -172,7 +172,7 @@ def failure(repository: Repository, error: Exception, doing: str | None = None) 
     if isinstance(error, OSError) and error.errno:
         raise error
     causes = [*_causes(error)]
-    root = error
+    root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
     detail = f"{type(root).__name__}: {first_line(root)}"

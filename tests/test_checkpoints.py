@@ -108,10 +108,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"files": ["adapter_model.safetensors"]}, "files: Input should be a valid dictionary"),
+        ({"files": ["adapter_model.safetensors"]}, "files: Input should be an object"),
         ({"base_identity": None}, "base_identity: Input should be a valid string"),
         ({"prompt": {"user_prefix": 3}}, "prompt.user_prefix: Input should be a valid string"),
-        ({"config": "x"}, "config: Input should be a valid dictionary"),
+        ({"config": "x"}, "config: Input should be an object"),
     ],
 )
 def test_a_record_of_another_shape_is_named_by_its_first_wrong_field(tmp_path, wrong, said):

@@ -32,6 +32,9 @@ from liteguard.evaluation import (
     run,
     summary,
 )
+from liteguard.evaluation import (
+    journal as journals,
+)
 from liteguard.evaluation.journal import Journal, Progress
 from liteguard.rows import load_split
 
@@ -199,8 +202,8 @@ import multiprocessing, os, runpy, signal, sys
 script, lives = sys.argv[1], int(sys.argv[2])
 sys.argv = [script, *sys.argv[3:]]
 sys.path.insert(0, os.path.dirname(script))
-from liteguard import evaluation
-add = evaluation.Journal.add
+from liteguard.evaluation.journal import Journal
+add = Journal.add
 def dying(self, *entry):
     global lives
     add(self, *entry)
@@ -209,7 +212,7 @@ def dying(self, *entry):
         children = [str(child.pid) for child in multiprocessing.active_children()]
         open("workers", "w").write(" ".join(children))
         os.kill(os.getpid(), signal.SIGKILL)
-evaluation.Journal.add = dying
+Journal.add = dying
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -377,7 +380,7 @@ def test_other_inputs_start_over(tmp_path, capsys):
 
 def test_progress_without_a_terminal(monkeypatch, capsys):
     clock = iter(range(0, 100, 6))
-    monkeypatch.setattr(summary.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(journals.time, "monotonic", lambda: next(clock))
     progress = Progress("answers", 6)
     for _ in range(6):
         progress.add(30)

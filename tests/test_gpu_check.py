@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, fail, succeed
 
 from liteguard.config_layers import build, read_yaml
+from liteguard.training import packing
 from liteguard.training.memory_terms import read_shapes
 
 SCRIPT = ROOT / "benchmarks/gpu_check.py"
@@ -66,13 +67,13 @@ def test_every_path_has_a_verdict(report):
 
 
 def test_a_path_that_mixes_examples_is_refused(gpu_check, monkeypatch):
-    original = gpu_check.packing.segment_attention
+    original = packing.segment_attention
 
     def crossing(*args, segment_lengths=None, **kwargs):
         whole = None if segment_lengths is None else [sum(segment_lengths)]
         return original(*args, segment_lengths=whole, **kwargs)
 
-    monkeypatch.setattr(gpu_check.packing, "segment_attention", crossing)
+    monkeypatch.setattr(packing, "segment_attention", crossing)
     assert gpu_check.attention_paths("cpu")["sdpa"].startswith("REFUSED (packing is refused")
 
 

@@ -217,8 +217,8 @@ ASKING = ("getattr", "hasattr", "setattr")
 
 
 def sources() -> list[Path]:
-    folders = ("liteguard", "liteguard/export", "benchmarks", "tests", ".")
-    return [file for folder in folders for file in sorted((ROOT / folder).glob("*.py"))]
+    folders = ("liteguard/**", "benchmarks", "tests", ".")
+    return [file for folder in folders for file in sorted(ROOT.glob(f"{folder}/*.py"))]
 
 
 def test_every_private_name_of_a_library_is_listed_here():

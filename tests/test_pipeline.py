@@ -375,13 +375,13 @@ def test_memory_that_runs_out_halves_the_micro_batch(pipeline, tmp_path, tiny_co
         f"""
 import runpy, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
-from liteguard import training
-train = training.train
+from liteguard.training import loop
+train = loop.train
 def failing(stage, trainer, counts):
     if stage.section.batch_size > 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB")
     return train(stage, trainer, counts)
-training.train = failing
+loop.train = failing
 sys.argv[0] = {str(ROOT / "train_instruction.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -239,7 +239,8 @@ def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monk
 
     monkeypatch.setattr(overlap, "_FILTER", 1 << 12)
     monkeypatch.setattr(near_questions, "_BUCKETS", 1 << 12)
-    monkeypatch.setattr(overlap, "BLOCK", 256)
+    for module in (overlap, near_duplicates):
+        monkeypatch.setattr(module, "BLOCK", 256)
     monkeypatch.setattr(overlap, "_PIECE", 1 << 14)
     small, large = peak(2_000), peak(6_000)
     growth = (large[0] - small[0]) / (large[1] - small[1])
@@ -649,7 +650,7 @@ def test_rows_are_not_dropped_through_a_chain_of_dropped_ones():
 
 def test_workers_end_when_the_main_process_is_killed(tmp_path):
     code = (
-        "import time\nfrom liteguard import preparation as p, cleaning as c\n"
+        "import time\nfrom liteguard.data import shards as p, cleaning as c\n"
         "from liteguard.config import DataSection, SourceSection\n"
         "def rows():\n    for n in range(10**9):\n        yield {'text': f'one more {n}'}\n"
         "if __name__ == '__main__':\n"
@@ -724,7 +725,7 @@ def test_window_hashes_are_of_words_in_order():
         [
             sys.executable,
             "-c",
-            "from liteguard.cleaning import windows, word_numbers\n"
+            "from liteguard.data.overlap import windows, word_numbers\n"
             "print(windows(word_numbers(list('abc')), 3)[0])",
         ],
         capture_output=True,

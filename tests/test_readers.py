@@ -350,7 +350,7 @@ def test_truncated_and_damaged_files_are_errors_that_say_what_to_do(tmp_path):
 
 def test_a_large_json_file_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "x.json.gz", json.dumps(sound(100)))
-    monkeypatch.setattr(wheels, "MAX_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_WHOLE_BYTES", 1000)
     with pytest.raises(UserError, match=r"\.jsonl file, which is streamed"):
         read(path)
 

@@ -550,6 +550,6 @@ def test_equal_quantisation_parameters_are_stored_once(parts, exact, tmp_path, m
 
 
 def test_no_held_out_rows_is_a_users_mistake(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured.datasets, "load_split", lambda *_: [])
+    monkeypatch.setattr(measured, "load_split", lambda *_: [])
     with pytest.raises(UserError, match="no held-out questions"):
         measured.collect_samples(parts["config"], tmp_path, own_tokenizer(parts["merged"]))

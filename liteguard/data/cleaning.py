@@ -84,7 +84,7 @@ def is_language(text: str, language: str) -> bool:
     short = [word for word in words if len(word) <= 9 and word.strip(".,;:()").isalpha()]
     sample = " ".join(short) if len(short) >= MIN_LANGUAGE_WORDS else text[:400]
     found = detect(sample, model="lite")[0]
-    return found["lang"] == language or found["score"] < MIN_LANGUAGE_SCORE
+    return found["lang"] == language or float(found["score"]) < MIN_LANGUAGE_SCORE
 
 
 def draw_split(entity: str, data: DataSection, tiered_questions: bool = False) -> str:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -133,7 +134,8 @@ class OverlapIndex:
 
     def save(self, path: Path) -> None:
         """As .npz (without pickle)."""
-        np.savez(path, names=np.array(self.names, dtype=np.str_), **self.arrays)
+        arrays: dict[str, Any] = {"names": np.array(self.names, dtype=np.str_), **self.arrays}
+        np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> OverlapIndex:

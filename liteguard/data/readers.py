@@ -11,7 +11,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -164,7 +164,8 @@ def local_files(source: SourceSection) -> list[Path]:
     path = Path(source.path or "")
     if not path.exists():
         raise UserError(f"Data file {path} does not exist (dataset {source.dataset!r}).")
-    files, skipped = [path], []
+    files: list[Path] = [path]
+    skipped: list[Path] = []
     if path.is_dir():
         files = []
         for file in _files_below(path):
@@ -222,8 +223,9 @@ def _read_file(path: Path, source: SourceSection) -> Iterator[tuple[str, Row | B
         if kind == ".parquet":
             yield from _parquet_rows(path)
             return
+        read: Callable[..., Iterator[tuple[str, Row | Broken]]] = READERS[kind]
         with gzip.open(path) if kind.endswith(".gz") else path.open("rb") as file:
-            yield from READERS[kind](path, file, source)
+            yield from read(path, file, source)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{path}: cannot be read, the gzip file is truncated or damaged "

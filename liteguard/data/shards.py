@@ -257,7 +257,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
             lines.writelines(chunk.lines)
             dropped.writelines(chunk.dropped)
             for name, file in files.items():
-                file.write(np.ascontiguousarray(chunk.arrays[name]))
+                file.write(np.ascontiguousarray(chunk.arrays[name]).data)
             bar.update(chunk.read)
         for file in files.values():
             file.close()

@@ -179,9 +179,9 @@ def drop_near_questions(
     # A text about a disease has the words of "What is ...?" and is no question: no domain texts.
     asking = [part for part in parts if part.name != "domain"]
     sources = [(part, number) for part in asking for number in range(len(part.shards))]
-    evaluation = (np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+    evaluation = [np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64)]
     if index:
-        evaluation = tuple(index.arrays[k] for k in ("asked", "asked_words", "asked_names"))
+        evaluation = [index.arrays[k] for k in ("asked", "asked_words", "asked_names")]
     # (word numbers, words of each question, position of its set in `names`)
     held = [evaluation]
     for part, number in sources:
@@ -189,10 +189,13 @@ def drop_near_questions(
         sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
         held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
         words = part.shards[number].array("asked")[np.repeat(held_out, sizes)]
-        held.append((words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)))
+        held.append([words, sizes[held_out], np.full(held_out.sum(), len(names) - 1)])
     everything = [part.shards[number].array("asked") for part, number in sources]
+    words, counts, sets = (np.concatenate(column) for column in zip(*held, strict=True))
     known = near_questions.HeldOut(
-        *(np.concatenate(column) for column in zip(*held, strict=True)),
+        words,
+        counts,
+        sets,
         seen=near_questions.count_words([evaluation[0], *everything]),
         questions=len(evaluation[1]) + sum(len(part.row) for part in asking),
         similarity=similarity,
@@ -231,7 +234,7 @@ def mix(part: Part, rows: np.ndarray) -> np.ndarray:
     is drawn at random (arrivals of Poisson processes whose rates are the weights). Rows of a source
     keep their order; without weights the order stays as it is.
     """
-    weights = [shard.source.weight for shard in part.shards]
+    weights = [shard.source.weight or 0.0 for shard in part.shards]
     if not all(weights):
         return rows
     due = np.empty(len(rows))

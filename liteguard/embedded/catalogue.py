@@ -223,8 +223,8 @@ def _wanted_refusal(
 ) -> str:
     """A refusal that names the task, a reason and the area's safe way on."""
     for _ in range(100):
-        from_general = general and rng.random() < GENERAL_REASON_SHARE
-        reason = rng.choice(general if from_general else area["reasons"])
+        reasons = general if general and rng.random() < GENERAL_REASON_SHARE else area["reasons"]
+        reason = rng.choice(reasons)
         text = _join(task, rng.choice(openings), reason, rng.choice(area["ways"]))
         if MIN_WORDS <= len(text.split()) <= MAX_WORDS:
             return text

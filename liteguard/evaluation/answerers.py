@@ -103,12 +103,13 @@ class Checkpoint:
             for batch in batches:
                 yield from work(batch)
             return
-        todo, results = deque([*batches, *[()] * lanes]), SimpleQueue()
+        todo: deque[list[int]] = deque([*batches, *([] for _ in range(lanes))])
+        results: SimpleQueue[Any] = SimpleQueue()
 
         def run() -> None:
             try:
                 torch.set_num_threads(max(1, threads // lanes))  # of this thread only
-                for batch in iter(todo.popleft, ()):
+                for batch in iter(todo.popleft, []):
                     for result in work(batch):
                         results.put(result)
                 results.put(None)

@@ -321,7 +321,7 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
         if label in found:
             raise UserError(f"{path} is there twice. Name every result once.")
         found[label] = result
-    asked = {json.dumps(asked(result), sort_keys=True) for result in found.values()}
+    asked = {json.dumps(what_was_asked(result), sort_keys=True) for result in found.values()}
     chosen = {
         json.dumps(
             [[name, c[0]] for name, own in result["knowledge"].items() for c in own["choices"]]
@@ -339,7 +339,7 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
     return dict(sorted(found.items(), key=lambda item: known.get(item[0], len(ORDER))))
 
 
-def asked(result: dict[str, Any]) -> list[Any]:
+def what_was_asked(result: dict[str, Any]) -> list[Any]:
     """What two results must have in common: the rows, and how they were answered and scored."""
     settings, rows = result["inputs"]["evaluate"], result["inputs"]["rows"]
     return [

@@ -115,14 +115,14 @@ def contamination(
             for (is_text, size), (hashes, origin) in known.items():
                 if part == "domain" or not is_text:
                     hit.update(origin[np.isin(hashes, overlap.windows(numbers, size))].tolist())
-    found = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
+    hits = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
     used = {(name, r.get("text") or r["prompt"]) for name, own in measured.items() for r in own}
-    found.sort(key=lambda entry: (entry not in used, entry))
+    hits.sort(key=lambda entry: (entry not in used, entry))
     return {
         "rows": len(held),
         "training_rows": training_rows,
-        "found": len(found),
-        "measured": sum(entry in used for entry in found),
-        "by_set": {name: sum(n == name for n, _ in found) for name in rows},
-        "examples": [list(entry) for entry in found[:5]],
+        "found": len(hits),
+        "measured": sum(entry in used for entry in hits),
+        "by_set": {name: sum(n == name for n, _ in hits) for name in rows},
+        "examples": [list(entry) for entry in hits[:5]],
     }

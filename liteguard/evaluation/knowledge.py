@@ -77,9 +77,10 @@ def choices(found: Sequence[dict[str, Any]], scores: Sequence[float | None]) -> 
     place = 0
     for row in found:
         options = row["options"]
-        own = list(scores[place : place + len(options)])
+        given = scores[place : place + len(options)]
+        own = [score for score in given if score is not None]
         place += len(options)
-        if None in own:
+        if len(own) < len(given):
             chosen.append(None)
             continue
         if row["set"] != "pubmedqa":

@@ -70,8 +70,8 @@ def collect(
                 journal.add_run(peak_rss_gb=model.peak_rss_gb())
         if todo["answers"]:
             limit = config.evaluate.max_new_tokens
-            results = model.generate([prompts[i] for i in todo["answers"]], limit)
-            answers = ((place, vars(answer), answer.tokens) for place, answer in results)
+            given = model.generate([prompts[i] for i in todo["answers"]], limit)
+            answers = ((place, vars(answer), answer.tokens) for place, answer in given)
             journalled(journal, "answers", "answers", totals["answers"], todo["answers"], answers)
             journal.add_run(peak_rss_gb=model.peak_rss_gb())
 

@@ -134,8 +134,8 @@ def answer_overlap(
     references = [a["reference"] for a in answers]
     words = [len(text.split()) for text in predictions]
     found = metrics.rouge(predictions, references)
-    means = {**found, "questions_words": words}
-    numbers = {
+    means: dict[str, list[float]] = {**found, "questions_words": [float(n) for n in words]}
+    numbers: dict[str, tuple[float, metrics.Interval | None]] = {
         kind: (sum(values) / len(values), metrics.mean_interval(values))
         for kind, values in means.items()
     }

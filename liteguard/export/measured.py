@@ -174,6 +174,7 @@ class Reference:
         if found is None:
             machine.in_child("proof, merged model", _measure_model, self, pairs)
             found = self._measured(pairs)
+        assert found is not None  # the child has just written all of it
         return found
 
     def _measured(self, pairs: int) -> Measured | None:
@@ -249,7 +250,7 @@ def _answers(
 
 
 def _scores(
-    score: Callable[..., Iterable[tuple[int, tuple[float, int]]]],
+    score: Callable[..., Iterable[tuple[int, tuple[float | None, int]]]],
     samples: Samples,
     pairs: int,
     who: str,
@@ -319,6 +320,7 @@ def measure_bundle(
             merged = reference.measured(pairs)
             _scores(workers.score, samples, pairs, "bundle", journal)
             measured = _measured(journal, samples, pairs)
+            assert measured is not None  # all were just scored
             change = perplexity_change(measured.scores, merged.scores)
             if change.certain(tolerance) or pairs == len(samples.pairs):
                 return measured, merged, change

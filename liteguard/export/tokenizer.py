@@ -338,7 +338,7 @@ def compare_ids(
         any two pieces whose sum is a piece, the original only the pairs on its list).
     """
     causes: Counter[str] = Counter()
-    shown = []
+    shown: list[dict[str, Any]] = []
     for text, device in zip(texts, device_ids, strict=True):
         ours, theirs = list(device), original.encode(text, add_special_tokens=False).ids
         if ours == theirs:

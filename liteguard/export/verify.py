@@ -427,8 +427,9 @@ def verify_bundle(
         workers = BundleWorkers(path, workers=1, unpacked=unpacked)
         kept = work / f"{path.name}.{recipe}.jsonl"
         found = measure_bundle(workers, reference, section, tolerance, kept)
-        shared = (samples, special, ids, table, section)
-        return compare(*found, *shared, tolerance=tolerance, label=label)
+        return compare(
+            *found, samples, special, ids, table, section, tolerance=tolerance, label=label
+        )
 
     with unpacked_weights(bundle) as unpacked:
         check_form(bundle, prompt, question, table, turn, unpacked)

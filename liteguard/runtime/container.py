@@ -25,7 +25,8 @@ def tflite_model(bundle: Path) -> memoryview:
         UserError: not a bundle of these kinds, or without a prefill and decode model.
     """
     bundle = Path(bundle)
-    start = size = None
+    start: int | None = None
+    size: int | None = None
     if bundle.suffix == ".litertlm":
         start, size = _litertlm_section(bundle)
     else:
@@ -33,16 +34,14 @@ def tflite_model(bundle: Path) -> memoryview:
             with zipfile.ZipFile(bundle) as archive:
                 member = archive.getinfo(TASK_MODEL)
                 if member.compress_type == zipfile.ZIP_STORED:
-                    with archive.open(member):
+                    with bundle.open("rb") as file:
                         # 30 bytes, the name and an extra field stand before the content.
-                        archive.fp.seek(member.header_offset + 26)
-                        name, extra = (
-                            int.from_bytes(archive.fp.read(2), "little") for _ in range(2)
-                        )
+                        file.seek(member.header_offset + 26)
+                        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
                     start, size = member.header_offset + 30 + name + extra, member.file_size
         except (zipfile.BadZipFile, KeyError) as error:
             raise UserError(f"{bundle} is not a .task file: {error}") from error
-    if start is None:
+    if start is None or size is None:
         raise UserError(f"{bundle} holds no uncompressed prefill and decode model")
     with bundle.open("rb") as handle:
         content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)

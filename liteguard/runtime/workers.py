@@ -61,9 +61,9 @@ class BundleWorkers:
         With the length of the KV cache as `room`, prompts that do not fit are not answered
         (`Bundle.generate_within`); without it they are an error.
         """
-        one = isinstance(max_new_tokens, int)
-        limits = [max_new_tokens] * len(prompts) if one else max_new_tokens
-        asked = list(zip(prompts, limits, strict=True))
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(prompts)
+        asked = list(zip(prompts, max_new_tokens, strict=True))
         if room is None:
             return self._map("generate", asked)
         return self._map("generate_within", [(*pair, room) for pair in asked])
@@ -163,11 +163,13 @@ def _start_worker(path: Path, threads: int, unpacked: Path) -> None:
 def _close_worker() -> None:
     """Ends the bundle with the process, whose C++ libraries print to the last."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    _worker.__exit__(None, None, None)
+    if _worker is not None:
+        _worker.__exit__(None, None, None)
 
 
 def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:
     """(result of a method of this process's bundle, process id, its peak memory in GB)."""
+    assert _worker is not None  # made by _start_worker
     if method != "score_ids" and not _worker.is_open:
         _worker.__enter__()
     return getattr(_worker, method)(*arguments), os.getpid(), peak_rss_gb()

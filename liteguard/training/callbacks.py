@@ -21,7 +21,7 @@ def stage_callbacks(stage: Run) -> list[Any]:
     """The stop on gradients that are not finite, early stopping, and the guard of stage 3."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    section = stage.section
+    section: Any = stage.section  # has limits of its own in stage 3
     arguments = trainer_arguments(stage)
 
     class Guard(TrainerCallback):
@@ -70,7 +70,7 @@ def stage_callbacks(stage: Run) -> list[Any]:
     return result
 
 
-def _chosen_drop(section: TrainSection, metrics: dict[str, float]) -> float:
+def _chosen_drop(section: Any, metrics: dict[str, float]) -> float:
     """Nats that the chosen answers have lost: a reward is beta times the distance from the
     reference in log-probability."""
     return -metrics["eval_rewards/chosen"] / section.beta

@@ -36,7 +36,7 @@ class TargetScores(torch.autograd.Function):
         rows, differentiable = len(hidden), ctx.needs_input_grad[0]
         top = hidden.new_full((rows, 1), -torch.inf, dtype=torch.float32)
         total, weighted, logit_sum, picked = (torch.zeros_like(top) for _ in range(4))
-        pulled = torch.zeros_like(hidden, dtype=torch.float32) if differentiable else None
+        pulled: Any = torch.zeros_like(hidden, dtype=torch.float32) if differentiable else None
         given = hidden.to(weight.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(weight), TILE):

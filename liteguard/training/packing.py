@@ -71,7 +71,8 @@ def steps_of_groups(
     found: list[list[int]] = []
     waiting = next(order)
     for _ in range(steps):
-        step, total = [], 0
+        step: list[int] = []
+        total = 0
         while True:
             step, total = [*step, waiting], total + int(lengths[waiting])
             waiting = next(order)
@@ -266,9 +267,9 @@ def pack_forward(model: Any) -> None:
 
     def forward(
         *args: Any,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        labels: Any = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:

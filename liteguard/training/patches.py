@@ -8,7 +8,6 @@ from liteguard import distributed
 from liteguard.training import packing, validation
 from liteguard.training.callbacks import keep_bad_batch
 from liteguard.training.feed import Counts, pair_order
-from liteguard.training.loss_head import TargetScores
 from liteguard.training.reference import check_reference, precompute_reference, restore_precision
 from liteguard.training.stage import Run, Stage
 
@@ -75,6 +74,8 @@ def score_targets_only(trainer: Any) -> bool:
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
+    from liteguard.training.loss_head import TargetScores
+
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
     text_config = model.config.get_text_config()
     special = any(getattr(text_config, name, None) for name in _SPECIAL_HEADS)
@@ -128,5 +129,5 @@ def hook_losses(stage: Stage, trainer: Any, counts: Counts) -> None:
     trainer.train_dataset = pairs.select(pair_order(stage.section, len(pairs)))
     weight = stage.config.safety.sft_weight
     validation.score_whole_set(trainer, validation.pair_scores, weight)
-    if weight:
+    if weight and counts.chosen is not None:
         validation.weigh_sft_by_step(trainer, weight, counts.chosen)

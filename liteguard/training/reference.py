@@ -37,6 +37,7 @@ def saved_adapter(model: Any, stage: Stage, adapter: str) -> dict[str, tuple[Any
     """Name in the parent's file -> (saved tensor, the named adapter's parameter or None)."""
     from safetensors.torch import load_file
 
+    assert stage.parent is not None  # stage 1 has no reference
     parameters = dict(model.named_parameters())
     saved = load_file(str(stage.parent / "adapter_model.safetensors"))
     return {

@@ -190,7 +190,7 @@ def _cached(
                 prompts += [count for _, count in found]
                 bar.update(len(found))
         ends = np.cumsum(lengths, dtype=np.int64)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "ids": np.concatenate(ids) if ids else np.zeros(0, np.uint32),
             "starts": ends - np.array(lengths, np.int64),
             "ends": ends,
@@ -219,7 +219,7 @@ def kind_weights(section: SafetySection, rows: list[dict]) -> dict[str, float]:
     It sets where stage 3 leaves the line between helping and refusing. Raises UserError for a kind
     that no pair is of.
     """
-    kinds = Counter(row.get("kind") for row in rows)
+    kinds = Counter(str(row.get("kind")) for row in rows)
     if section.kind_weights == "prepared":
         return dict(kinds)
     unknown = {*section.kind_weights} - {*kinds}
@@ -280,7 +280,8 @@ def mixture(used: list[dict], rows: list[dict], sources: dict[str, str]) -> str:
     kinds = Counter(str(row.get("kind")) for row in used)
     shares = ", ".join(f"{kind} {n:,} ({n / len(used):.0%})" for kind, n in kinds.most_common())
     taken, there = (
-        Counter(sources.get(row.get("dataset"), "unknown") for row in some) for some in (used, rows)
+        Counter(sources.get(str(row.get("dataset")), "unknown") for row in some)
+        for some in (used, rows)
     )
     origins = ", ".join(
         f"{name} {n / len(used):.0%} ({n:,} of its {there[name]:,})"

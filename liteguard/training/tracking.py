@@ -7,7 +7,7 @@ Transformers' own callbacks log other keys to each; here all get `train_loss`, `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +53,9 @@ class _TensorBoard:
         self._writer.close()
 
 
-def start(tools: list[str], name: str, config: Mapping[str, Any], first_step: int) -> list[Tracker]:
+def start(
+    tools: Sequence[str], name: str, config: Mapping[str, Any], first_step: int
+) -> list[Tracker]:
     """One tracker for each of `tools` (wandb, tensorboard, trackio).
 
     Args:
