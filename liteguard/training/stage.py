@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,9 @@ class Stage:
         if work is None:
             print(f"{self.output} is finished and was made from the same inputs: reused")
             return None
+        if "wandb" not in self.section.report_to:
+            # TRL imports it wherever it is installed, which takes seconds.
+            sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
         return self.at(work)
 
     def at(self, work: Path) -> Run:
