@@ -1,4 +1,11 @@
-"""The tables of README.md, rendered from benchmarks/*_report.json: `make readme`."""
+"""The tables of README.md and docs/: from benchmarks/*_report.json and from the code.
+
+    make readme
+
+A block between `<!-- name -->` and `<!-- /name -->` is rendered here and never typed. Measured ones
+come from benchmarks/NAME_report.json, the others from reference.py. tests/test_readme.py fails
+where a document does not say what this would write.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +13,17 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import reference  # noqa: E402
 
 from liteguard.evaluation.comparison import (  # noqa: E402
+    COLUMNS,
     METRICS,
     TITLES,
     cell,
@@ -21,9 +33,12 @@ from liteguard.evaluation.comparison import (  # noqa: E402
     table_columns,
 )
 
+# Columns of the table in README.md.
+RESULT = ("perplexity", "rouge1", "refused_harmful", "refused_benign")
+
 
 def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
-    """`metrics_table` as a Markdown table, for the README."""
+    """`metrics_table` as a Markdown table, for the documents."""
     columns = table_columns(results)
     lines = [
         "| | " + " | ".join(title for _, title, _ in columns) + " |",
@@ -38,7 +53,7 @@ def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
 
 
 def demo_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of a demo report: the metrics, then the steps."""
+    """What the documents show of a demo report: the metrics, then the steps."""
     steps = " · ".join(
         f"{s['name']} {s['wall_s']:.0f} s, {s['peak_rss_gb']:.1f} GB" for s in report["steps"]
     )
@@ -51,7 +66,7 @@ def demo_markdown(report: dict[str, Any]) -> str:
 
 
 def data_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/data_report.json: rows, time and memory of each run."""
+    """What the documents show of benchmarks/data_report.json: rows, time and memory of each run."""
     runs = {name: run for name, run in report.items() if "wall_s" in run}
     lines = ["| | rows | seconds | CPU seconds | GB |", "|---|---|---|---|---|"]
     lines += [
@@ -67,7 +82,7 @@ def data_markdown(report: dict[str, Any]) -> str:
 
 
 def training_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/training_report.json: speed and memory of each recipe."""
+    """What the documents show of benchmarks/training_report.json: speed and memory."""
     runs = {name: run for name, run in report.items() if "peak_rss_gb" in run}
     lines = [
         "| | supervised tokens/s | tokens/s | padding | peak GB | GFLOP/s |",
@@ -101,7 +116,7 @@ def training_markdown(report: dict[str, Any]) -> str:
 
 
 def convert_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/convert_report.json: conversion at full size."""
+    """What the documents show of benchmarks/convert_report.json: conversion at full size."""
     lines = [
         "| shape | parameters | minutes | peak GB | disk GB | bundle GB | over its weights |",
         "|---|---|---|---|---|---|---|",
@@ -116,7 +131,7 @@ def convert_markdown(report: dict[str, Any]) -> str:
 
 
 def recipes_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/recipes_report.json: size and cost of each recipe."""
+    """What the documents show of benchmarks/recipes_report.json: size and cost of each recipe."""
     lines = [
         "| `--quantize` | MB | perplexity | same answers | tokens/s | Phi-1.5 GB | Phi-2 GB |",
         "|---|---|---|---|---|---|---|",
@@ -134,7 +149,7 @@ def recipes_markdown(report: dict[str, Any]) -> str:
 
 
 def bundle_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/bundle_report.json: speed beside llama.cpp."""
+    """What the documents show of benchmarks/bundle_report.json: speed beside llama.cpp."""
     lines = [
         "| | threads | prefill tokens/s | decode tokens/s | first token s |",
         "|---|---|---|---|---|",
@@ -150,7 +165,7 @@ def bundle_markdown(report: dict[str, Any]) -> str:
 
 
 def tokenizer_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/tokenizer_report.json: the same ids on the device."""
+    """What the documents show of benchmarks/tokenizer_report.json: the same ids on the device."""
     lines = [
         "| tokenizer | texts | count | same ids | causes of the others |",
         "|---|---|---|---|---|",
@@ -165,7 +180,7 @@ def tokenizer_markdown(report: dict[str, Any]) -> str:
 
 
 def full_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/full_report.json, a file of --compare ... --json."""
+    """What the documents show of benchmarks/full_report.json, a file of --compare ... --json."""
     stages = report["stages"]
     lines = [
         "| | n | " + " | ".join(TITLES.get(label, label) for label in stages) + " |",
@@ -183,7 +198,7 @@ def full_markdown(report: dict[str, Any]) -> str:
 
 
 def full_size_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/full_size_report.json: the six scripts at real size."""
+    """What the documents show of benchmarks/full_size_report.json: the six scripts at real size."""
     lines = [
         "| shape | step | minutes | expected GB | peak GB | anonymous GB | disk GB |",
         "|---|---|---|---|---|---|---|",
@@ -206,8 +221,21 @@ def full_size_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + "; ".join(ends) + "."
 
 
-# Block of the README, and of benchmarks/NAME_report.json -> what renders it.
-BLOCKS = {
+def result_markdown(report: dict[str, Any]) -> str:
+    """What README.md shows of a demo report: four numbers of each stage."""
+    columns = [column for column in COLUMNS if column[0] in RESULT]
+    lines = [
+        "| | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for label, stage in report["stages"].items():
+        cells = " | ".join(cell(stage, key, form) for key, _, form in columns)
+        lines.append(f"| {label} | {cells} |")
+    return "\n".join(lines)
+
+
+# Block -> what renders it from benchmarks/NAME_report.json.
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_markdown,
     "full": full_markdown,
     "full_size": full_size_markdown,
@@ -220,23 +248,43 @@ BLOCKS = {
 }
 
 
+def blocks() -> dict[str, str]:
+    """Name of a block -> its text; reports that were not made yet have none."""
+    found = {
+        "configuration": reference.configuration(),
+        "formats": reference.formats(),
+        "datasets": reference.datasets(),
+        "tree": reference.tree(),
+    }
+    for name, render in {**BLOCKS, "result": result_markdown}.items():
+        report = ROOT / f"benchmarks/{'demo' if name == 'result' else name}_report.json"
+        if report.exists():
+            found[name] = render(json.loads(report.read_text(encoding="utf-8")))
+    return found
+
+
+def documents() -> dict[Path, str]:
+    """README.md and docs/*.md as they should be: every block as rendered now."""
+    rendered = blocks()
+    found = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for name, block in rendered.items():
+            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+            whole = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+            text = re.sub(pattern, lambda _, whole=whole: whole, text, flags=re.DOTALL)
+        found[path] = text
+    return found
+
+
 def main() -> None:
-    """Keep demo/report.json, when it is there, and render the README's numbers from benchmarks/."""
-    root = Path(__file__).resolve().parent.parent
-    if (root / "demo/report.json").exists():
-        shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, render in BLOCKS.items():
-        report = root / f"benchmarks/{name}_report.json"
-        if not report.exists():
-            continue  # not measured yet
-        numbers = json.loads(report.read_text(encoding="utf-8"))
-        block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-        print(block)
-    readme.write_text(text, encoding="utf-8")
+    """Keep demo/report.json, when it is there, and write the documents that say something else."""
+    if (ROOT / "demo/report.json").exists():
+        shutil.copyfile(ROOT / "demo/report.json", ROOT / "benchmarks/demo_report.json")
+    for path, text in documents().items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
