@@ -234,6 +234,32 @@ def result_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def machines_markdown(demo: dict[str, Any], full_size: dict[str, Any], memory: str) -> str:
+    """What README.md says of memory: two machines that were measured, and an estimate.
+
+    memory: docs/memory.md, whose table tests/test_readme.py compares with the command's.
+    """
+    most = max(step["peak_rss_gb"] for step in demo["steps"])
+    phi2 = full_size["phi2"]
+    disk = max(step["disk_gb"] for step in phi2["steps"].values())
+    card = {
+        stage: float(re.search(rf"phi-2 +{stage} +checkpointing  +([\d.]+)", memory)[1])
+        for stage in ("domain", "safety")
+    }
+    return "\n".join(
+        (
+            "| machine | model | memory |",
+            "|---|---|---|",
+            "| 2 CPU cores | SmolLM2-135M (`make demo`) | "
+            f"{most:.1f} GB, {demo['total_wall_s'] / 60:.0f} minutes |",
+            "| CPU, no GPU | Phi-2, all six scripts, few steps | "
+            f"{phi2['peak_gb']:.1f} GB, {disk:.0f} GB of disk |",
+            f"| 8 GB GPU | Phi-2, `configs/phi-2_8gb.yaml` | {card['domain']:.1f} GB in stages 1 "
+            f"and 2, {card['safety']:.1f} GB in stage 3 (estimated) |",
+        )
+    )
+
+
 # Block -> what renders it from benchmarks/NAME_report.json.
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_markdown,
@@ -248,19 +274,23 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def read_report(name: str) -> dict[str, Any]:
+    """benchmarks/NAME_report.json."""
+    return json.loads((ROOT / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
+
+
 def blocks() -> dict[str, str]:
-    """Name of a block -> its text; reports that were not made yet have none."""
-    found = {
+    """Name of a block -> its text."""
+    demo, memory = read_report("demo"), (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    return {
         "configuration": reference.configuration(),
         "formats": reference.formats(),
         "datasets": reference.datasets(),
         "tree": reference.tree(),
+        "result": result_markdown(demo),
+        "machines": machines_markdown(demo, read_report("full_size"), memory),
+        **{name: render(read_report(name)) for name, render in BLOCKS.items()},
     }
-    for name, render in {**BLOCKS, "result": result_markdown}.items():
-        report = ROOT / f"benchmarks/{'demo' if name == 'result' else name}_report.json"
-        if report.exists():
-            found[name] = render(json.loads(report.read_text(encoding="utf-8")))
-    return found
 
 
 def documents() -> dict[Path, str]:
