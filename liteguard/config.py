@@ -77,9 +77,9 @@ class SourceSection(Section):
         "columns."
     )
     hub: str | None = Field(None, description="Hub dataset id.")
-    config_name: str | None = Field(None, description="Configuration of the hub dataset.")
-    revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
-    split: str = Field("train", description="Split of the hub dataset.")
+    config_name: str | None = None
+    revision: str | None = None
+    split: str = "train"
     path: str | None = Field(None, description="Local file or directory, instead of the hub.")
     text_unit: Literal["paragraph", "line"] = Field(
         "paragraph", description="What is one text in a local .txt file (blank lines separate)."
@@ -119,7 +119,7 @@ class SourceSection(Section):
     max_broken: float = Field(
         0.01, ge=0, le=1, description="Share of rows that may be broken; more is an error."
     )
-    licence: str = Field("", description="Licence of the rows, copied to the manifest.")
+    licence: str = ""
 
 
 class DataSection(Section):
@@ -191,7 +191,7 @@ class TrainSection(Section):
     )
     warmup_steps: int = Field(30, ge=0, description="Steps over which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Of the adapter's weights.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    max_grad_norm: float = Field(1.0, gt=0)
     optimizer: Literal[*OPTIMIZERS] = Field(
         "adamw_torch_fused", description="By its name in transformers (`optim`)."
     )
