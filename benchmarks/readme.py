@@ -9,6 +9,7 @@ where a document does not say what this would write.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -279,6 +280,7 @@ def read_report(name: str) -> dict[str, Any]:
     return json.loads((ROOT / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
 
 
+@functools.cache
 def blocks() -> dict[str, str]:
     """Name of a block -> its text."""
     demo, memory = read_report("demo"), (ROOT / "docs/memory.md").read_text(encoding="utf-8")
