@@ -38,7 +38,9 @@ from liteguard.rows import read_manifest
 def parse_args():
     parser = cli.parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--checkpoint", metavar="DIR", nargs="+", default=[], help="stages")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", nargs="+", default=[], help="finished stages"
+    )
     parser.add_argument("--bundle", metavar="FILE", help="a .task or .litertlm file")
     parser.add_argument("--base", action="store_true", help="the base model without adapter")
     parser.add_argument("--data", metavar="DIR", help="default: the data the model was trained on")

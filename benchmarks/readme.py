@@ -1,17 +1,30 @@
-"""The tables of README.md, rendered from benchmarks/*_report.json: `make readme`."""
+"""The tables of README.md and docs/: from benchmarks/*_report.json and from the code.
+
+    make readme
+
+A block between `<!-- name -->` and `<!-- /name -->` is rendered here and never typed. Measured ones
+come from benchmarks/NAME_report.json, the others from reference.py. tests/test_readme.py fails
+where a document does not say what this would write.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import reference  # noqa: E402
 
 from liteguard.evaluation.comparison import (  # noqa: E402
+    COLUMNS,
     METRICS,
     TITLES,
     cell,
@@ -21,9 +34,12 @@ from liteguard.evaluation.comparison import (  # noqa: E402
     table_columns,
 )
 
+# Columns of the table in README.md.
+RESULT = ("perplexity", "rouge1", "refused_harmful", "refused_benign")
+
 
 def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
-    """`metrics_table` as a Markdown table, for the README."""
+    """`metrics_table` as a Markdown table, for the documents."""
     columns = table_columns(results)
     lines = [
         "| | " + " | ".join(title for _, title, _ in columns) + " |",
@@ -38,7 +54,7 @@ def metrics_markdown(results: dict[str, dict[str, Any]]) -> str:
 
 
 def demo_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of a demo report: the metrics, then the steps."""
+    """What the documents show of a demo report: the metrics, then the steps."""
     steps = " · ".join(
         f"{s['name']} {s['wall_s']:.0f} s, {s['peak_rss_gb']:.1f} GB" for s in report["steps"]
     )
@@ -51,7 +67,7 @@ def demo_markdown(report: dict[str, Any]) -> str:
 
 
 def data_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/data_report.json: rows, time and memory of each run."""
+    """What the documents show of benchmarks/data_report.json: rows, time and memory of each run."""
     runs = {name: run for name, run in report.items() if "wall_s" in run}
     lines = ["| | rows | seconds | CPU seconds | GB |", "|---|---|---|---|---|"]
     lines += [
@@ -67,7 +83,7 @@ def data_markdown(report: dict[str, Any]) -> str:
 
 
 def training_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/training_report.json: speed and memory of each recipe."""
+    """What the documents show of benchmarks/training_report.json: speed and memory."""
     runs = {name: run for name, run in report.items() if "peak_rss_gb" in run}
     lines = [
         "| | supervised tokens/s | tokens/s | padding | peak GB | GFLOP/s |",
@@ -101,7 +117,7 @@ def training_markdown(report: dict[str, Any]) -> str:
 
 
 def convert_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/convert_report.json: conversion at full size."""
+    """What the documents show of benchmarks/convert_report.json: conversion at full size."""
     lines = [
         "| shape | parameters | minutes | peak GB | disk GB | bundle GB | over its weights |",
         "|---|---|---|---|---|---|---|",
@@ -116,7 +132,7 @@ def convert_markdown(report: dict[str, Any]) -> str:
 
 
 def recipes_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/recipes_report.json: size and cost of each recipe."""
+    """What the documents show of benchmarks/recipes_report.json: size and cost of each recipe."""
     lines = [
         "| `--quantize` | MB | perplexity | same answers | tokens/s | Phi-1.5 GB | Phi-2 GB |",
         "|---|---|---|---|---|---|---|",
@@ -134,7 +150,7 @@ def recipes_markdown(report: dict[str, Any]) -> str:
 
 
 def bundle_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/bundle_report.json: speed beside llama.cpp."""
+    """What the documents show of benchmarks/bundle_report.json: speed beside llama.cpp."""
     lines = [
         "| | threads | prefill tokens/s | decode tokens/s | first token s |",
         "|---|---|---|---|---|",
@@ -150,7 +166,7 @@ def bundle_markdown(report: dict[str, Any]) -> str:
 
 
 def tokenizer_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/tokenizer_report.json: the same ids on the device."""
+    """What the documents show of benchmarks/tokenizer_report.json: the same ids on the device."""
     lines = [
         "| tokenizer | texts | count | same ids | causes of the others |",
         "|---|---|---|---|---|",
@@ -165,7 +181,7 @@ def tokenizer_markdown(report: dict[str, Any]) -> str:
 
 
 def full_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/full_report.json, a file of --compare ... --json."""
+    """What the documents show of benchmarks/full_report.json, a file of --compare ... --json."""
     stages = report["stages"]
     lines = [
         "| | n | " + " | ".join(TITLES.get(label, label) for label in stages) + " |",
@@ -183,7 +199,7 @@ def full_markdown(report: dict[str, Any]) -> str:
 
 
 def full_size_markdown(report: dict[str, Any]) -> str:
-    """What the README shows of benchmarks/full_size_report.json: the six scripts at real size."""
+    """What the documents show of benchmarks/full_size_report.json: the six scripts at real size."""
     lines = [
         "| shape | step | minutes | expected GB | peak GB | anonymous GB | disk GB |",
         "|---|---|---|---|---|---|---|",
@@ -206,8 +222,47 @@ def full_size_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + "; ".join(ends) + "."
 
 
-# Block of the README, and of benchmarks/NAME_report.json -> what renders it.
-BLOCKS = {
+def result_markdown(report: dict[str, Any]) -> str:
+    """What README.md shows of a demo report: four numbers of each stage."""
+    columns = [column for column in COLUMNS if column[0] in RESULT]
+    lines = [
+        "| | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for label, stage in report["stages"].items():
+        cells = " | ".join(cell(stage, key, form) for key, _, form in columns)
+        lines.append(f"| {label} | {cells} |")
+    return "\n".join(lines)
+
+
+def machines_markdown(demo: dict[str, Any], full_size: dict[str, Any], memory: str) -> str:
+    """What README.md says of memory: two machines that were measured, and an estimate.
+
+    memory: docs/memory.md, whose table tests/test_readme.py compares with the command's.
+    """
+    most = max(step["peak_rss_gb"] for step in demo["steps"])
+    phi2 = full_size["phi2"]
+    disk = max(step["disk_gb"] for step in phi2["steps"].values())
+    card = {
+        stage: float(re.search(rf"phi-2 +{stage} +checkpointing  +([\d.]+)", memory)[1])
+        for stage in ("domain", "safety")
+    }
+    return "\n".join(
+        (
+            "| machine | model | memory |",
+            "|---|---|---|",
+            "| 2 CPU cores | SmolLM2-135M (`make demo`) | "
+            f"{most:.1f} GB, {demo['total_wall_s'] / 60:.0f} minutes |",
+            "| CPU, no GPU | Phi-2, all six scripts, few steps | "
+            f"{phi2['peak_gb']:.1f} GB, {disk:.0f} GB of disk |",
+            f"| 8 GB GPU | Phi-2, `configs/phi-2_8gb.yaml` | {card['domain']:.1f} GB in stages 1 "
+            f"and 2, {card['safety']:.1f} GB in stage 3 (estimated) |",
+        )
+    )
+
+
+# Block -> what renders it from benchmarks/NAME_report.json.
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_markdown,
     "full": full_markdown,
     "full_size": full_size_markdown,
@@ -220,23 +275,48 @@ BLOCKS = {
 }
 
 
+def read_report(name: str) -> dict[str, Any]:
+    """benchmarks/NAME_report.json."""
+    return json.loads((ROOT / f"benchmarks/{name}_report.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def blocks() -> dict[str, str]:
+    """Name of a block -> its text."""
+    demo, memory = read_report("demo"), (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    return {
+        "configuration": reference.configuration(),
+        "formats": reference.formats(),
+        "datasets": reference.datasets(),
+        "tree": reference.tree(),
+        "result": result_markdown(demo),
+        "machines": machines_markdown(demo, read_report("full_size"), memory),
+        **{name: render(read_report(name)) for name, render in BLOCKS.items()},
+    }
+
+
+def documents() -> dict[Path, str]:
+    """README.md and docs/*.md as they should be: every block as rendered now."""
+    rendered = blocks()
+    found = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for name, block in rendered.items():
+            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+            whole = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+            text = re.sub(pattern, lambda _, whole=whole: whole, text, flags=re.DOTALL)
+        found[path] = text
+    return found
+
+
 def main() -> None:
-    """Keep demo/report.json, when it is there, and render the README's numbers from benchmarks/."""
-    root = Path(__file__).resolve().parent.parent
-    if (root / "demo/report.json").exists():
-        shutil.copyfile(root / "demo/report.json", root / "benchmarks/demo_report.json")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, render in BLOCKS.items():
-        report = root / f"benchmarks/{name}_report.json"
-        if not report.exists():
-            continue  # not measured yet
-        numbers = json.loads(report.read_text(encoding="utf-8"))
-        block = f"<!-- {name} -->\n{render(numbers)}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-        print(block)
-    readme.write_text(text, encoding="utf-8")
+    """Keep demo/report.json, when it is there, and write the documents that say something else."""
+    if (ROOT / "demo/report.json").exists():
+        shutil.copyfile(ROOT / "demo/report.json", ROOT / "benchmarks/demo_report.json")
+    for path, text in documents().items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -55,17 +55,26 @@ class ModelSection(Section):
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="Storage of the frozen base while training (NF4 + double quantisation)."
     )
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: bfloat16 where the hardware multiplies it, else float32 (float16 on a "
+        "GPU without bf16 units, if the model stays in its range; Phi does not).",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="By its name in transformers (attn_implementation)."
+    )
     context_length: int = Field(2048, ge=16, description="Longest sequence in tokens.")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the base model's repository."
+    )
 
 
 class SourceSection(Section):
     """One source of rows: a dataset function by name, and where its rows are."""
 
     dataset: str = Field(
-        description="Name in DATASETS of datasets.py, or auto: by the columns of the first row."
+        description="A layout (docs/data.md), an embedded data set, or auto: by the first row's "
+        "columns."
     )
     hub: str | None = Field(None, description="Hub dataset id.")
     config_name: str | None = None
@@ -82,8 +91,8 @@ class SourceSection(Section):
     weight: float | None = Field(
         None,
         gt=0,
-        description="Share of this source in a part's rows, relative to the others, from the first "
-        "row until a source runs out. Set it for all sources of a part or for none.",
+        description="Relative sampling weight within the part, until a source runs out; set for "
+        "all sources of a part or for none.",
     )
     opening_tokens: int | None = Field(
         None,
@@ -114,9 +123,11 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
-    seed: int = 0
-    validation_share: float = Field(0.03, gt=0, lt=0.5)
-    test_share: float = Field(0.07, gt=0, lt=0.5)
+    seed: int = Field(0, description="Of the split and of the order of the rows.")
+    validation_share: float = Field(
+        0.03, gt=0, lt=0.5, description="Share of the entities (diseases) for validation."
+    )
+    test_share: float = Field(0.07, gt=0, lt=0.5, description="Share of the entities for tests.")
     seen_test_share: float = Field(
         0.03,
         ge=0,
@@ -149,51 +160,68 @@ class DataSection(Section):
     cache_dir: str = Field(
         ".cache", description="Downloads, cleaned sources, the unpacked base model."
     )
-    domain: list[SourceSection] = Field(default_factory=list)
-    instruction: list[SourceSection] = Field(default_factory=list)
-    preference: list[SourceSection] = Field(default_factory=list)
+    domain: list[SourceSection] = Field(
+        default_factory=list, description="Texts, for stage 1 (at least one source)."
+    )
+    instruction: list[SourceSection] = Field(
+        default_factory=list, description="Questions and answers, for stage 2."
+    )
+    preference: list[SourceSection] = Field(
+        default_factory=list, description="Pairs of a better and a worse answer, for stage 3."
+    )
 
 
 class TrainSection(Section):
     """What the three training stages have in common."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, description="Peak, after the warm-up.")
     max_steps: int = Field(1000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, description="Sequences (or pairs) per device and micro-batch.")
-    gradient_accumulation: int = Field(4, ge=1)
+    gradient_accumulation: int = Field(
+        4, ge=1, description="Micro-batches per optimizer step, shared out over processes."
+    )
     max_length: int = Field(2048, ge=8, description="Tokens per sequence.")
     packing: bool = Field(
         True,
         description="Train on the examples' tokens only, without padding (same steps, same loss); "
         "refused where the attention would let one example see another.",
     )
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    warmup_steps: int = Field(30, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate falls, by its name in transformers."
+    )
+    warmup_steps: int = Field(30, ge=0, description="Steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="Of the adapter's weights.")
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: Literal[*OPTIMIZERS] = Field(  # type: ignore[valid-type]
         "adamw_torch_fused", description="By its name in transformers (`optim`)."
     )
-    gradient_checkpointing: bool = False
-    eval_steps: int = Field(100, ge=1)
-    save_steps: int = Field(100, ge=1)
-    save_total_limit: int = Field(2, ge=1)
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    eval_steps: int = Field(
+        100, ge=1, description="Validate, and save a checkpoint, every so many steps."
+    )
+    save_steps: int = Field(100, ge=1, description="Save a checkpoint every so many steps as well.")
+    save_total_limit: int = Field(2, ge=1, description="Trainer checkpoints kept while training.")
     early_stopping_patience: int = Field(
         3, ge=0, description="Evaluations without improvement before stopping; 0 turns it off."
     )
     max_eval_rows: int = Field(256, ge=1, description="Validation rows used while training.")
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1, description="Print the loss every so many steps.")
     quantization: Literal["nf4", "none"] | None = Field(
         None, description="Storage of the frozen base in this stage; default: model.quantization."
     )
-    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(default_factory=list)
-    seed: int = 0
+    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
+        default_factory=list,
+        description="Where metrics go beside screen and log_history.json.",
+    )
+    seed: int = Field(0, description="Of a new adapter, dropout and the order of further passes.")
 
 
 class DomainSection(TrainSection):
-    lora_rank: int = Field(32, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_rank: int = Field(32, ge=1, description="Rank of the adapter that all stages train.")
+    lora_alpha: int = Field(32, ge=1, description="Scales the adapter by lora_alpha / lora_rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     lora_bias: Literal["none"] = Field(
         "none", description="Stage 3 holds two adapters, which PEFT allows without biases only."
     )
@@ -203,7 +231,7 @@ class DomainSection(TrainSection):
 
 
 class InstructionSection(TrainSection):
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, description="Peak, after the warm-up.")
     loss_reduction: Literal["token", "square", "sample"] = Field(
         "token",
         description="What the loss of a step is the mean of: of all tokens, so that long answers "
@@ -213,10 +241,10 @@ class InstructionSection(TrainSection):
 
 
 class SafetySection(TrainSection):
-    learning_rate: float = Field(5e-6, gt=0)
-    max_steps: int = Field(200, ge=1)
-    batch_size: int = Field(2, ge=1)
-    beta: float = Field(0.1, gt=0, description="DPO beta: how far the policy may leave reference.")
+    learning_rate: float = Field(5e-6, gt=0, description="Peak, after the warm-up.")
+    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(2, ge=1, description="Pairs per device and micro-batch.")
+    beta: float = Field(0.1, gt=0, description="DPO's beta: larger stays nearer to the reference.")
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of a likelihood term on the chosen answer (0: plain DPO)."
     )
@@ -257,7 +285,9 @@ class VerifySection(Section):
         description="Most tokens of an answer; less where three of four held-out answers are "
         "shorter.",
     )
-    max_text_tokens: int = Field(64, ge=8)
+    max_text_tokens: int = Field(
+        64, ge=8, description="How much of a text is scored; a word counts as two."
+    )
     tokenizer_texts: int = Field(3000, ge=1, description="Held-out texts to tokenize twice.")
     perplexity_change: float | None = Field(
         None,
@@ -301,9 +331,17 @@ class CompressSection(Section):
         min_length=1,
         description="A prompt is padded to one of these; short ones make short questions fast.",
     )
-    kv_cache_length: int = Field(1280, ge=16)
-    converter: Literal["auto", "v1", "v2"] = "auto"
-    verify: VerifySection = Field(default_factory=VerifySection)
+    kv_cache_length: int = Field(
+        1280,
+        ge=16,
+        description="Tokens of prompt and answer together; shorter decodes faster.",
+    )
+    converter: Literal["auto", "v1", "v2"] = Field(
+        "auto", description="Of litert-torch. auto: v2 where TensorFlow has its entry point."
+    )
+    verify: VerifySection = Field(
+        default_factory=VerifySection, description="The proof, and what may differ."
+    )
 
     @field_validator("quantize")
     @classmethod
@@ -335,22 +373,24 @@ class LlmJudgeSection(Section):
     """A language model that judges answers beside the rules: an OpenAI-compatible service."""
 
     url: str = Field(description="Up to the version, e.g. http://127.0.0.1:8000/v1")
-    model: str
+    model: str = Field(description="Name of the model at that service.")
     api_key_env: str | None = Field(
         None, description="Name of the environment variable that holds the key; null: no key."
     )
 
 
 class EvaluateSection(Section):
-    perplexity_rows: int = Field(128, ge=1)
-    question_rows: int = Field(128, ge=1)
+    perplexity_rows: int = Field(128, ge=1, description="Held-out texts to score.")
+    question_rows: int = Field(
+        128, ge=1, description="Held-out questions about diseases that no stage saw (tier 2)."
+    )
     seen_question_rows: int | None = Field(
         None,
         ge=0,
         description="Questions about diseases whose texts were trained on (tier 1); default: as "
         "many as question_rows.",
     )
-    harmful_rows: int = Field(128, ge=1)
+    harmful_rows: int = Field(128, ge=1, description="Held-out harmful requests.")
     benign_rows: int = Field(
         128, ge=1, description="Ordinary requests, and as many that only look harmful."
     )
@@ -360,18 +400,20 @@ class EvaluateSection(Section):
         description="Multiple-choice questions of each public benchmark; 0 turns them off.",
     )
     llm_judge: LlmJudgeSection | None = Field(
-        None, description="Ask a language model, too, whether answers to requests refuse."
+        None, description="A second judge of refusals: an OpenAI-compatible service."
     )
-    max_new_tokens: int = Field(128, ge=4)
-    batch_size: int = Field(16, ge=1)
-    max_text_tokens: int = Field(256, ge=16, description="Tokens of a domain text that are scored.")
+    max_new_tokens: int = Field(128, ge=4, description="Most tokens of an answer.")
+    batch_size: int = Field(16, ge=1, description="Answers that a checkpoint writes at a time.")
+    max_text_tokens: int = Field(
+        256, ge=16, description="How much of a text is scored; a word counts as two."
+    )
     split: Literal["test", "validation"] = Field(
         "test", description="validation: for choosing settings, so that test stays untouched."
     )
     context_words: int = Field(
         1, ge=1, description="Words given before scoring starts: the first has no context."
     )
-    seed: int = 0
+    seed: int = Field(0, description="Not used: rows and intervals are the same in every run.")
 
 
 class Config(Section):

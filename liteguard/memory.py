@@ -1,4 +1,4 @@
-"""Peak training memory by term, from the base model's shapes; and the way down when it runs out.
+"""Peak training memory by term, from the base model's shapes.
 
     python -m liteguard.memory                       # Phi-1.5 and Phi-2 at 1 x 2048 tokens
     python -m liteguard.memory --config configs/phi-2_8gb.yaml --set model.path=DIR   # every term

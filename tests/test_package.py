@@ -1,0 +1,43 @@
+"""What an installed package holds: every file of the folder, the version and the pins."""
+
+from __future__ import annotations
+
+import tomllib
+from fnmatch import fnmatch
+
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGE = ROOT / "liteguard"
+
+
+def test_files_that_are_no_code_are_named():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
+    files = [path for path in PACKAGE.rglob("*") if path.is_file()]
+    others = [path for path in files if path.suffix not in (".py", ".pyc")]
+    assert len(others) >= 5  # the catalogue, two templates, py.typed
+    for path in others:
+        assert any(fnmatch(path.name, pattern) for pattern in patterns), path
+
+
+def test_every_folder_with_code_is_a_package():
+    """setuptools finds packages by their __init__.py."""
+    for path in PACKAGE.rglob("*.py"):
+        assert (path.parent / "__init__.py").is_file(), path
+
+
+def test_the_pins_are_the_requirements():
+    dynamic = PROJECT["tool"]["setuptools"]["dynamic"]
+    assert dynamic["version"] == {"attr": "liteguard.__version__"}
+    (name,) = dynamic["dependencies"]["file"]
+    lines = (ROOT / name).read_text().splitlines()
+    assert all(Requirement(line) for line in lines if line and not line.startswith("#"))
+    assert set(PROJECT["project"]["dynamic"]) == {"version", "dependencies"}
+
+
+def test_licence_files_are_there():
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    for name in PROJECT["project"]["license-files"]:
+        assert (ROOT / name).is_file(), name
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
