@@ -164,6 +164,8 @@ def describe(
 
     tokens: of the largest micro-batch. Raises UserError where the machine has too little memory.
     """
+    import torch
+
     print(
         f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} passes over "
         f"{rows:,} rows; output {stage.output}"
@@ -177,10 +179,14 @@ def describe(
     if dry_run:
         print(f"{expected.table()}\n")
     host = memory_estimate.host_memory(expected, models.count_parameters(stage.architecture))
-    if expected.cuda:
-        print(f"expected peak GPU memory: {(expected.total + expected.margin) / 1e9:.1f} GB")
-    print(f"expected peak memory: {host}")
     advice = memory_estimate.advice(stage.config, stage.name)
+    if expected.cuda:
+        needed, free = expected.total + expected.margin, torch.cuda.mem_get_info()[0]
+        print(f"expected peak GPU memory: {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
+        if needed > free:
+            # Not refused: the estimate is an upper bound, and a smaller micro-batch is the way on.
+            print(f"  should it run out, micro-batches are halved; {advice} needs less")
+    print(f"expected peak memory: {host}")
     machine.require_memory(host.needed, f"stage {stage.name}", f"; or set {advice}.")
 
 
