@@ -81,6 +81,11 @@ class BundleRecord(Made):
     wall_s: float = 0.0
     peak_rss_gb: dict[str, float] = {}
 
+    def to_dict(self) -> dict[str, Any]:
+        """For the file: without a proof or silenced tokens where there are none."""
+        absent = {name for name in ("silence", "verify") if getattr(self, name) is None}
+        return self.model_dump(exclude=absent)
+
     @property
     def cache_length(self) -> int:
         """Tokens of prompt and answer together."""

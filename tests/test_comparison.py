@@ -36,6 +36,7 @@ from liteguard.evaluation import (
     journal as journals,
 )
 from liteguard.evaluation.journal import Journal, Progress
+from liteguard.records import StageRecord
 from liteguard.rows import load_split
 
 STAGES = ["base", "domain", "instruction", "final", "bundle"]
@@ -449,6 +450,7 @@ def test_data_of_earlier_stages_is_looked_at_as_well(pipeline, tmp_path):
     own = pipeline / "data/tiny"
     third = json.loads((stages["final_checkpoint"] / "stage.json").read_text())
     third |= {"data_dir": str(own), "parent": str(stages["instruction_checkpoint"])}
+    third = StageRecord.model_validate(third)
     assert contamination.training_data(own, third) == ([own, data], [])
     # The copy has the same texts and pairs: nothing to read twice.
     assert contamination.training_data(data, third) == ([data], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +15,14 @@ from liteguard.config_layers import build, read_yaml
 from liteguard.training import arguments, callbacks, loop, patches, validation
 from liteguard.training.feed import make_feed, pair_counts
 from liteguard.training.reference import precompute_reference
-from liteguard.training.stage import Stage, load_model
+from liteguard.training.stage import Run, load_model
 from liteguard.training.tokens import TokenRows
 
 # (batch_size, gradient_accumulation) of one optimizer step of eight pairs.
 SHAPES = ((4, 2), (1, 8), (8, 1))
 
 
-def stage_of(name: str, directory, work, **section) -> Stage:
+def stage_of(name: str, directory, work, **section) -> Run:
     """A stage of the tiny Phi in float32, without the data and the parent that `plan` looks for."""
     from transformers import AutoConfig
 
@@ -33,12 +34,22 @@ def stage_of(name: str, directory, work, **section) -> Stage:
     }
     config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("test", values)])
     architecture = AutoConfig.from_pretrained(directory)
-    return Stage(
-        name, config, work / "out", work, None, str(directory), None, architecture, {}, {}, work
+    return Run(
+        name=name,
+        config=config,
+        output=work / "out",
+        data_dir=work,
+        parent=None,
+        base_directory=str(directory),
+        base_revision=None,
+        architecture=architecture,
+        inputs={},
+        rows={},
+        work=work,
     )
 
 
-def tokenizer_of(stage: Stage):
+def tokenizer_of(stage: Run):
     return models.load_tokenizer(stage.base_directory, stage.config.prompt, 640)
 
 
@@ -59,7 +70,7 @@ def rows_of(prompts: list[list[int]], answers: list[list[int]]) -> TokenRows:
     return TokenRows(ids, np.array([0, *ends[:-1]]), ends, np.array([len(p) for p in prompts]))
 
 
-def sft_trainer(stage: Stage, train: TokenRows, held_out: TokenRows):
+def sft_trainer(stage: Run, train: TokenRows, held_out: TokenRows):
     from trl import SFTConfig, SFTTrainer
 
     feed = make_feed(stage, tokenizer_of(stage), train, held_out)
@@ -75,7 +86,7 @@ def sft_trainer(stage: Stage, train: TokenRows, held_out: TokenRows):
     return trainer, feed.counts
 
 
-def dpo_trainer(stage: Stage, pairs: list[dict], held_out: list[dict], reference: int = 0):
+def dpo_trainer(stage: Run, pairs: list[dict], held_out: list[dict], reference: int = 0):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -162,7 +173,7 @@ def test_validation_of_pairs_does_not_depend_on_the_batch(tiny_phi, tmp_path, on
         if once:
             work = tmp_path / f"once{size}"
             work.mkdir()
-            precompute_reference(stage.at(work), trainer)
+            precompute_reference(replace(stage, work=work), trainer)
         disturb(trainer.model, seed=1)
         found.append(trainer.evaluate())
     # The reference again, now as the only adapter.
@@ -274,7 +285,7 @@ def test_a_step_of_pairs_learns_the_same_in_every_shape(tiny_phi, tmp_path, coun
             torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def first_logps(stage: Stage, pair: dict) -> list[float]:
+def first_logps(stage: Run, pair: dict) -> list[float]:
     """Log-probabilities of a chosen answer before the first step."""
     model = load_model(stage)
     disturb(model)

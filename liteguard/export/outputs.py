@@ -136,7 +136,7 @@ def publish(
     """
     for output in bundles:
         output.unlink(missing_ok=True)
-        checkpoints.write_json(output.with_name(f"{output.name}.json"), record.model_dump())
+        checkpoints.write_json(output.with_name(f"{output.name}.json"), record.to_dict())
     checkpoints.write_json(bundles[0].with_name(f"{bundles[0].stem}.deploy.json"), deployment)
     for output in bundles:
         os.replace(work / output.name, output)
