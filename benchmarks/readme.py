@@ -254,7 +254,7 @@ def machines_markdown(demo: dict[str, Any], full_size: dict[str, Any], memory: s
             "| 2 CPU cores | SmolLM2-135M (`make demo`) | "
             f"{most:.1f} GB, {demo['total_wall_s'] / 60:.0f} minutes |",
             "| CPU, no GPU | Phi-2, all six scripts, few steps | "
-            f"{phi2['peak_gb']:.1f} GB, {disk:.0f} GB of disk |",
+            f"{phi2['peak_gb']:.1f} GB, {disk:.1f} GB of disk |",
             f"| 8 GB GPU | Phi-2, `configs/phi-2_8gb.yaml` | {card['domain']:.1f} GB in stages 1 "
             f"and 2, {card['safety']:.1f} GB in stage 3 (estimated) |",
         )

@@ -55,7 +55,7 @@ def _table(section: type[BaseModel], keys: list[str] | None = None) -> list[str]
     schema = section.model_json_schema()["properties"]
     for key in keys or schema:
         field = schema[key]
-        default, meaning = _default(section, key), _cell(field.get("description", ""))
+        default, meaning = _default(section, key), _prose(field.get("description", ""))
         lines.append(f"| `{key}` | {_kind(field)} | {default} | {meaning} |")
     return lines
 
@@ -67,7 +67,7 @@ def _stage_table(keys: list[str], stages: Sequence[type[BaseModel]]) -> list[str
     schema = stages[0].model_json_schema()["properties"]
     for key in keys:
         defaults = " | ".join(_default(stage, key) for stage in stages)
-        meaning = _cell(schema[key].get("description", ""))
+        meaning = _prose(schema[key].get("description", ""))
         lines.append(f"| `{key}` | {_kind(schema[key])} | {defaults} | {meaning} |")
     return lines
 
@@ -110,6 +110,11 @@ def _default(section: type[BaseModel], key: str) -> str:
 def _cell(text: str) -> str:
     """Text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _prose(text: str) -> str:
+    """The same for text outside a code span, where <name> would be taken for HTML."""
+    return _cell(text).replace("<", "\\<")
 
 
 def formats() -> str:

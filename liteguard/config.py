@@ -51,7 +51,9 @@ class ModelSection(Section):
     name: str = Field("microsoft/phi-2", description="Hub id, or embedded:NAME.")
     path: str | None = Field(None, description="Local directory to use instead of the hub.")
     revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
-    licence: str = Field("", description="Licence of the base model, copied to the manifest.")
+    licence: str = Field(
+        "", description="Of the base model; goes to the model card and deploy.json."
+    )
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="Storage of the frozen base while training (NF4 + double quantisation)."
     )
