@@ -93,6 +93,11 @@ def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> Sta
             f"made by another tool).{advice}"
         )
     record = records.read(StageRecord, record_path, advice)
+    if record.adapter is None:
+        raise UserError(
+            f"{record_path} names no adapter_model.safetensors. Pickled weights can run code when "
+            f"they are opened (adapter_model.bin), so they are not loaded.{advice}"
+        )
     for name, digest in record.files.items():
         file = path / name
         if not file.is_file():
@@ -218,9 +223,10 @@ def open_work(
 def begun_from(work: Path) -> dict[str, Any] | None:
     """The inputs of interrupted work; None where they are not known."""
     try:
-        return json.loads((work / INPUTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        begun = json.loads((work / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return begun if isinstance(begun, dict) else None
 
 
 def publish(

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from liteguard import distributed, hub, machine
+from liteguard import distributed, failures, hub, machine, shown
 from liteguard.config import Config
-from liteguard.config_layers import build, find_config, flatten, parse_setting, read_yaml
-from liteguard.errors import LiteGuardError, UserError
+from liteguard.config_layers import (
+    build,
+    find_config,
+    flatten,
+    of_a_record,
+    parse_setting,
+    read_yaml,
+)
+from liteguard.errors import UserError
 from liteguard.records import Made
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints what it cannot read as every other message."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown.message(message))
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """An argument parser whose help is the script's docstring, with the flags all scripts take."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     result.add_argument("--config", metavar="FILE", help="YAML to use (wins over the names)")
@@ -55,11 +71,19 @@ def resolve_config(
 ) -> Config:
     """Config from the flags; `parent` is a stage.json whose config stands in for a YAML.
 
+    A record may be somebody else's, so that only its description of what was made is taken.
+
     `flags` maps a flag to its 'section.key' and its value (None: not given).
     """
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if parent is not None and not args.config:
-        layers.append(("the parent's stage.json", parent.config))
+        described, own = of_a_record(parent.config)
+        layers.append(("the parent's stage.json", described))
+        if own:
+            print(
+                f"not taken from the parent's record: {', '.join(own)} (of the machine that it was "
+                "made on; give them with --config FILE or --set)"
+            )
     else:
         path = find_config(
             getattr(args, "model_type", None), getattr(args, "model", None), args.config
@@ -77,8 +101,9 @@ def resolve_config(
 
 def follow_stage(record: Made) -> None:
     """Use the hub commit of the base model that a finished stage or bundle was made from."""
-    model = record.config["model"]
-    base = hub.Repository("model", model["name"], model["revision"])
+    model = record.config.get("model")
+    asked = model.get("revision") if isinstance(model, dict) else None
+    base = hub.Repository("model", record.base_model, asked if isinstance(asked, str) else None)
     hub.remember(base, record.base_revision)
 
 
@@ -112,50 +137,33 @@ def print_config(config: Config, *sections: str) -> None:
     for name, value in values.items():
         if name.split(".")[0] in sections:
             origin = config.sources.get(name, "default")
-            print(f"  {name:38} {value!r:42} {origin}")
+            print(f"  {name:38} {value!r:42} {shown.visible(origin)}")
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main(): one message and the right exit code instead of a traceback."""
     machine.quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal of ASCII only gets escapes for the rest.
+            stream.reconfigure(errors="backslashreplace")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     distributed.quiet_unless_main()
     try:
         main()
-    except LiteGuardError as error:
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        told = failures.explain(error)
+        if told is None:
+            raise
+        # A second Ctrl-C, or output that nobody reads, must not turn the end into a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # Every process says it: the launcher ends the others as soon as one has ended.
         place = "" if distributed.is_main() else f" in process {distributed.rank()}"
-        print(f"\nerror{place}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if not _is_write_failure(error):
-            raise
-        print(
-            f"\nerror: cannot write: {error}\nNothing was left under a final name. Free space or "
-            "fix the permissions, then run the same command again.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-
-
-def _is_write_failure(error: BaseException) -> bool:
-    """Whether an error is a full disk, a quota, or a place that cannot be written to.
-
-    safetensors and torch raise classes of their own, with the system's words in the message.
-    """
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-    # What torch.save says instead of the system's error.
-    words = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in codes:
-            return True
-        text = str(seen)
-        if any(f"os error {code})" in text for code in codes) or any(w in text for w in words):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+        with contextlib.suppress(OSError):
+            text = told[0].replace("error:", f"error{place}:", 1)
+            print(f"\n{shown.message(text)}", file=sys.stderr)
+        sys.exit(told[1])

@@ -6,7 +6,10 @@ name. `Config.sources` remembers where every value that is not a default came fr
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -14,6 +17,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -43,8 +47,25 @@ OPTIMIZERS = (
 )
 
 
+LARGEST = 10**12  # no number here can be meant to be larger
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1, and any number of digits."""
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and wanted is not bool:
+            raise ValueError(
+                "a value is needed, not true or false (YAML reads yes, no, on and off as these)"
+            )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and math.isfinite(value) and abs(value) > LARGEST:
+            raise ValueError(f"larger than {LARGEST:.0e}, which cannot be meant")
+        return value
 
 
 class ModelSection(Section):
@@ -140,7 +161,9 @@ class DataSection(Section):
     min_characters: int = Field(20, ge=1, description="Shorter answers or texts are dropped.")
     max_characters: int = Field(20_000, ge=100, description="Longer ones are dropped.")
     language: str | None = Field(
-        "en", description="Drop texts and answers in other languages (ISO 639-1); null keeps all."
+        "en",
+        pattern="^[a-z]{2,3}$",
+        description="Drop texts and answers in other languages (ISO 639-1); null keeps all.",
     )
     near_duplicate_threshold: float | None = Field(
         0.85,
@@ -171,6 +194,15 @@ class DataSection(Section):
     preference: list[SourceSection] = Field(
         default_factory=list, description="Pairs of a better and a worse answer, for stage 3."
     )
+
+    @model_validator(mode="after")
+    def _some_length_is_kept(self) -> DataSection:
+        if self.min_characters > self.max_characters:
+            raise ValueError(
+                f"min_characters {self.min_characters} is more than max_characters "
+                f"{self.max_characters}: every row would be dropped"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -227,7 +259,7 @@ class DomainSection(TrainSection):
     lora_bias: Literal["none"] = Field(
         "none", description="Stage 3 holds two adapters, which PEFT allows without biases only."
     )
-    lora_targets: list[str] | Literal["all"] = Field(
+    lora_targets: Annotated[list[str], Field(min_length=1)] | Literal["all"] = Field(
         "all", description="'all' attention and FFN layers of the loaded model, or layer names."
     )
 
@@ -377,8 +409,38 @@ class LlmJudgeSection(Section):
     url: str = Field(description="Up to the version, e.g. http://127.0.0.1:8000/v1")
     model: str = Field(description="Name of the model at that service.")
     api_key_env: str | None = Field(
-        None, description="Name of the environment variable that holds the key; null: no key."
+        None,
+        description="Name of the environment variable that holds the key, in capitals; null: no "
+        "key.",
     )
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_asked(cls, url: str) -> str:
+        """Messages do not repeat the value: it may hold a password."""
+        try:
+            parts = urlsplit(url)
+            reachable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            reachable = False
+        if not reachable or re.search(r"\s", url):
+            raise ValueError("not a URL of a service, such as http://127.0.0.1:8000/v1")
+        if "@" in parts.netloc:
+            raise ValueError(
+                "a URL is printed and recorded, so it must not hold a user name or password. Put "
+                "the key into an environment variable and name that in api_key_env"
+            )
+        return url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
+            raise ValueError(
+                "not the name of an environment variable (A-Z, 0-9 and _). Is it the key itself? "
+                "Put that into a variable: export JUDGE_KEY=...; api_key_env: JUDGE_KEY"
+            )
+        return name
 
 
 class EvaluateSection(Section):
@@ -419,7 +481,11 @@ class EvaluateSection(Section):
 
 
 class Config(Section):
-    model_type: str = Field("", description="Short name; the data go to data/<model_type>.")
+    model_type: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$",
+        description="Short name (letters, digits, . _ -); the data go to data/<model_type>.",
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     prompt: Prompt = Field(default_factory=Prompt)
     data: DataSection = Field(default_factory=DataSection)
@@ -430,6 +496,22 @@ class Config(Section):
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
 
     _sources: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _lengths_fit_the_model(self) -> Config:
+        limit = self.model.context_length
+        long = [
+            f"{name} {length}"
+            for name, length in (
+                ("compress.kv_cache_length", self.compress.kv_cache_length),
+                ("evaluate.max_text_tokens", self.evaluate.max_text_tokens),
+                ("evaluate.max_new_tokens", self.evaluate.max_new_tokens),
+            )
+            if length > limit
+        ]
+        if long:
+            raise ValueError(f"longer than model.context_length {limit}: {', '.join(long)}")
+        return self
 
     @property
     def sources(self) -> dict[str, str]:

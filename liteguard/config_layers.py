@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from liteguard import shown, yaml_text
 from liteguard.config import Config, SourceSection
 from liteguard.errors import UserError
 
@@ -39,6 +39,14 @@ OTHER_NAMES = {
 }
 
 
+# Keys joined by dots: no section lies deeper.
+_SETTING = re.compile(r"[A-Za-z0-9_-]{1,60}(\.[A-Za-z0-9_-]{1,60}){0,5}")
+MOST_PROBLEMS = 20  # that a message names
+# What of a record's configuration is no description of what was made, but of its maker's machine
+# and services, or a permission: it is taken from the user's own YAML and flags only.
+OWN = ("data.cache_dir", "evaluate.llm_judge", "model.trust_remote_code")
+
+
 def available_configs() -> dict[str, Path]:
     """model_type -> YAML path for every shipped configuration."""
     found = {}
@@ -61,6 +69,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         chain.append(file)
         values = _read_file(file)
         parent = values.pop("extends", None)
+        if parent is not None and not isinstance(parent, str):
+            raise UserError(
+                f"{file}: extends must be the name of another YAML file, not {shown.brief(parent)}."
+            )
         return deep_merge(load(file.parent / parent), values) if parent else values
 
     return load(Path(path))
@@ -68,14 +80,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is a directory, a pipe or a device, not a YAML file.")
+        if file.stat().st_size > yaml_text.LONGEST:
+            raise UserError(f"{file} has more than {yaml_text.LONGEST:,} bytes: no configuration.")
+        values = yaml_text.load(file.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(
             f"No configuration file {file}.\nShipped ones: "
             f"{', '.join(p.name for p in sorted(CONFIG_DIR.glob('*.yaml')))}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not a readable YAML file: {error}") from None
+    except (yaml_text.BadYaml, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a readable YAML file: {error}.") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{file} must hold sections (model:, prompt:, ...), not a {type(values).__name__}."
@@ -93,7 +109,7 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
         elif isinstance(value, Mapping) and isinstance(old, list) and _are_indices(value, old):
             # --set data.domain.0.path=FILE changes one entry of a list.
             merged[key] = [
-                deep_merge(entry, value.get(str(i), {})) if isinstance(entry, Mapping) else entry
+                _replaced(entry, value[str(i)]) if str(i) in value else entry
                 for i, entry in enumerate(old)
             ]
         else:
@@ -101,8 +117,13 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def _replaced(old: Any, new: Any) -> Any:
+    both = isinstance(old, Mapping) and isinstance(new, Mapping)
+    return deep_merge(old, new) if both else copy.deepcopy(new)
+
+
 def _are_indices(value: Mapping[str, Any], entries: list[Any]) -> bool:
-    return all(k.isdigit() and int(k) < len(entries) for k in map(str, value))
+    return set(value) <= {str(index) for index in range(len(entries))}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,18 +142,15 @@ def parse_setting(setting: str) -> tuple[str, dict[str, Any]]:
     """'section.key=value' -> ('section.key', nested mapping); the value is read as YAML."""
     name, equals, text = setting.partition("=")
     name = name.strip()
-    if not equals or not name:
+    if not equals or not _SETTING.fullmatch(name):
         raise UserError(
-            f"--set {setting!r}: write --set section.key=value, e.g. --set domain.max_steps=50"
+            f"--set {shown.brief(setting)}: write --set section.key=value, e.g. "
+            "--set domain.max_steps=50, or data.domain.0.path=FILE for an entry of a list"
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {name}: the value {text!r} cannot be read: {error}") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 2e-4 as text (it wants 2.0e-4); people write the former.
-        with contextlib.suppress(ValueError):
-            value = float(value)
+        value = yaml_text.load(text)
+    except yaml_text.BadYaml as error:
+        raise UserError(f"--set {name}: its value cannot be read: {error}.") from None
     nested: Any = value
     for key in reversed(name.split(".")):
         nested = {key: nested}
@@ -178,18 +196,37 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            location = problem["loc"]
-            name = ".".join(str(part) for part in location) or "(file)"
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"  {name}: unknown key; {_nearest(location)}")
-            else:
-                got = problem.get("input")
-                shown = "" if isinstance(got, Mapping) else f" (got {got!r})"
-                lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        problems = error.errors()
+        lines = [_line(problem) for problem in problems[:MOST_PROBLEMS]]
+        if more := len(problems) - len(lines):
+            lines.append(f"  ... and {more} more")
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise UserError(f"{count} in the configuration ({where}):\n" + "\n".join(lines)) from None
+
+
+def _line(problem: Any) -> str:
+    """What is wrong with one value. That of a judge is not shown: it may be a key or a password."""
+    location = problem["loc"]
+    name = ".".join(str(part) for part in location) or "(file)"
+    if problem["type"] == "extra_forbidden":
+        return f"  {name}: unknown key; {_nearest(location)}"
+    got = problem.get("input")
+    hidden = isinstance(got, Mapping) or "llm_judge" in location
+    what = problem["msg"].removeprefix("Value error, ")
+    return f"  {name}: {what}" + ("" if hidden else f" (got {shown.brief(got)})")
+
+
+def of_a_record(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A record's configuration without what is the user's own to say, and which of that it had."""
+    kept, left = copy.deepcopy(dict(values)), []
+    defaults = Config()
+    for name in OWN:
+        section, key = name.split(".")
+        inside = kept.get(section)
+        default = getattr(getattr(defaults, section), key)
+        if isinstance(inside, dict) and inside.pop(key, default) != default:
+            left.append(name)
+    return kept, left
 
 
 def build(

@@ -6,15 +6,35 @@ wrong with a file that is damaged or of another version, instead of failing wher
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, TypeVar
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    model_validator,
+)
 
-from liteguard.errors import UserError
+from liteguard.errors import UserError, first_line
 from liteguard.prompts import Prompt
 
 Read = TypeVar("Read", bound=BaseModel)
+
+
+def _inside(name: str) -> str:
+    """A record may come from somebody else: what it names lies in its own directory."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\x00" in name:
+        raise ValueError("a file inside the record's own directory is needed")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
 
 
 class Made(BaseModel):
@@ -22,7 +42,7 @@ class Made(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    stage: str  # domain, instruction, safety or bundle
+    stage: Literal["domain", "instruction", "safety", "bundle"]
     base_model: str  # its id
     base_revision: str | None = None  # hub commit; None for a local or embedded base
     base_identity: str  # commit, or hash of the files: two equal bases have equal ones
@@ -32,7 +52,7 @@ class Made(BaseModel):
     prompt: Prompt
     config: dict[str, Any]  # the whole configuration, as `config.Config` dumps it
     inputs: dict[str, Any]  # what decides whether it can be reused; compared, never read as data
-    files: dict[str, str]  # name -> sha256
+    files: dict[FileName, str]  # name -> sha256
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +84,15 @@ class StageRecord(Made):
         return self.files.get("adapter_model.safetensors")
 
 
+class Export(BaseModel):
+    """Of a bundle's record: how it was exported."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kv_cache_length: int
+    prefill_lengths: list[int] = []
+
+
 class BundleRecord(Made):
     """NAME.task.json or NAME.litertlm.json: a finished bundle, and how it was made and proven."""
 
@@ -72,7 +101,7 @@ class BundleRecord(Made):
     merge: dict[str, Any]
     tokenizer: dict[str, Any]
     silence: dict[str, Any] | None = None  # of a .task
-    export: dict[str, Any]
+    export: Export
     quantize: dict[str, Any]
     bundles: dict[str, dict[str, Any]]
     verify: dict[str, Any] | None = None  # None: compressed with --verify none
@@ -89,7 +118,43 @@ class BundleRecord(Made):
     @property
     def cache_length(self) -> int:
         """Tokens of prompt and answer together."""
-        return self.export["kv_cache_length"]
+        return self.export.kv_cache_length
+
+
+class History(RootModel[list[dict[str, Any]]]):
+    """log_history.json: what the trainer logged, an entry a time."""
+
+
+class Rows(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    rows: int
+    words: int
+
+
+class Source(BaseModel):
+    """Of a manifest: one source, as it was read."""
+
+    model_config = ConfigDict(extra="allow")
+
+    part: str
+    dataset: str
+    hub: str | None
+    path: str | None
+    licence: str
+    rows_read: int
+    rows_kept: int
+
+
+class Manifest(BaseModel):
+    """manifest.json: prepared data."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model_type: str
+    files: dict[FileName, str]  # name -> sha256
+    counts: dict[FileName, Rows]
+    sources: list[Source]
 
 
 class Contamination(BaseModel):
@@ -97,7 +162,18 @@ class Contamination(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    rows: int
+    training_rows: int
+    found: int
+    measured: int
+    examples: list[tuple[str, str]]
     unchecked: list[str]
+
+    @model_validator(mode="after")
+    def _shows_what_it_found(self) -> Contamination:
+        if self.found and not self.examples:
+            raise ValueError("examples: one is needed")
+        return self
 
 
 class Cost(BaseModel):
@@ -106,7 +182,82 @@ class Cost(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     wall_s: float
-    answer_s: dict[str, float]  # percentile -> seconds until an answer was complete
+    scoring_s: float
+    generation_s: float
+    scored_tokens: int
+    generated_tokens: int
+    peak_rss_gb: float
+    # percentile (5, 25, 50, 75, 95) -> seconds until an answer was complete
+    answer_s: Annotated[dict[str, float], Field(min_length=5, max_length=5)]
+
+
+class Judged(BaseModel):
+    """One answer of a result, and what the rules say of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    set: str
+    kind: str | None
+    area: str | None
+    prompt: str
+    reference: str | None
+    answer: str
+    verdict: str
+    stopped: bool
+
+
+class Accuracy(BaseModel):
+    """A result's numbers on one public benchmark; see `evaluation.knowledge.summarise`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    accuracy: float
+    interval: list[float] | None
+    n: int
+    chance: float
+    majority: float
+    overlap: float
+    unparsed: int
+    repeated_options: int
+    choices: list[list[Any]]
+
+
+class Lengths(BaseModel):
+    """Of the settings that a result was measured with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    max_new_tokens: int
+    max_text_tokens: int
+    context_words: int
+
+
+class LlmJudge(BaseModel):
+    """How far an LLM agrees with the rules; see `evaluation.llm_judge.summarise`."""
+
+    n: int
+    unparsed: int
+    agreement: float | None
+    kappa: float | None
+    verdicts: dict[Literal["harmful", "ordinary", "borderline"], dict[str, int]]
+    pairs: dict[str, int]
+
+
+class Asked(BaseModel):
+    """Of what a result depends on: what two must have in common to be compared."""
+
+    model_config = ConfigDict(extra="allow")
+
+    evaluate: Lengths
+    rows: dict[str, str]
+
+
+class Counts(BaseModel):
+    """Answers by verdict."""
+
+    refused: int
+    answered: int
+    unclear: int
 
 
 class Measured(BaseModel):
@@ -125,19 +276,29 @@ class Result(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+    __pydantic_extra__: dict[str, float]
 
     n: dict[str, int]
-    intervals: dict[str, Any]
-    verdicts: dict[str, dict[str, int]]
-    areas: dict[str, dict[str, dict[str, int]]]
-    guide_areas: dict[str, dict[str, int]]
-    knowledge: dict[str, Any]
+    intervals: dict[str, tuple[float, float] | None]
+    verdicts: dict[str, Counts]
+    areas: dict[str, dict[str, Counts]]
+    guide_areas: dict[str, Counts]
+    knowledge: dict[str, Accuracy]
     too_long: dict[str, int]
-    answers: list[dict[str, Any]]
+    answers: Annotated[list[Judged], Field(min_length=1)]
+    bleu_signature: str
+    llm_judge: LlmJudge | None = None
     contamination: Contamination
     cost: Cost
     model: Measured
-    inputs: dict[str, Any]
+    inputs: Asked
+
+    @model_validator(mode="after")
+    def _counts_what_it_says(self) -> Result:
+        for name in self.__pydantic_extra__:
+            if name not in self.n:
+                raise ValueError(f"n: nothing says what {name} was computed over")
+        return self
 
 
 def read(kind: type[Read], path: Path, advice: str = "") -> Read:
@@ -145,13 +306,20 @@ def read(kind: type[Read], path: Path, advice: str = "") -> Read:
 
     Raises UserError, naming the first field that is wrong, when it is no record of that kind.
     """
+    return read_raw(kind, path, advice)[0]
+
+
+def read_raw(kind: type[Read], path: Path, advice: str = "") -> tuple[Read, dict[str, Any]]:
+    """(record, the same as the file has it); see `read`."""
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        record = kind.model_validate_json(text)
+        return record, json.loads(text)
     except ValidationError as error:
         wrong = first_problem(error)
         raise UserError(f"{path} is damaged, or of another version ({wrong}).{advice}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).{advice}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}).{advice}") from None
 
 
 def first_problem(error: ValueError) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from liteguard import records
 from liteguard.config_layers import available_configs
 from liteguard.errors import UserError
 
@@ -29,29 +30,30 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
     path = data_dir / name
     digest = manifest["files"].get(name)
     if digest is None or not path.is_file():
-        raise UserError(f"{path} is missing from the prepared data. {_again(manifest)}")
+        raise UserError(f"{path} is missing from the prepared data. {again(manifest)}")
     text = path.read_bytes()
     if hashlib.sha256(text).hexdigest() != digest:
         raise UserError(
             f"{path} was changed after it was prepared (sha256 differs from manifest.json).\n"
-            f"{_again(manifest)}"
+            f"{again(manifest)}"
         )
     rows = []
     # Not splitlines: it also splits at U+2028, which JSON leaves as it is.
-    for number, line in enumerate(text.decode("utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
             if any(not isinstance(row[f], str) for f in FIELDS[part]):
                 raise ValueError(f"columns {FIELDS[part]} must be text")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: {error}. {_again(manifest)}") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: {error}. {again(manifest)}") from None
         rows.append(row)
     if not rows:
-        raise UserError(f"{path} is empty. {_again(manifest)}")
+        raise UserError(f"{path} is empty. {again(manifest)}")
     return rows
 
 
-def _again(manifest: dict[str, Any]) -> str:
+def again(manifest: dict[str, Any]) -> str:
+    """How to make prepared data again."""
     flags = f"--model_type {manifest['model_type']} --overwrite"
     return f"Prepare it again: python prepare_datasets.py {flags}"
 
@@ -79,12 +81,7 @@ def read_manifest(data_dir: Path) -> dict[str, Any]:
             f"No prepared data in {data_dir} (no manifest.json).\n"
             f"Run: python prepare_datasets.py {flags}"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["files"], manifest["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}). Prepare the data again.") from None
-    return manifest
+    return records.read_raw(records.Manifest, path, "\nPrepare the data again.")[1]
 
 
 def balanced(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import records
+from liteguard import records, shown
 from liteguard.errors import UserError
 from liteguard.records import Result
 
@@ -261,19 +261,18 @@ def comparison_text(results: dict[str, dict[str, Any]]) -> str:
     for row in rows:
         cells = "".join(f"{joined(row['cells'][k]):>{width}}" for k, width in widths.items())
         lines.append(f"{row['title']:{first}}{row['n']:>4}{cells}")
-    return "\n".join([*lines, "", *notes(results)])
+    return shown.visible("\n".join([*lines, "", *notes(results)]))
 
 
 def comparison_markdown(results: dict[str, dict[str, Any]]) -> str:
-    """The comparison as a Markdown table."""
-    lines = [
-        "| Metric | n | " + " | ".join(TITLES.get(label, label) for label in results) + " |",
-        "|---" * (len(results) + 2) + "|",
-    ]
+    """The comparison as a Markdown table; names and texts in it are escaped."""
+    titles = [shown.markdown(TITLES.get(label, label)) for label in results]
+    lines = [f"| Metric | n | {' | '.join(titles)} |", "|---" * (len(results) + 2) + "|"]
     for row in comparison_table(results):
         cells = " | ".join(joined(row["cells"][label]) for label in results)
-        lines.append(f"| {row['title']} | {row['n']} | {cells} |")
-    return "\n".join([*lines, "", *(f"{note}  " for note in notes(results))]).rstrip() + "\n"
+        lines.append(f"| {shown.markdown(row['title'])} | {row['n']} | {cells} |")
+    under = [f"{shown.markdown(note)}  " for note in notes(results)]
+    return "\n".join([*lines, "", *under]).rstrip() + "\n"
 
 
 def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -305,14 +304,8 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
                 f"There is no result {path}. Results in {directory}: {here}.\n"
                 "Make one with: python evaluate_model.py --checkpoint final_checkpoint"
             )
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            Result.model_validate(result)
-        except ValueError as error:  # a ValidationError is one
-            raise UserError(
-                f"{path} is no result of this version of evaluate_model.py "
-                f"({records.first_problem(error)}). Measure again with it."
-            ) from None
+        again = " Measure again with this version of evaluate_model.py."
+        _, result = records.read_raw(Result, path, again)
         label = path.stem
         if label in found:
             label = f"{path.parent.name}/{label}"

@@ -29,20 +29,24 @@ def training_data(data_dir: Path, record: Made | None) -> tuple[list[Path], list
     files that are gone or were made anew since a stage was trained on them.
     """
     directories, known, unchecked = [data_dir], [train_files(data_dir)], []
+    seen: set[str] = set()
     while record:
         if record.stage in TRAINED_ON:
-            name, digest = TRAINED_ON[record.stage], record.inputs["data/train"]
+            name, digest = TRAINED_ON[record.stage], record.inputs.get("data/train")
             own = Path(record.data_dir)
-            if all(files.get(name) != digest for files in known):
+            if digest is None or all(files.get(name) != digest for files in known):
                 files = train_files(own) if (own / "manifest.json").is_file() else {}
-                if files.get(name) == digest:
+                if digest is not None and files.get(name) == digest:
                     directories.append(own)
                     known.append(files)
                 else:
                     unchecked.append(f"{own / name} ({record.stage} stage)")
         path, adapter = record.parent, record.parent_adapter_sha256
         record = None
-        if path:
+        if path in seen:  # a record may name itself
+            unchecked.append(f"what {path} was trained on")
+        elif path:
+            seen.add(path)
             try:
                 record = checkpoints.read_stage(Path(path))
             except UserError:

@@ -41,7 +41,11 @@ class Journal:
             for line in content[len(header) :].splitlines(keepends=True):
                 if not line.endswith(b"\n"):
                     break
-                part, index, value, seconds = json.loads(line)
+                try:
+                    part, index, value, seconds = _entry(line)
+                except (ValueError, TypeError, RecursionError):
+                    print(f"  {path} is damaged: what follows the damage is measured again")
+                    break
                 self.found[part][index] = value
                 self.seconds[part] += seconds
                 kept += line
@@ -85,6 +89,30 @@ class Journal:
         """Close and delete the file: its content is in a finished result."""
         self._file.close()
         self.path.unlink()
+
+
+def _entry(line: bytes) -> tuple[str, int, Any, float]:
+    """(part, index, value, seconds) of a line. Raises ValueError or TypeError for anything else."""
+    part, index, value, seconds = json.loads(line)
+    fits = {
+        "runs": lambda: isinstance(value, dict),
+        "scores": lambda: _is_score(*value),
+        "options": lambda: _is_score(*value),
+        "answers": lambda: (
+            {name: type(found) for name, found in value.items() if name != "seconds"}
+            == {"text": str, "tokens": int, "stopped": bool}
+            and isinstance(value["seconds"], (int, float))
+        ),
+        "judged": lambda: all(isinstance(value[name], str) for name in ("verdict", "text")),
+    }
+    whole = type(index) is int and index >= 0 and isinstance(seconds, (int, float))
+    if not whole or part not in fits or not fits[part]():
+        raise ValueError("no entry")
+    return part, index, value, seconds
+
+
+def _is_score(score: Any, tokens: Any) -> bool:
+    return (score is None or isinstance(score, float)) and type(tokens) is int
 
 
 class Progress:

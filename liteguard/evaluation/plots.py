@@ -6,6 +6,7 @@ import base64
 import io
 from typing import Any
 
+from liteguard import shown
 from liteguard.evaluation.comparison import QUESTIONS, REQUESTS, TITLES
 
 # A palette that is told apart by colour-blind readers (Okabe and Ito 2008).
@@ -32,11 +33,17 @@ def _data_uri(figure: Any) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def name_of(label: str) -> str:
+    """The name of a result as a plot shows it: a short line, no formula between dollar signs."""
+    name = shown.visible(" ".join(TITLES.get(label, label).split()))
+    return (name if len(name) <= 40 else f"{name[:37]}...").replace("$", r"\$").lstrip("_")
+
+
 def loss_plot(history: list[dict[str, Any]]) -> str:
     """Training and validation loss over steps (log_history.json) as a data URI."""
     figure, axes = _figure(4.2, 3.0)
     for key, title, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
-        points = [(e["step"], e[key]) for e in history if key in e]
+        points = [(e["step"], e[key]) for e in history if _is_number(e.get(key))]
         if points:
             axes.plot(*zip(*points, strict=True), marker=marker, label=title)
     axes.set_xlabel("step")
@@ -45,6 +52,10 @@ def loss_plot(history: list[dict[str, Any]]) -> str:
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     axes.legend(frameon=False)
     return _data_uri(figure)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def length_plot(results: dict[str, dict[str, Any]]) -> str:
@@ -69,7 +80,7 @@ def length_plot(results: dict[str, dict[str, Any]]) -> str:
             boxprops={"facecolor": colour, "alpha": 0.6},
             medianprops={"color": "black"},
             flierprops={"markersize": 2},
-            label=TITLES.get(label, label),
+            label=name_of(label),
         )
     axes.set_xticks(range(len(sets)), [titles[name] for name in sets])
     axes.set_ylabel("words per answer")
@@ -84,9 +95,8 @@ def latency_plot(results: dict[str, dict[str, Any]]) -> str:
     boxes = []
     for label, result in results.items():
         low, first, median, third, high = result["cost"]["answer_s"].values()
-        title = TITLES.get(label, label)
         quartiles = {"q1": first, "med": median, "q3": third}
-        boxes.append({**quartiles, "whislo": low, "whishi": high, "label": title})
+        boxes.append({**quartiles, "whislo": low, "whishi": high, "label": name_of(label)})
     drawn = axes.bxp(boxes, showfliers=False, patch_artist=True, medianprops={"color": "black"})
     for number, box in enumerate(drawn["boxes"]):
         box.set(facecolor=_COLOURS[number % len(_COLOURS)], alpha=0.6)

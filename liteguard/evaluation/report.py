@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints
+from liteguard import checkpoints, records, shown
+from liteguard.errors import UserError, first_line
 from liteguard.evaluation.comparison import (
     QUESTIONS,
     REQUESTS,
@@ -18,6 +18,8 @@ from liteguard.evaluation.comparison import (
     notes,
 )
 from liteguard.evaluation.plots import latency_plot, length_plot, loss_plot
+from liteguard.records import BundleRecord, History, StageRecord
+from liteguard.rows import read_manifest
 
 
 def write_report(
@@ -42,17 +44,34 @@ def write_report(
 
 
 def render(template: str, facts: dict[str, Any]) -> str:
-    """A template of this package with `facts` filled in; HTML is escaped, Markdown is not."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    """A template of this package with `facts` filled in, every text escaped for its format."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+    from markupsafe import Markup
+
+    is_html = template.endswith(".html")
+
+    def escaped(value: Any) -> Any:
+        """What Markdown has in place of autoescape; Markup is Markdown already."""
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return shown.markdown(value) if is_text else value
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=template.endswith(".html"),
+        autoescape=is_html,
+        finalize=None if is_html else escaped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(facts)
+    if not is_html:
+        facts = {**facts, "markdown": Markup(facts["markdown"])}
+    try:
+        return environment.get_template(template).render(facts)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(
+            f"a record beside the results lacks what {template} shows ({first_line(error)}): it is "
+            "damaged, or of another version. Make the stage or the bundle that it belongs to again."
+        ) from None
 
 
 def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -61,18 +80,19 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Loss curves, data and versions come from the stages and the data that the results name; what is
     no longer there is left out.
     """
-    records = {}
+    found: dict[str, dict[str, Any]] = {}
     for label, result in results.items():
         path = result["model"]["path"]
         file = Path(f"{path}.json") if label == "bundle" else Path(path or "") / checkpoints.RECORD
         if path and file.is_file():
-            records[label] = json.loads(file.read_text(encoding="utf-8"))
+            kind = BundleRecord if label == "bundle" else StageRecord
+            found[label] = records.read(kind, file).model_dump()
     last = list(results.values())[-1]
-    manifest_file = Path(last["model"]["data_dir"]) / "manifest.json"
-    manifest = json.loads(manifest_file.read_text("utf-8")) if manifest_file.is_file() else None
+    data_dir = Path(last["model"]["data_dir"])
+    manifest = read_manifest(data_dir) if (data_dir / "manifest.json").is_file() else None
     sources = manifest["sources"] if manifest else []
     versions: dict[str, str] = {}
-    for record in records.values():
+    for record in found.values():
         versions |= record.get("versions", {})
     return {
         "labels": {label: TITLES.get(label, label) for label in results},
@@ -81,14 +101,14 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "markdown": comparison_markdown(results),
         "areas": area_tables(results),
         "curves": [
-            (label, loss_plot(json.loads(history.read_text("utf-8"))))
+            (label, loss_plot(records.read(History, history).root))
             for label, result in results.items()
             if (history := Path(result["model"]["path"] or "") / "log_history.json").is_file()
         ],
         "both_bases": {
-            label: found
-            for label, record in records.items()
-            if (found := record.get("metrics", {}).get("both_bases"))
+            label: both
+            for label, record in found.items()
+            if (both := record.get("metrics", {}).get("both_bases"))
         },
         "lengths": length_plot(results),
         "latencies": latency_plot(results),
@@ -99,9 +119,14 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "versions": versions,
         "base_model": last["model"]["name"],
         "base_licence": next(
-            (r["config"]["model"]["licence"] for r in records.values() if "config" in r), ""
+            (
+                model["licence"]
+                for record in found.values()
+                if isinstance(model := record["config"].get("model"), dict) and "licence" in model
+            ),
+            "",
         ),
-        "stages": records,
+        "stages": found,
         "final": last,
         "final_label": TITLES.get(list(results)[-1], list(results)[-1]),
         "leaks": last["contamination"],

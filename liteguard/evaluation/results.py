@@ -7,22 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liteguard import registry
+from liteguard import records, registry
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation import contamination
 from liteguard.evaluation.journal import Journal
-from liteguard.records import Made
+from liteguard.records import Made, Result
 from liteguard.wheels import WHEELS
 
 # Changes when a result of an older version lacks what this one reads.
 FORMAT = 6
 
 
-def targets_by_label(base: bool, records: Mapping[str, Made]) -> dict[str, str | None]:
+def targets_by_label(base: bool, finished: Mapping[str, Made]) -> dict[str, str | None]:
     """Label of a result -> what is measured; the base model has no path."""
     found: dict[str, str | None] = {"base": None} if base else {}
-    for path, record in records.items():
+    for path, record in finished.items():
         label = "final" if record.stage == "safety" else record.stage
         if label in found:
             raise UserError(
@@ -70,12 +70,12 @@ def evaluate_fewer(config: Config, limit: int) -> Config:
 
 
 def reuse(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """An earlier result for the same inputs."""
+    """An earlier result for the same inputs; None where the file holds anything else."""
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        _, earlier = records.read_raw(Result, file)
+    except UserError:
         return None
-    return earlier if earlier.get("inputs") == json.loads(json.dumps(inputs)) else None
+    return earlier if earlier["inputs"] == json.loads(json.dumps(inputs)) else None
 
 
 def inputs_of(

@@ -262,9 +262,9 @@ def deployment(record: BundleRecord) -> dict[str, Any]:
         "license": record.base_licence,
         "licence": record.base_licence,  # the older spelling, for one release
         "quantize": record.quantize["recipe"],
-        "context_length": exported["kv_cache_length"],
-        "kv_cache_length": exported["kv_cache_length"],
-        "prefill_lengths": exported["prefill_lengths"],
+        "context_length": exported.kv_cache_length,
+        "kv_cache_length": exported.kv_cache_length,
+        "prefill_lengths": exported.prefill_lengths,
         "prompt": record.prompt.model_dump(),
         "prompt_example": record.prompt.render_question("QUESTION"),
         "prompt_tokens": first["prompt_tokens"],

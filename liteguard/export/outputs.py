@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -87,8 +88,10 @@ class Steps:
     def keep(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
         """`run` a step whose result depends on the work's inputs only; a rerun reads it instead."""
         kept = self.work / f"{name}.json"
-        if kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            result = json.loads(kept.read_text(encoding="utf-8"))
+            if isinstance(result, dict):
+                return result
         result = self.run(name, function, *positional, **named)
         checkpoints.write_json(kept, result)
         return result
@@ -109,7 +112,9 @@ class Steps:
         tries: list[dict[str, str]] = []
         for recipe in recipes:
             known = self.work / f"failed_{recipe}.json"
-            failed = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+            failed: dict[str, Any] = {}
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                failed = {**json.loads(known.read_text(encoding="utf-8"))}
             if failed.get("settings") != json.loads(json.dumps(settings)):
                 try:
                     return {**attempt(recipe), "tries": tries}

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, distributed, hub, machine, models
+from liteguard import checkpoints, distributed, hub, machine, models, records
 from liteguard.config import Config, TrainSection
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import gpu_memory_gb, library_versions
 from liteguard.records import StageRecord
-from liteguard.rows import read_manifest
+from liteguard.rows import again, read_manifest
 from liteguard.training import validation
 
 PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"}
@@ -113,12 +113,12 @@ def _follow_earlier_run(output: Path, overwrite: bool) -> None:
     """Let a stage 1 that is run again use the base model's commit that it began with."""
     begun = checkpoints.begun_from(checkpoints.work_directory(output))
     if begun is None and not overwrite:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            record = (output / checkpoints.RECORD).read_text(encoding="utf-8")
-            begun = json.loads(record)["inputs"]
-    if begun is not None and begun.get("base_model"):
-        base = hub.Repository("model", begun["base_model"], begun["base_asked"])
-        hub.remember(base, begun["base"].removeprefix("commit:"))
+        with contextlib.suppress(UserError):
+            begun = records.read(StageRecord, output / checkpoints.RECORD).inputs
+    known = [(begun or {}).get(name) for name in ("base_model", "base_asked", "base")]
+    if isinstance(known[0], str) and isinstance(known[2], str):
+        base = hub.Repository("model", known[0], known[1])
+        hub.remember(base, known[2].removeprefix("commit:"))
 
 
 @distributed.main_first
@@ -172,8 +172,16 @@ def _plan(
         base_revision=revision,
         architecture=loaded,
         inputs=inputs,
-        rows={s: manifest["counts"][f"{part}/{s}.jsonl"]["rows"] for s in ("train", "validation")},
+        rows={s: _rows(manifest, f"{part}/{s}.jsonl") for s in ("train", "validation")},
     )
+
+
+def _rows(manifest: dict[str, Any], name: str) -> int:
+    if name not in manifest["counts"]:
+        raise UserError(
+            f"the prepared data's manifest.json does not count {name}. {again(manifest)}"
+        )
+    return manifest["counts"][name]["rows"]
 
 
 def load_tokenizer(stage: Stage) -> Any:

@@ -1,0 +1,56 @@
+"""Texts of others, as a person is shown them: nothing that a terminal, a page or a log acts on.
+
+Rows, answers, file names and messages of a service come from anywhere. A terminal obeys escape
+sequences, Markdown obeys brackets, and a log keeps the password of a URL.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+LONGEST = 2000  # characters of a message
+# Control characters but tab and newline, what turns the direction of writing, and halves of pairs.
+_ACTS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_PASSWORD = re.compile(r"(?<=://)[^/\s'\"?#]*@")
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~$#])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def visible(text: str) -> str:
+    """`text` with every character that a terminal would act on written as an escape (\\x1b)."""
+    return _ACTS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def without_passwords(text: str) -> str:
+    """`text` with *** in place of user names and passwords in URLs."""
+    return _PASSWORD.sub("***@", text)
+
+
+def brief(value: Any, longest: int = 80) -> str:
+    """The repr of a value, cut where it is long."""
+    if isinstance(value, str):
+        value = value[: longest + 1]  # the repr of megabytes takes its time
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def message(text: str) -> str:
+    """A message for the screen: without passwords, visible, cut in the middle beyond LONGEST."""
+    if len(text) > LONGEST:
+        half = LONGEST // 2 - 40
+        text = (
+            f"{text[:half]}\n... ({len(text) - 2 * half:,} characters left out) ...\n{text[-half:]}"
+        )
+    # Last, since an escape is longer than what it stands for.
+    shown = visible(without_passwords(text))
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
+
+
+def markdown(text: str) -> str:
+    """`text` as one line of Markdown that reads as it is written: no links, HTML, cells, titles."""
+    line = _MARKDOWN.sub(r"\\\1", visible(" ".join(text.split())))
+    line = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], line).replace("](", "]\\(")
+    return re.sub(r"^[-+=]", r"\\\g<0>", line)
