@@ -1,4 +1,4 @@
-"""Configuration: defaults < YAML (with `extends`) < the parent's stage.json < flags.
+"""Configuration: what may be set; defaults < YAML (or the parent's stage.json) < flags.
 
 Every section forbids unknown keys; all problems are reported at once, each with the nearest valid
 name. `Config.sources` remembers where every value that is not a default came from.

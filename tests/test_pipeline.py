@@ -179,7 +179,7 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
 
 def test_progress_shows_loss_and_speed_and_wandb_got_the_keys(pipeline):
     assert "train_loss" in logs(pipeline)["domain"]
-    assert "tokens_per_second" in logs(pipeline)["domain"]
+    assert re.search(r"\d tok/s \([\d,]+ supervised\)", logs(pipeline)["domain"])
     runs = list(pipeline.glob("wandb/offline-run-*/*.wandb"))
     assert len(runs) == 1
     content = runs[0].read_bytes()

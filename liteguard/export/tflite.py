@@ -254,7 +254,7 @@ def require_resources(
     machine.require_memory(
         memory,
         f"converting {parameters / 1e9:.2f} billion parameters with converter {converter}",
-        " (converter v2 needs half of that)" if converter == "v1" else "",
+        " (converter v2 needs a third of that)" if converter == "v1" else "",
     )
     folder = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free_disk = shutil.disk_usage(folder).free

@@ -175,7 +175,16 @@ def progress(stage: Stage, counts: Counts) -> Any:
             self.clock, self.step = time.monotonic(), state.global_step
             for tracker in self.trackers:
                 tracker.log(shown, state.global_step)
-            text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if value)
+            text = "  ".join(
+                [
+                    f"{key} {value:.4g}"
+                    for key, value in shown.items()
+                    if value and key not in speeds
+                ]
+            )
+            if speeds:
+                found, supervised = speeds.values()
+                text += f"  {found:,.0f} tok/s ({supervised:,.0f} supervised)"
             if self.bar.disable:
                 print(f"  {stage.name} {state.global_step}/{state.max_steps}  {text}")
             else:

@@ -167,7 +167,7 @@ def describe(
     import torch
 
     print(
-        f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} passes over "
+        f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} epochs of "
         f"{rows:,} rows; output {stage.output}"
     )
     print(f"first sequence:\n{sample[:600]}\n")
@@ -203,8 +203,9 @@ def describe_feed(
     rows = stage.rows["train"]
     trained = sum(map(len, found.train["rows"]))
     sizes = f"{counts.tokens.mean():,.0f} tokens ({counts.supervised.mean():,.0f} supervised)"
-    shape = f"in {len(found.train) // section.max_steps} micro-batches"
-    shape += " without padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
+    batches = len(found.train) // section.max_steps
+    shape = f"in {batches} micro-batch" + ("es" if batches > 1 else "")
+    shape += ", no padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
     ids = train.row(found.train[0]["rows"][0])[0]
     passes = trained / len(train) if stage.name == "domain" else trained / rows
     sizes_of = (train.lengths[batch] for batch in found.train["rows"])

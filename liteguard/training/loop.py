@@ -124,6 +124,7 @@ def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
         int(found[:last].sum()) for found in (counts.tokens, counts.supervised, counts.padding)
     )
     own = slice(first, last)  # steps of this process; earlier ones were another one's time
+    hours = round(seconds / 3600 * trainer.args.world_size * (trainer.args.n_gpu > 0), 4)
     metrics = {
         "steps": last,
         "first_loss": losses[0] if losses else None,
@@ -136,14 +137,14 @@ def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
         "padding_share": round(padding / (padding + seen), 4),
         "tokens_per_s": round(counts.tokens[own].sum() / seconds, 1),
         "supervised_tokens_per_s": round(counts.supervised[own].sum() / seconds, 1),
-        "gpu_hours": round(seconds / 3600 * trainer.args.world_size * (trainer.args.n_gpu > 0), 4),
+        "gpu_hours": hours,
         "resumed_from": resume.name if resume else None,
     }
     print(
         f"{stage.name}: {last} steps, {seen:,} tokens ({supervised:,} supervised, padding "
         f"{metrics['padding_share']:.1%}), {metrics['tokens_per_s']:,.0f} tokens/s "
-        f"({metrics['supervised_tokens_per_s']:,.0f} supervised), peak memory "
-        f"{machine.peak_rss_gb():.1f} GB, GPU {gpu_memory_gb():.1f} GB; {seconds:,.0f} s, "
-        f"{metrics['gpu_hours']:.2f} GPU hours"
+        f"({metrics['supervised_tokens_per_s']:,.0f} supervised); {seconds:,.0f} s; peak memory "
+        f"{machine.peak_rss_gb():.1f} GB"
+        + (f", GPU {gpu_memory_gb():.1f} GB; {hours:.2f} GPU hours" if hours else "")
     )
     return metrics
