@@ -132,7 +132,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception as error:
         if not _is_write_failure(error):
-            raise
+            if not _is_of_a_file(error):
+                raise
+            print(
+                f"\nerror: {error.filename}: {error.strerror}.\nCheck that the file is there and "
+                "may be read and written, then run the same command again.",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         print(
             f"\nerror: cannot write: {error}\nNothing was left under a final name. Free space or "
             "fix the permissions, then run the same command again.",
@@ -141,12 +148,17 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+def _is_of_a_file(error: BaseException) -> bool:
+    """Whether the system refused a file for another reason than space: a mistake of no program."""
+    return isinstance(error, OSError) and bool(error.filename and error.strerror)
+
+
 def _is_write_failure(error: BaseException) -> bool:
-    """Whether an error is a full disk, a quota, or a place that cannot be written to.
+    """Whether an error is a full disk, a quota, or a file system that cannot be written to.
 
     safetensors and torch raise classes of their own, with the system's words in the message.
     """
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     # What torch.save says instead of the system's error.
     words = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
     seen: BaseException | None = error
