@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from liteguard import checkpoints, cli
-from liteguard.data import lengths, preparation
+from liteguard.data import exams, lengths, preparation
 from liteguard.rows import read_manifest
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     if not args.overwrite:
         preparation.follow_earlier_run(output)
     preparation.check_sources(config)
-    preparation.evaluation_inputs(config)
+    exams.evaluation_inputs(config)
     for wheel in preparation.wheels(config):
         print(
             f"  needs {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}; {wheel.licence}"

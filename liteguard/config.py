@@ -6,6 +6,7 @@ name. `Config.sources` remembers where every value that is not a default came fr
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from typing import Annotated, Any, Literal
@@ -100,15 +101,26 @@ class SourceSection(Section):
         "columns."
     )
     hub: str | None = Field(None, description="Hub dataset id.")
-    config_name: str | None = None
+    config_name: str | None = Field(
+        None, description="Configuration of a hub dataset, or its folder in a local directory."
+    )
     revision: str | None = None
-    split: str = "train"
+    split: str | None = Field(
+        None,
+        description="Which of the source's own splits is read: train, validation, test, or all; "
+        "a hub dataset may name others, and several with '+'. Default: train of a hub dataset, all "
+        "of local files. Rows of its own test and validation splits are never trained on.",
+    )
     path: str | None = Field(None, description="Local file or directory, instead of the hub.")
     text_unit: Literal["paragraph", "line"] = Field(
         "paragraph", description="What is one text in a local .txt file (blank lines separate)."
     )
+    encoding: str | None = Field(
+        None, description="Of local text files, e.g. cp1251; default: UTF-8, or UTF-16."
+    )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Our column name -> the source's column name."
+        default_factory=dict,
+        description="Our column name -> the source's column name; 'data.answer.text' is inside.",
     )
     limit: int | None = Field(None, ge=1, description="Keep at most this many rows.")
     weight: float | None = Field(
@@ -143,6 +155,28 @@ class SourceSection(Section):
         0.01, ge=0, le=1, description="Share of rows that may be broken; more is an error."
     )
     licence: str = ""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_an_encoding(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        try:
+            "".encode(name)
+        except LookupError:
+            raise ValueError(
+                f"unknown encoding {name!r}. Common: cp1252, cp1251, gb18030, utf-16, latin-1"
+            ) from None
+        return codecs.lookup(name).name
+
+    @model_validator(mode="after")
+    def _splits_of_files_are_ours(self) -> SourceSection:
+        allowed = (None, "all", "train", "validation", "test")
+        if self.path and self.split not in allowed:
+            raise ValueError(
+                f"split {self.split!r} of a local path: allowed are {', '.join(allowed[1:])}"
+            )
+        return self
 
 
 class DataSection(Section):

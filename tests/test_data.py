@@ -320,15 +320,3 @@ def test_alpaca_rows_ask_the_input(tmp_path):
     )
     found = list(formats.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
     assert [r["prompt"] for r in found] == ["Is it flu?", "What is flu?"]
-    # Instructions that differ from row to row are tasks, and part of the question.
-    rows = [
-        {
-            "instruction": f"Translate sentence {n}.",
-            "input": "I am ill.",
-            "output": "Je suis malade.",
-        }
-        for n in range(9)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = list(formats.formatted(SourceSection(dataset="alpaca", path=str(path)), tmp_path))
-    assert found[3]["prompt"] == "Translate sentence 3. I am ill."

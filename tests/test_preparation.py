@@ -884,8 +884,8 @@ def test_a_failed_run_says_what_to_change(project):
         entry |= {"path": str(project.directory / "x.csv"), "dataset": dataset}
         project.save()
         message = fail(2, *project.command("out"), cwd=project.directory)
-        assert "found 'question;answer'" in message or "columns 'question;answer'" in message
-        assert "look separated by ';'" in message and ".tsv" in message
+        assert "x.csv (cells separated by ';'), line 2" in message
+        assert "columns: {prompt: question, completion: answer}" in message
     del entry["path"]
     entry["dataset"] = "alpaka"
     project.data["domain"] += [{"dataset": "plain_text"}, {"dataset": "preference", "path": "."}]
@@ -903,6 +903,7 @@ def test_a_failed_run_says_what_to_change(project):
     project.save()
     message = fail(2, *project.command("out"), cwd=project.directory)
     assert "data.domain: not enough usable rows" in message and "dropped: 30 too short" in message
+    assert "Settings that dropped rows: data.min_characters." in message
 
 
 def test_unknown_evaluation_set_is_a_clear_error(project):

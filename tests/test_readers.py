@@ -301,7 +301,12 @@ def test_more_than_one_percent_of_broken_rows_is_an_error_that_names_them(tmp_pa
         collect("domain", entry)
     message = str(error.value)
     assert "3 of 200 rows are broken (1.5%, allowed: 1.0%)" in message
-    for expected in ("line 10: not JSON: not JSON", "line 100:", "line 150: not UTF-8", "iconv"):
+    for expected in (
+        "line 10: not JSON: not JSON",
+        "line 100:",
+        "line 150: not UTF-8",
+        "encoding: cp1252",
+    ):
         assert expected in message
     assert "max_broken:" in message and entry["path"] in message
     _, entries = collect("domain", {**entry, "max_broken": 0.02})
@@ -388,10 +393,8 @@ def shared(*turns: dict) -> list[dict]:
         ("messages", {"messages": [USER, REPLY]}, ASKED),
         ("messages", {"messages": [SYSTEM, USER, REPLY, *MORE]}, ASKED),
         ("sharegpt", {"conversations": shared(SYSTEM, USER, REPLY, *MORE)}, ASKED),
-        ("sharegpt", {"conversations": shared(REPLY, USER, REPLY)}, ASKED),
         ("prompt_completion", ASKED, ASKED),
         ("prompt_completion", {"prompt": [SYSTEM, USER], "completion": [REPLY]}, ASKED),
-        ("prompt_completion", {"prompt": [USER, REPLY, MORE[0]], "completion": MORE[1:]}, ASKED),
         (
             "alpaca",
             {"instruction": "What is flu?", "input": None, "output": "An infection."},
@@ -400,7 +403,11 @@ def shared(*turns: dict) -> list[dict]:
         ("alpaca", {"instruction": "What is flu?", "output": "An infection."}, ASKED),
         (
             "alpaca",
-            {"instruction": "Help.", "input": "What is flu?", "output": "An infection."},
+            {
+                "instruction": "You are a doctor.",
+                "input": "What is flu?",
+                "output": "An infection.",
+            },
             ASKED,
         ),
     ],
@@ -433,16 +440,19 @@ def test_preference_formats(tmp_path, row):
     assert found == {"prompt": "What is flu?", "chosen": "An infection.", "rejected": "No idea."}
 
 
-def test_what_a_format_leaves_out_is_counted_on_the_screen(tmp_path, capsys):
+def test_what_a_format_leaves_out_is_counted(tmp_path):
     rows = [
         {"messages": [USER, REPLY]},
         {"messages": [SYSTEM, USER, REPLY]},
         {"messages": [SYSTEM, USER, REPLY, *MORE]},
     ]
-    read(jsonl(tmp_path / "x.jsonl", rows), "messages")
-    shown = capsys.readouterr().out
-    assert "2 rows with a system turn, which is left out" in shown
-    assert "1 rows with several exchanges, of which the first is used" in shown
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    found = formats.formatted(SourceSection(dataset="messages", path=str(path)), tmp_path)
+    assert len(list(found)) == 3
+    assert found.notes == {
+        "rows with a system turn, which is left out": 2,
+        "rows with more turns than a question and its answer: those are not used yet": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -538,7 +548,7 @@ def test_a_missing_column_is_an_error_with_the_line_to_write(tmp_path):
     with pytest.raises(UserError, match="needs a column 'qestion'"):
         read(path, "prompt_completion", columns={"prompt": "qestion"})
     with pytest.raises(
-        UserError, match=r"no column 'promt' .* Allowed: prompt, completion, entity"
+        UserError, match=r"no column 'promt' .* Allowed: prompt, completion, system, tools, entity"
     ):
         read(path, "prompt_completion", columns={"prompt": "question", "promt": "question"})
 

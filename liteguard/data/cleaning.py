@@ -158,9 +158,12 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
         # "Asthma" and "asthma" are one disease, whoever wrote it.
         named = match_key(str(row.get("entity") or ""))
         entity = named or keys[0]
-        split = row.pop("split", None)
-        tiered = bool(named) and not split and rules.part != "domain"
-        split = split or draw_split(entity, data, tiered)
+        # "train or validation": drawn among these, where a source brings its own test split.
+        own = row.pop("split", None)
+        tiered = bool(named) and not own and rules.part != "domain"
+        split = own if own in SPLITS else draw_split(entity, data, tiered)
+        if own and split not in own:
+            split = "train"
         row["entity"] = entity
         source = rules.source
         if source.opening_tokens and unit(f"opening{row[fields[0]]}") < source.opening_share:

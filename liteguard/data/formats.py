@@ -1,225 +1,186 @@
-"""The layouts of users' files and of hub data: columns -> text, answer or preference pair.
+"""Rows of a source under its layout: what it holds is used, obeyed, or counted by name.
 
 Every row carries an `entity` (a disease where one is named, else the question itself): the split is
 drawn by entity, so nothing that names a held-out disease as its entity is trained on."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from liteguard.config import SourceSection
-from liteguard.data.readers import Broken, broken, read_rows
+from liteguard.data.conversations import NotForTraining
+from liteguard.data.files import SPLIT_NAMES, files_and_splits
+from liteguard.data.layouts import FORMATS, Format
+from liteguard.data.readers import (
+    Broken,
+    LeftOut,
+    broken,
+    hints,
+    hub_splits,
+    read_rows,
+    rows_and_splits,
+)
+from liteguard.data.values import NO_TEXT, given, mended, says_yes
 from liteguard.errors import UserError
-from liteguard.rows import FIELDS, Row
+from liteguard.rows import FIELDS, SPLITS, Row
 
 # Beside the columns of a format, rows may have these; `columns:` of a source can name them too.
-_LABELS = ("entity", "kind", "area")
-_ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
-    "system": "system",
+_LABELS = ("entity", "kind", "area", "split")
+# Columns whose false value says: not for training. `label` says it in rows with one answer each
+# (KTO); of texts it is a class.
+_FLAGS = {
+    "domain": ("weight", "train"),
+    "instruction": ("weight", "train", "label", "kto_tag"),
+    "preference": ("weight", "train"),
 }
 
 
-def _turns(value: Any, notes: Counter[str]) -> list[tuple[str, Any]]:
-    """(role, text) of each non-system message; accepts role/content and from/value.
-
-    Raises ValueError when it is not a list of messages.
-    """
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise ValueError("not a list of messages")
-    turns = []
-    for turn in value:
-        role = str(turn.get("role") or turn.get("from")).lower()
-        text = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        turns.append((_ROLES.get(role, role), text))
-    spoken = [turn for turn in turns if turn[0] != "system"]
-    notes["with a system turn, which is left out"] += len(spoken) < len(turns)
-    return spoken
+def formatted(source: SourceSection, cache_dir: Path) -> Formatted:
+    """Rows of a hub dataset or of local files in one of FORMATS, for `DATASETS`."""
+    return Formatted(source)
 
 
-def _exchange(turns: list[tuple[str, Any]], notes: Counter[str]) -> Row:
-    """The first user turn that an assistant turn answers. A small model on a device gets one turn,
-    so later ones, which need those before them, are left out, and counted."""
-    notes["with several exchanges, of which the first is used"] += (
-        sum(role == "assistant" for role, _ in turns) > 1
-    )
-    for (asking, prompt), (answering, completion) in itertools.pairwise(turns):
-        if (asking, answering) == ("user", "assistant"):
-            return {"prompt": prompt, "completion": completion}
-    raise ValueError("no user turn with an assistant's answer")
-
-
-def _last(value: Any, role: str, notes: Counter[str]) -> Any:
-    """A text as it is; of a list of messages the last one, which must be by `role`."""
-    if not isinstance(value, list):
-        return value
-    turns = _turns(value, notes)
-    if not turns or turns[-1][0] != role:
-        raise ValueError(f"the last message is not the {role}'s")
-    if role == "user":
-        notes["with a longer conversation, of which the last question is used"] += len(turns) > 1
-    return turns[-1][1]
-
-
-def plain_text(row: Row, notes: Counter[str]) -> Row:
-    """Texts in a column `text`."""
-    return {"text": row.get("text")}
-
-
-def alpaca(row: Row, notes: Counter[str]) -> Row:
-    """Columns instruction, output and maybe input.
-
-    The input is the prompt where there is one; see `_instructions_differ`.
-    """
-    question = row.get("input")
-    if question is None or (isinstance(question, str) and not question.strip()):
-        question = row.get("instruction")
-    return {"prompt": question, "completion": row.get("output")}
-
-
-def messages(row: Row, notes: Counter[str]) -> Row:
-    """A column `messages`: a list of {role, content}. The first exchange, see `_exchange`."""
-    return _exchange(_turns(row.get("messages"), notes), notes)
-
-
-def sharegpt(row: Row, notes: Counter[str]) -> Row:
-    """A column `conversations`: a list of {from, value}. The first exchange, see `_exchange`."""
-    return _exchange(_turns(row.get("conversations"), notes), notes)
-
-
-def prompt_completion(row: Row, notes: Counter[str]) -> Row:
-    """Columns prompt, completion; texts, or lists of messages (then the first exchange)."""
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _exchange(_turns([*prompt, *completion], notes), notes)
-    return {
-        "prompt": _last(prompt, "user", notes),
-        "completion": _last(completion, "assistant", notes),
-    }
-
-
-def preference(row: Row, notes: Counter[str]) -> Row:
-    """Columns prompt, chosen, rejected; texts, or lists of messages.
-
-    The answers may begin with the prompt: of messages the last one is the answer, and a text that
-    both answers begin with and that is the prompt is cut off.
-    """
-    prompt = _last(row.get("prompt"), "user", notes)
-    chosen = _last(row.get("chosen"), "assistant", notes)
-    rejected = _last(row.get("rejected"), "assistant", notes)
-    if (
-        all(isinstance(text, str) for text in (prompt, chosen, rejected))
-        and prompt
-        and chosen.startswith(prompt)
-        and rejected.startswith(prompt)
-    ):
-        notes["whose answers began with the prompt, which is cut off"] += 1
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-class Format(NamedTuple):
-    """A layout of hub and local data: its part, the columns it must have, one row -> our row.
-
-    `row` gets the row under our column names and a counter of things to tell the user; it raises
-    ValueError with a short reason for a row that cannot be used.
-    """
-
-    part: str
-    columns: tuple[str, ...]
-    row: Callable[[Row, Counter[str]], Row]
-    optional: tuple[str, ...] = ()
-    defaults: Row = {}
-
-
-# In the order in which they are tried by `dataset: auto`.
-FORMATS = {
-    "preference": Format(
-        "preference",
-        ("prompt", "chosen", "rejected"),
-        preference,
-        defaults={"kind": "unknown", "area": ""},
-    ),
-    "messages": Format("instruction", ("messages",), messages, defaults={"kind": "question"}),
-    "sharegpt": Format("instruction", ("conversations",), sharegpt, defaults={"kind": "question"}),
-    "prompt_completion": Format(
-        "instruction", ("prompt", "completion"), prompt_completion, defaults={"kind": "question"}
-    ),
-    "alpaca": Format(
-        "instruction",
-        ("instruction", "output"),
-        alpaca,
-        optional=("input",),
-        defaults={"kind": "question"},
-    ),
-    "plain_text": Format("domain", ("text",), plain_text),
-}
-
-
-def formatted(source: SourceSection, cache_dir: Path) -> Iterator[Row | Broken]:
-    """Rows of a hub dataset or of local files in one of FORMATS.
+class Formatted:
+    """Rows of a source in one of FORMATS; `notes` counts what was not used, or not as it is.
 
     The first row must have the format's columns, else UserError with the YAML line to write. After
-    that a row that cannot be used is a `Broken`.
+    that a row that cannot be used is a `Broken`, one that is left out on purpose a `LeftOut`.
     """
-    layout = FORMATS[source.dataset]
-    notes: Counter[str] = Counter()
-    checked = False
-    placed = read_rows(source)
-    joins = False
-    if layout.row is alpaca:
-        first = list(itertools.islice(placed, 200))
-        joins = _instructions_differ(source, first)
-        placed = itertools.chain(first, placed)
-    try:
-        for place, found in placed:
+
+    def __init__(self, source: SourceSection) -> None:
+        self.source = source
+        self.notes: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Row | Broken]:
+        source, notes = self.source, self.notes
+        layout = FORMATS[source.dataset]
+        known: set[str] = set()
+        splits: OwnSplits | None = None
+        for place, found, split in rows_and_splits(source):
             if isinstance(found, Broken):
                 yield found
                 continue
-            row = _renamed(source, found)
-            if not checked:
+            row = renamed(source, found)
+            if splits is None:
                 _check_columns(source, layout, place, found, row)
-                checked = True
-            if joins and row.get("input"):
-                row = {**row, "input": f"{row.get('instruction')} {row['input']}"}
-            yield _usable(layout, place, row, notes)
-    finally:
-        for what, count in notes.items():
-            if count:
-                print(f"  {source.path or source.hub}: {count:,} rows {what}")
+                known = _known_columns(source, layout, row)
+                splits = OwnSplits(source, row)
+            flag = None
+            for name in row.keys() - known:
+                if given(row[name]) is None:
+                    continue
+                said = says_yes(row[name]) if name in _FLAGS[layout.part] else None
+                if said is None:
+                    notes[_unused(name)] += 1
+                elif not said:
+                    flag = name
+            if flag:
+                yield broken(place, f"{flag} is {row[flag]}: not for training", row, LeftOut)
+                continue
+            made = _usable(layout, place, row, notes)
+            if splits.any and not isinstance(made, Broken):
+                made = splits.mark(made, row, place, split, notes)
+            yield made
 
 
-def _instructions_differ(source: SourceSection, first: list[tuple[str, Row | Broken]]) -> bool:
-    """Whether an alpaca source's instructions are tasks of their own, to be asked with the input.
+@functools.cache
+def _unused(name: str) -> str:
+    return f"rows with a column {name!r}, which is not used"
 
-    In the processed medical collections `instruction` is one sentence about the role for all rows
-    (or a few): then the input alone is the question. Judged by the first rows.
+
+def _known_columns(source: SourceSection, layout: Format, first: Row) -> set[str]:
+    """Columns that are read, by the first row: of two that say the same only one is."""
+    read = layout.used(first)
+    passed_over = {name for name in layout.optional if name in first and name not in read}
+    named = {
+        theirs if theirs in first else theirs.split(".")[0] for theirs in source.columns.values()
+    }
+    return ({*layout.columns, *layout.optional, *_LABELS} - passed_over) | named
+
+
+class OwnSplits:
+    """The splits that a source comes with: in the names of its files, or in a column `split`.
+
+    Rows of its test and validation splits become ours. Of its training rows some are held out only
+    for a split that it does not have itself; a row without a split is drawn like any other.
     """
-    rows = [_renamed(source, row) for _, row in first if not isinstance(row, Broken)]
-    instructions = Counter(str(row.get("instruction")) for row in rows if row.get("input"))
-    if not instructions:
-        return False
-    differ = len(rows) > 3 and instructions.most_common(1)[0][1] < 0.2 * instructions.total()
-    what = "instruction and input" if differ else "input, not the instruction,"
-    print(f"  {source.path or source.hub}: the {what} is asked")
-    return differ
+
+    def __init__(self, source: SourceSection, first: Row) -> None:
+        column = "split" in first
+        names = _named_splits(source)
+        if column and source.path:
+            rows = (row for _, row in read_rows(source) if not isinstance(row, Broken))
+            found = {SPLIT_NAMES.get(_split_text(renamed(source, row))) for row in rows}
+            names |= {split for split in found if split}
+        self.any = bool(names) or column or bool(source.hub and not source.path)
+        self.wanted = SPLIT_NAMES.get(source.split or "") if source.path else None
+        if self.wanted and not names and self.wanted != "train":
+            raise UserError(
+                f"{source.path}: split {source.split!r} was asked for, but no name of a file or "
+                "folder and no column 'split' says which rows those are.\nLeave `split:` out."
+            )
+        if self.wanted:
+            names = {self.wanted}
+        # How a row of the training split is marked: see cleaning.clean.
+        self._train: str | None = None
+        if {"test", "validation"} <= names:
+            self._train = "train"
+        elif "test" in names:
+            self._train = "train or validation"
+        elif "validation" in names:
+            self._train = "train or test"
+
+    def mark(
+        self, made: Row, row: Row, place: str, named: str | None, notes: Counter[str]
+    ) -> Row | Broken:
+        """The row with its `split`, the most held-out one of those that its file and column say."""
+        said = {named} - {None}
+        if text := _split_text(row):
+            if text not in SPLIT_NAMES:
+                reason = f"unknown split {text[:40]!r}"
+                return broken(place, reason, f"allowed: {', '.join(SPLIT_NAMES)}; in {row}")
+            said.add(SPLIT_NAMES[text])
+        if not said:
+            return made
+        split = min(said, key=SPLITS.index)
+        if self.wanted not in (None, split):
+            return broken(place, f"of the split {split}, not {self.wanted}", row, LeftOut)
+        if split != "train":
+            notes[f"rows of its own {split} split, which stay there"] += 1
+            return {**made, "split": split}
+        return {**made, "split": self._train} if self._train else made
+
+
+def _named_splits(source: SourceSection) -> set[str]:
+    """The splits that files' names, or the names of a hub dataset's splits, speak of."""
+    if source.path:
+        return {split for split in files_and_splits(source).values() if split}
+    return {split for _, split in hub_splits(source) if split}
+
+
+def _split_text(row: Row) -> str:
+    value = given(row.get("split"))
+    return "" if value is None else str(value).strip().lower()
 
 
 def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | Broken:
     try:
         made = layout.row(row, notes)
+    except NotForTraining as reason:
+        return broken(place, str(reason), row, LeftOut)
     except ValueError as error:
         return broken(place, str(error), row)
     for field, value in made.items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) or (len(value) < 12 and value.strip() in NO_TEXT):
             return broken(place, "missing or not text", f"{field} is {value!r} in {row}")
+        made[field] = mended(value, notes)
     for label in (*layout.defaults, "entity"):
-        value = row.get(label)
+        value = given(row.get(label))
         made[label] = layout.defaults.get(label) if value is None else str(value)
     if not all(value is None or _is_unicode(value) for value in made.values()):
         return broken(place, "not UTF-8", row)
@@ -235,12 +196,29 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _renamed(source: SourceSection, row: Row) -> Row:
-    """The row under our column names, by the source's `columns:`."""
+def renamed(source: SourceSection, row: Row) -> Row:
+    """The row under our column names, by the source's `columns:`; 'a.b' is b inside of a."""
     if not source.columns:
         return row
     kept = {name: value for name, value in row.items() if name not in source.columns}
-    return kept | {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+    for ours, theirs in source.columns.items():
+        if theirs in row:
+            kept[ours] = row[theirs]
+        elif "." in theirs and theirs.split(".")[0] in row:
+            kept[ours] = _inside(row, theirs)
+    return kept
+
+
+def _inside(row: Any, path: str) -> Any:
+    """The value at 'data.answers.0.text', or None."""
+    for step in path.split("."):
+        if isinstance(row, dict):
+            row = row.get(step)
+        elif isinstance(row, list) and step.isdigit() and int(step) < len(row):
+            row = row[int(step)]
+        else:
+            return None
+    return row
 
 
 # What columns are called elsewhere, for the line that an error proposes.
@@ -266,18 +244,10 @@ def _columns_to_write(missing: Iterable[str], found: Row, source: SourceSection)
     return f"Name it in the YAML, in this source's entry:\n    columns: {{{line}}}"
 
 
-def _separator_hint(found: Row) -> str:
-    """What to do with a CSV file whose cells are not separated by commas; "" for any other."""
-    names = list(found)
-    if len(names) == 1 and (marks := [m for m in (";", "\t", "|") if m in str(names[0])]):
-        return f"Its cells look separated by {marks[0]!r}: use commas, or tabs and the end .tsv."
-    return ""
-
-
 def _check_columns(source: SourceSection, layout: Format, place: str, found: Row, row: Row) -> None:
     """Raise UserError unless the format's columns are there and `columns:` names known ones."""
     shown = ", ".join(map(repr, found)) or "none"
-    missing = [name for name in layout.columns if name not in row]
+    missing = [] if layout.fits(row) else [n for n in layout.columns if n not in row]
     # A column that `columns:` names and that is not there is a mistake, needed or not.
     missing += [name for name in source.columns if name not in (*row, *missing)]
     known = (*layout.columns, *layout.optional, *_LABELS)
@@ -290,13 +260,11 @@ def _check_columns(source: SourceSection, layout: Format, place: str, found: Row
     if missing:
         theirs = " and ".join(repr(source.columns.get(name, name)) for name in missing)
         fitting = [
-            name
-            for name, other in FORMATS.items()
-            if other.part == layout.part and all(column in row for column in other.columns)
+            name for name, other in FORMATS.items() if other.part == layout.part and other.fits(row)
         ]
         raise UserError(
             f"{place}: dataset {source.dataset!r} needs a column {theirs}, found {shown}.\n"
-            f"{_separator_hint(found) or _columns_to_write(missing, found, source)}"
+            f"{_columns_to_write(missing, found, source)}"
             + "".join(f"\nor take them as they are:\n    dataset: {name}" for name in fitting[:1])
         )
 
@@ -306,23 +274,25 @@ def recognise(source: SourceSection, part: str) -> str:
 
     Prints it. Raises UserError when no format of this part of the data fits.
     """
-    place, found = next(
-        ((p, r) for p, r in itertools.islice(read_rows(source), 100) if not isinstance(r, Broken)),
-        ("", None),
-    )
     name = source.path or source.hub
+    first = list(itertools.islice(read_rows(source), 100))
+    place, found = next(((p, r) for p, r in first if not isinstance(r, Broken)), ("", None))
     if found is None:
+        bad = [row for _, row in first if isinstance(row, Broken)]
+        shown = "".join(f"  {row.place}: {row.reason}: {row.text}\n" for row in bad[:3])
         raise UserError(
             f"{name}: no readable row among the first 100, so its format cannot be recognised.\n"
-            "Check the file, or name the format: dataset: " + ", ".join(FORMATS)
+            + shown
+            + "\n".join([*hints(bad, source), ""])
+            + "Check the file, or name the format: dataset: "
+            + ", ".join(FORMATS)
         )
-    row = _renamed(source, found)
-    fitting = [n for n, layout in FORMATS.items() if all(c in row for c in layout.columns)]
+    row = renamed(source, found)
+    fitting = [n for n, layout in FORMATS.items() if layout.fits(row)]
     for fit in fitting:
         layout = FORMATS[fit]
         if layout.part == part:
-            used = ", ".join(c for c in (*layout.columns, *layout.optional) if c in row)
-            print(f"  {name}: recognised as {fit} ({used})")
+            print(f"  {name}: recognised as {fit} ({', '.join(layout.used(row))})")
             return fit
     known = "\n".join(
         f"  {n} (data.{layout.part}): {', '.join(layout.columns)}" for n, layout in FORMATS.items()
@@ -332,5 +302,5 @@ def recognise(source: SourceSection, part: str) -> str:
         f"{place}: the columns {', '.join(map(repr, found)) or '(none)'} are those of "
         f"{' or '.join(elsewhere) or 'no known format'}; this source is in data.{part}.\n"
         f"Formats and their columns:\n{known}\n"
-        f"{_separator_hint(found) or _columns_to_write(FIELDS[part], found, source)}"
+        f"{_columns_to_write(FIELDS[part], found, source)}"
     )

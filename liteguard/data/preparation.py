@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, hub, registry
-from liteguard.config import SourceSection
+from liteguard import hub, registry
 from liteguard.data.cleaning import Rules
 from liteguard.data.datasets import DATASETS
+from liteguard.data.exams import evaluation_index, evaluation_inputs, evaluation_report
 from liteguard.data.formats import FORMATS, recognise
 from liteguard.data.overlap import OverlapIndex
-from liteguard.data.readers import Broken, read_rows
 from liteguard.data.shards import (
     Cleaner,
     clean_source,
@@ -114,71 +111,6 @@ def wheels(config: Config) -> list[Wheel]:
     return [WHEELS[name] for name in sorted(names)]
 
 
-# --- evaluation sets ------------------------------------------------------------------------------
-def _evaluation_source(path: str) -> SourceSection:
-    return SourceSection(dataset="auto", path=path)
-
-
-def evaluation_texts(config: Config) -> Iterator[tuple[str, str]]:
-    """(name, question) of every evaluation set that `data.decontaminate` names."""
-    for name in config.data.decontaminate:
-        if Path(name).exists():
-            for place, row in read_rows(_evaluation_source(name)):
-                if isinstance(row, Broken):
-                    raise UserError(f"{row.place}: {row.reason}. Repair the evaluation set first.")
-                question = next(
-                    (row[k] for k in ("question", "prompt", "input", "text") if row.get(k)), None
-                )
-                if not isinstance(question, str):
-                    raise UserError(
-                        f"{place}: an evaluation set needs a column 'question', 'prompt', 'input' "
-                        f"or 'text'; found {', '.join(map(repr, row))}. Rename one of them."
-                    )
-                yield name, question
-        else:
-            load = registry.BENCHMARKS[name][1]
-            for item in load(name, Path(config.data.cache_dir)):
-                yield name, item.question
-                # PubMedQA's labelled abstracts hold the answers to its questions.
-                if item.context:
-                    yield name, item.context
-
-
-def evaluation_inputs(config: Config) -> dict[str, str]:
-    """Name -> hash of every evaluation set that is trained around."""
-    known = registry.BENCHMARKS
-    found = {}
-    for name in config.data.decontaminate:
-        if Path(name).exists():
-            found[name] = checkpoints.sha256_json(file_hashes(_evaluation_source(name)))
-        elif name in known:
-            found[name] = WHEELS[known[name][0]].sha256
-        else:
-            raise UserError(
-                f"data.decontaminate: {name!r} is neither a file nor a known benchmark. "
-                f"Allowed: a path, {', '.join(known)}"
-            )
-    return found
-
-
-def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
-    """The evaluation sets' index in the cache, made when it is not there; None without sets."""
-    if not sets:
-        return None
-    key = checkpoints.sha256_json({"sets": sets, "code": code_version()})
-    path = Path(config.data.cache_dir) / "evaluation" / f"{key[:32]}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may share a cache: each writes a file of its own.
-        staging = path.with_name(f".{path.stem}.{os.getpid()}.partial.npz")
-        index = OverlapIndex.build(evaluation_texts(config))
-        if empty := set(sets) - set(index.names):
-            raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")
-        index.save(staging)
-        os.replace(staging, path)
-    return path
-
-
 def source_entries(part: Part) -> list[dict[str, Any]]:
     """The manifest's entry for each source: where it is from, what was read, dropped and kept."""
     entries = []
@@ -199,6 +131,7 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
                 "files": file_hashes(source),
                 "rows_read": info["read"],
                 "dropped": {**info["dropped"], **found},
+                "notes": info.get("notes", {}),
                 "rows_kept": kept,
             }
         )
@@ -266,6 +199,7 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         "model_type": config.model_type,
         "counts": counts,
         "sources": entries,
+        "evaluation_sets": evaluation_report(index_path) if index_path else {},
         "decontaminated_against": [*(index.names if index else []), OWN_TEST],
     }
 

@@ -6,17 +6,27 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import math
-import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from liteguard import hub
+from liteguard.data.files import (
+    SPLIT_NAMES,
+    encoding_hint,
+    files_and_splits,
+    kind,
+    open_data,
+    unreadable,
+)
+from liteguard.data.spreadsheets import sheet_rows
 from liteguard.errors import UserError, first_line
 from liteguard.rows import Row
 from liteguard.wheels import MAX_WHOLE_BYTES
@@ -29,12 +39,7 @@ if TYPE_CHECKING:
 
 # A longer line or paragraph is not a text to train on; no more of it is held in memory.
 MAX_LINE_BYTES = 10_000_000
-# Files that lie beside data and hold none.
-_NOT_DATA = re.compile(
-    r"(?:readme|licen[cs]e|notice|citation|changelog|copying|authors)\b[^.]*(?:\.(?:md|rst|txt|html))?"
-    r"|dataset_infos?\.json|state\.json",  # these are written by `datasets`
-    re.IGNORECASE,
-)
+BATCH_ROWS = 1_000
 
 
 @dataclass(frozen=True)
@@ -50,39 +55,56 @@ class Broken:
     text: str = ""
 
 
-def broken(place: str, reason: str, content: bytes | object) -> Broken:
+class LeftOut(Broken):
+    """A sound row that is not for training, or not yet; counted, and no sign of a bad source."""
+
+
+def broken(place: str, reason: str, content: bytes | object, made: type[Broken] = Broken) -> Broken:
     """A `Broken` with the beginning of `content` made printable."""
     if isinstance(content, bytes):
         text = content[:800].decode("utf-8", errors="replace")
     else:
         text = content if isinstance(content, str) else str(content)
     shown = "".join(c if c.isprintable() else " " for c in text[:200])
-    return Broken(place, reason, shown)
+    return made(place, reason, shown)
 
 
 _HINTS = {
-    "not UTF-8": "Convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
     "paragraph longer than 10 MB": "When every line is a text of its own, write in the YAML, in "
     "this source's entry:\n    text_unit: line",
 }
 
 
+def hints(rows: list[Broken], source: SourceSection) -> list[str]:
+    """What to do about the reasons of some broken rows of a source."""
+    found = [_HINTS[reason] for reason in dict.fromkeys(r.reason for r in rows) if reason in _HINTS]
+    place = next((row.place for row in rows if row.reason == "not UTF-8"), None)
+    if place and source.path and not source.encoding:
+        file = Path(re.sub(r"(?: \(cells [^)]*\))?, (?:line|row|item) \d+$", "", place))
+        if file.is_file() and kind(file)[0] not in (".parquet", ".arrow", ".xlsx"):
+            found.append(encoding_hint(file))
+    return found
+
+
 class Tally:
     """Passes rows on and counts the broken ones, for `check` after the last row.
 
-    It counts what was read, before any sampling: the share is that of the source.
+    It counts what was read, before any sampling: the share is that of the source. `notes` are what
+    the reading of a layout counted, for the screen and the manifest.
     """
 
     def __init__(self, rows: Iterable[Row | Broken], source: SourceSection):
         self.source = source
         self.read = self.broken = 0
         self.first: list[Broken] = []
+        notes = getattr(rows, "notes", None)  # empty until its rows are read
+        self.notes: Counter[str] = Counter() if notes is None else notes
         self._rows = rows
 
     def __iter__(self) -> Iterator[Row | Broken]:
         for row in self._rows:
             self.read += 1
-            if isinstance(row, Broken):
+            if isinstance(row, Broken) and not isinstance(row, LeftOut):
                 self.broken += 1
                 self.first += [row][: 5 - len(self.first)]
             yield row
@@ -95,8 +117,7 @@ class Tally:
         lines = [f"  {row.place}: {row.reason}: {row.text}" for row in self.first]
         if self.broken > len(lines):
             lines.append(f"  and {self.broken - len(lines):,} more")
-        reasons = dict.fromkeys(row.reason for row in self.first)
-        lines += [_HINTS[reason] for reason in reasons if reason in _HINTS]
+        lines += hints(self.first, self.source)
         share = self.broken / self.read
         raise UserError(
             f"{self.source.path or self.source.hub or self.source.dataset}: {self.broken:,} of "
@@ -111,13 +132,21 @@ def read_rows(source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
     """(place, row) of a hub dataset or of a local file or directory, one after the other.
 
     A place is 'texts.jsonl, line 7'. Rows are streamed, at most a batch at a time. Local: .jsonl,
-    .csv (with a header), .tsv, .txt (by `text_unit`), .json, each also .gz; .parquet; directories
-    of them. A .json file is read as a whole: for large data use .jsonl.
-    Raises UserError for what cannot be reached or read; a bad row is a `Broken`.
+    .ndjson, .csv (with a header), .tsv, .txt (by `text_unit`), .json, each also .gz and .zst;
+    .parquet, .arrow, .xlsx; directories of them. A .json file is read as a whole: for large data
+    use .jsonl. Raises UserError for what cannot be reached or read; a bad row is a `Broken`.
     """
+    return ((place, row) for place, row, _ in rows_and_splits(source))
+
+
+def rows_and_splits(
+    source: SourceSection,
+) -> Iterator[tuple[str, Row | Broken, str | None]]:
+    """`read_rows` with the split that the file's name, or the hub, says that a row belongs to."""
     if source.path:
-        for file in local_files(source):
-            yield from _read_file(file, source)
+        for file, split in files_and_splits(source).items():
+            for place, row in _read_file(file, source):
+                yield place, row, split
         return
     if not source.hub:
         raise UserError(
@@ -126,27 +155,30 @@ def read_rows(source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
     yield from _hub_rows(source)
 
 
-def _hub_rows(source: SourceSection) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a hub dataset at the commit that was resolved, streamed."""
+def _hub_rows(source: SourceSection) -> Iterator[tuple[str, Row, str | None]]:
+    """(place, row, split) of a hub dataset at the commit that was resolved, streamed."""
     import datasets
 
     repository = hub.Repository("dataset", source.hub or "", source.revision)
     commit = hub.commit(repository)
     try:
-        rows = datasets.load_dataset(
-            source.hub,
-            source.config_name,
-            split=source.split,
-            revision=commit,
-            streaming=True,
-        )
-        for number, row in enumerate(rows, 1):
-            yield f"{source.hub}, row {number}", row
+        names = hub_splits(source)
+        for name, split in names:
+            rows = datasets.load_dataset(
+                source.hub,
+                source.config_name,
+                split=name,
+                revision=commit,
+                streaming=True,
+            )
+            label = "row" if len(names) == 1 else f"{name} row"
+            for number, row in enumerate(rows, 1):
+                yield f"{source.hub}, {label} {number}", row, split
     except ValueError as error:
         # What the library says to an unknown configuration or split lists those that exist.
         raise UserError(
             f"The dataset {source.hub!r} cannot be read with config_name {source.config_name!r}, "
-            f"split {source.split!r}, revision {source.revision!r}: "
+            f"split {source.split or 'train'!r}, revision {source.revision!r}: "
             f"{' '.join(str(error).split())[:600]}\n"
             "Correct them in this source's entry in the YAML."
         ) from None
@@ -154,59 +186,17 @@ def _hub_rows(source: SourceSection) -> Iterator[tuple[str, Row]]:
         raise hub.failure(repository, error, "The reading of") from None
 
 
-def local_files(source: SourceSection) -> list[Path]:
-    """The files of a source with `path:`, in the order in which they are read.
+def hub_splits(source: SourceSection) -> list[tuple[str, str | None]]:
+    """(name, which of ours it is) of every split of a hub dataset that is read."""
+    if source.split == "all":
+        import datasets
 
-    Of a directory: all in it, sorted by path, without hidden ones and those that hold no data
-    (README, LICENSE, ...), which are named on the screen.
-    Raises UserError when there is none, or one of an unknown kind.
-    """
-    path = Path(source.path or "")
-    if not path.exists():
-        raise UserError(f"Data file {path} does not exist (dataset {source.dataset!r}).")
-    files: list[Path] = [path]
-    skipped: list[Path] = []
-    if path.is_dir():
-        files = []
-        for file in _files_below(path):
-            relative = file.relative_to(path)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            no_data = hidden or _NOT_DATA.fullmatch(file.name)
-            (skipped if no_data else files).append(file)
-        if skipped:
-            names = [str(file.relative_to(path)) for file in skipped]
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            print(f"  {path}: not read: {', '.join(names[:10])}{more}")
-        if not files:
-            raise UserError(f"Data directory {path} holds no file (dataset {source.dataset!r}).")
-    unknown = [str(file) for file in files if _kind(file) not in READERS]
-    if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise UserError(
-            f"{', '.join(unknown[:10])}{more}: unknown kind of data file. "
-            f"Allowed: {', '.join(READERS)}\n"
-            "Convert it, or move it out of the directory."
-        )
-    return files
-
-
-def _files_below(directory: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        # os.walk leaves out what it may not list, silently.
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}).")
-
-    found = [
-        Path(root) / name
-        for root, _, names in os.walk(directory, onerror=stop, followlinks=False)
-        for name in names
-    ]
-    return sorted(found)
-
-
-def _kind(file: Path) -> str:
-    """'.jsonl', '.jsonl.gz': the end of a file's name that says how to read it."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+        commit = hub_commit(source)
+        names = datasets.get_dataset_split_names(source.hub, source.config_name, revision=commit)
+    else:
+        names = [name.strip() for name in (source.split or "train").split("+")]
+    # 'test_sft', 'train[:10%]', 'validation-00'
+    return [(n, SPLIT_NAMES.get(re.split(r"[^a-z]", n.lower())[0])) for n in names]
 
 
 def hub_commit(source: SourceSection) -> str:
@@ -218,25 +208,25 @@ def _read_file(path: Path, source: SourceSection) -> Iterator[tuple[str, Row | B
     """(place, row) of one local file; UserError when the file as a whole cannot be read."""
     import pyarrow
 
-    kind = _kind(path)
+    ending = kind(path)[0]
     try:
-        if kind == ".parquet":
-            yield from _parquet_rows(path)
+        if ending in BINARY_READERS:
+            yield from BINARY_READERS[ending](path)
             return
-        read: Callable[..., Iterator[tuple[str, Row | Broken]]] = READERS[kind]
-        with gzip.open(path) if kind.endswith(".gz") else path.open("rb") as file:
-            yield from read(path, file, source)
+        with open_data(path, source.encoding) as file:
+            yield from TEXT_READERS[ending](path, file, source)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
             f"{path}: cannot be read, the gzip file is truncated or damaged "
             f"({first_line(error)}).\nCopy or download it again; `gzip -t {path}` checks it."
         ) from None
-    except (OSError, pyarrow.ArrowException) as error:
-        detail = getattr(error, "strerror", None) or first_line(error)
+    except UnicodeError as error:
         raise UserError(
-            f"{path}: cannot be read ({detail}).\n"
-            "Copy or download it again, or check that you may read it."
+            f"{path}: is not in the encoding {source.encoding or 'utf-16'} ({first_line(error)}).\n"
+            "Correct `encoding:` in this source's entry, or copy the file again."
         ) from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise unreadable(path, error) from None
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
@@ -288,9 +278,11 @@ def _json_rows(
     try:
         rows = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        hint = "When it has one object a line, name it .jsonl."
+        if isinstance(error, UnicodeDecodeError):
+            hint += "\n" + encoding_hint(path)
         raise UserError(
-            f"{path}: not a JSON file ({first_line(error)}); {expected}.\n"
-            "When it has one object a line, name it .jsonl."
+            f"{path}: not a JSON file ({first_line(error)}); {expected}.\n{hint}"
         ) from None
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list)]
@@ -315,6 +307,17 @@ class _CsvLines:
         self.number = 0
         self._lines = _lines(file)
 
+    def separator(self, usual: str) -> str:
+        """What separates the cells of the first line: most often `usual`, in Excel maybe ';'."""
+        first = next(self._lines, (0, b"", True))
+        text = first[1].decode("utf-8", "replace")
+        if named := re.fullmatch(r"sep=(.)\s*", text):  # a line that Excel writes and reads
+            self.number = 1
+            return named[1]
+        self._lines = itertools.chain([first], self._lines) if first[0] else self._lines
+        outside = re.sub(r'"[^"]*"', "", text)
+        return max(usual + ",;\t|", key=outside.count)
+
     def __iter__(self) -> _CsvLines:
         return self
 
@@ -331,8 +334,11 @@ def _csv_rows(
     """Rows by the names in the first line; cells that are not there are null."""
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = _CsvLines(file)
+    usual = "\t" if kind(path)[0] == ".tsv" else ","
+    separator = lines.separator(usual)
+    name = str(path) if separator == usual else f"{path} (cells separated by {separator!r})"
     # Strict: without it a quote that is never closed takes in the rest of the file unnoticed.
-    reader = csv.reader(lines, delimiter="\t" if ".tsv" in _kind(path) else ",", strict=True)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
     first = 0
     while True:
@@ -347,17 +353,17 @@ def _csv_rows(
                 raise UserError(f"{path}, line {lines.number}: {reason} ({error}).") from None
             # Every line that went with it counts: the share of broken rows must not look small.
             for number in range(first, lines.number + 1):
-                place = f"{path}, line {number}"
+                place = f"{name}, line {number}"
                 yield place, broken(place, reason, str(error))
             continue
         if not cells:
             continue
         if not header:
-            header = cells
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}, line {first}: two columns have the same name: {header}.")
+            header = _column_names(path, first, cells)
             continue
-        place = f"{path}, line {first}"
+        place = f"{name}, line {first}"
+        while len(cells) > len(header) and not cells[-1]:  # "question;answer;;;"
+            cells.pop()
         if len(cells) > len(header):
             yield place, broken(place, "more cells than the header", cells)
         else:
@@ -365,16 +371,57 @@ def _csv_rows(
             yield place, dict.fromkeys(header) | row
 
 
+def _sheet_rows(path: Path) -> Iterator[tuple[str, Row | Broken]]:
+    """Rows of the first sheet by the names in its first line."""
+    header: list[str] = []
+    for number, cells in sheet_rows(path):
+        place = f"{path}, row {number}"
+        if not header:
+            header = _column_names(path, number, cells)
+        elif any(cells[len(header) :]):
+            yield place, broken(place, "more cells than the header", cells)
+        else:
+            yield place, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+
+
+def _column_names(path: Path, line: int, cells: Sequence[str | None]) -> list[str]:
+    """The cells of a header; a column without a name gets its number."""
+    header = [(cell or "").strip() or f"(column {number})" for number, cell in enumerate(cells, 1)]
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}, line {line}: two columns have the same name: {header}.")
+    return header
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | Broken]]:
     import pyarrow.parquet
 
-    number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            for row in _batch_rows(batch):
-                number += 1
-                place = f"{path}, row {number}"
-                yield place, broken(place, "not UTF-8", b"") if row is None else row
+        yield from _placed(path, file.iter_batches(batch_size=BATCH_ROWS))
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[str, Row | Broken]]:
+    """What `save_to_disk` of `datasets` writes (a stream), or an Arrow file."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        try:
+            batches: Iterable[RecordBatch] = pyarrow.ipc.open_stream(file)
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
+        pieces = (
+            batch.slice(start, BATCH_ROWS)
+            for batch in batches
+            for start in range(0, batch.num_rows, BATCH_ROWS)
+        )
+        yield from _placed(path, pieces)
+
+
+def _placed(path: Path, batches: Iterable[RecordBatch]) -> Iterator[tuple[str, Row | Broken]]:
+    rows = itertools.chain.from_iterable(map(_batch_rows, batches))
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, row {number}"
+        yield place, broken(place, "not UTF-8", b"") if row is None else row
 
 
 def _batch_rows(batch: RecordBatch) -> Iterator[Row | None]:
@@ -435,15 +482,13 @@ def _text_rows(
     yield text()
 
 
-# The end of a file's name -> its reader. Parquet is compressed inside, and needs its own opening.
-READERS = {
-    kind + packed: reader
-    for kind, reader in {
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".tsv": _csv_rows,
-        ".txt": _text_rows,
-    }.items()
-    for packed in ("", ".gz")
-} | {".parquet": _parquet_rows}
+# The end of a file's name -> its reader. The binary ones open their files themselves.
+TEXT_READERS = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".txt": _text_rows,
+}
+BINARY_READERS = {".parquet": _parquet_rows, ".arrow": _arrow_rows, ".xlsx": _sheet_rows}

@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,7 +29,8 @@ from liteguard.config import SourceSection
 from liteguard.data import cleaning
 from liteguard.data.cleaning import ARRAYS, Chunk, Rules
 from liteguard.data.datasets import DATASETS
-from liteguard.data.readers import Broken, Tally, hub_commit, local_files
+from liteguard.data.files import local_files, unreadable
+from liteguard.data.readers import Broken, Tally, hub_commit
 from liteguard.errors import WorkError
 from liteguard.machine import one_at_a_time
 from liteguard.rows import FIELDS, Row
@@ -37,7 +39,7 @@ from liteguard.wheels import WHEELS
 CHUNK_ROWS = 2_000
 # To be raised by whoever changes which rows come out of the same input: prepared data and the cache
 # of older versions are then made again. tests/test_preparation.py holds it to the code.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 INFO = "info.json"
 CACHE_DAYS = 14
 
@@ -149,7 +151,13 @@ def code_version() -> dict[str, str]:
 
 @functools.cache
 def _file_hashes(files: tuple[Path, ...]) -> dict[str, str]:
-    return {str(file): checkpoints.sha256_file(file) for file in files}
+    found = {}
+    for file in files:
+        try:
+            found[str(file)] = checkpoints.sha256_file(file)
+        except OSError as error:
+            raise unreadable(file, error) from None
+    return found
 
 
 def file_hashes(source: SourceSection) -> dict[str, str]:
@@ -198,6 +206,7 @@ def clean_source(
         os.utime(final)
         info = shard.info
         report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable (from the cache)")
+        report_notes(info, report)
         return shard
     # Two runs may share a cache: each writes into a directory of its own.
     staging = home / f".{final.name}.{os.getpid()}.partial"
@@ -211,7 +220,36 @@ def clean_source(
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging, final)
     report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable")
+    report_notes(info, report)
     return Shard(final, source, info)
+
+
+def report_notes(info: dict[str, Any], report: Callable[[str], None]) -> None:
+    """What a source holds that was not used, or not as it is, with its counts."""
+    for what, count in info["notes"].items():
+        report(f"{'':4}{count:,} {what}")
+
+
+# The settings that rows are dropped by, by how the reason begins.
+_SETTINGS = {
+    "too short": "min_characters",
+    "too long": "max_characters",
+    "near duplicate": "near_duplicate_threshold",
+    "resembles": "question_similarity",
+}
+
+
+def settings_behind(reasons: Iterable[str]) -> str:
+    """A line that names the settings behind some reasons for dropping rows, or ""."""
+    found = []
+    for reason in reasons:
+        found += [name for start, name in _SETTINGS.items() if reason.startswith(start)]
+        # "not en" is a language, "not UTF-8" is not.
+        found += ["language"] if re.fullmatch("not [a-z]{2,3}", reason) else []
+    names = ", ".join(f"data.{name}" for name in dict.fromkeys(found))
+    return f"Settings that dropped rows: {names}. Change them if these rows are good.\n" * bool(
+        found
+    )
 
 
 def forget_old_sources(cache_dir: Path) -> None:
@@ -263,7 +301,13 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
             file.close()
     tally.check()
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    info = {"read": read, "kept": kept, "dropped": dict(counts), "sizes": sizes}
+    info = {
+        "read": read,
+        "kept": kept,
+        "dropped": dict(counts),
+        "notes": dict(sorted(tally.notes.items())),
+        "sizes": sizes,
+    }
     checkpoints.write_json(directory / INFO, info)
     return info
 

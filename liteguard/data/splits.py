@@ -23,7 +23,7 @@ from liteguard.data.overlap import (
     ngram_counts,
     row_overlaps,
 )
-from liteguard.data.shards import Shard
+from liteguard.data.shards import Shard, settings_behind
 from liteguard.errors import UserError
 from liteguard.rows import SPLITS
 from liteguard.text import unit
@@ -304,7 +304,7 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
         why = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
         raise UserError(
             f"data.{part.name}: not enough usable rows for three splits ({found}; dropped: "
-            f"{why or 'none'}).\n"
+            f"{why or 'none'}).\n{settings_behind(reason for reason, _ in lost.most_common())}"
             "Check the sources, or raise data.validation_share and data.test_share."
         )
     for number, shard in enumerate(part.shards):

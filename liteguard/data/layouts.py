@@ -1,0 +1,234 @@
+"""The layouts of users' files and of hub data, and how a row of each becomes a row of ours."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from liteguard.data.conversations import (
+    EARLIER,
+    SYSTEM,
+    TOOLS,
+    NotForTraining,
+    dialogue,
+    exchange,
+    is_conversation,
+    last_answer,
+    question,
+    turns,
+)
+from liteguard.data.values import given
+from liteguard.rows import Row
+
+
+def plain_text(row: Row, notes: Counter[str]) -> Row:
+    """Texts in a column `text`."""
+    return {"text": row.get("text")}
+
+
+# Says who answers, or only that there is a question: nothing that changes the answer's form.
+_WHO = r"""an?\s+(?:[\w-]+\s+){0,4}(?:doctor|physician|clinician|nurse|surgeon|professional|expert
+    |practitioner|specialist|assistant|chatbot|model|advis[eo]r|provider|\w+ist)"""
+_ROLE_ONLY = re.compile(
+    rf"""(?:(?:(?:if|suppose|imagine|assume)\s+)?you(?:\s+are|'re)\s+{_WHO}
+      |(?:please\s+)?act\s+as\s+{_WHO}
+      |(?:given|based\s+on)\s+your\s+(?:background|experience|expertise|training)\s+as\s+{_WHO}
+      |as\s+{_WHO})?
+    [\s,.:;]*
+    (?:(?:please\s+|kindly\s+)?
+      (?:answer|respond\s+to|reply\s+to|provide\s+your\s+insight\s+in(?:to)?\s+addressing)
+      \s+(?:(?:this|the|these|my|following|user's|patient's|medical|clinical|health)\s+)*
+      (?:questions?|quer(?:y|ies)|concerns?)
+      (?:\s+(?:below|truthfully|honestly|accurately|correctly|carefully))?
+      (?:\s+(?:based\s+on|about)\s+the\s+patient's\s+(?:descriptions?|accounts?))?)?
+    [\s.!:;]*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def asked(instruction: Any, text: Any, notes: Counter[str]) -> Any:
+    """What an alpaca row asks: its instruction, about its input where there is one.
+
+    Decided row by row. In the processed medical collections many instructions only say who answers
+    ("If you are a doctor, please answer ..."): then the input alone is the question.
+    """
+    instruction, text = given(instruction), given(text)
+    if text is None or instruction is None:
+        return instruction if text is None else text
+    if not isinstance(instruction, str) or not isinstance(text, str):
+        return None
+    if _ROLE_ONLY.fullmatch(instruction.strip()):
+        notes["rows asked by their input: the instruction only says who answers"] += 1
+        return text
+    notes["rows asked by instruction and input together"] += 1
+    task = instruction.strip()
+    return f"{task}{':' if task[-1:].isalnum() else ''} {text}"
+
+
+def alpaca(row: Row, notes: Counter[str]) -> Row:
+    """Columns instruction, output and maybe input, system, history (earlier exchanges)."""
+    if given(row.get("history")):
+        raise NotForTraining(EARLIER)
+    _count_settings(row, notes)
+    prompt = asked(row.get("instruction"), row.get("input"), notes)
+    return {"prompt": prompt, "completion": row.get("output")}
+
+
+def _count_settings(row: Row, notes: Counter[str]) -> None:
+    """Counts what a row says beside its turns, and what no prompt of ours can hold."""
+    if given(row.get("system")):
+        notes[SYSTEM] += 1
+    if given(row.get("tools")):
+        notes[TOOLS] += 1
+
+
+def messages(row: Row, notes: Counter[str]) -> Row:
+    """A column `messages`: a list of {role, content}. See `conversations.exchange`."""
+    _count_settings(row, notes)
+    return exchange(turns(row.get("messages"), notes), notes)
+
+
+def sharegpt(row: Row, notes: Counter[str]) -> Row:
+    """A column `conversations`: a list of {from, value}. See `conversations.exchange`."""
+    _count_settings(row, notes)
+    return exchange(turns(row.get("conversations"), notes), notes)
+
+
+def prompt_completion(row: Row, notes: Counter[str]) -> Row:
+    """Columns prompt, completion; texts, or messages."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    _count_settings(row, notes)
+    if not is_conversation(prompt) and not is_conversation(completion):
+        return {"prompt": prompt, "completion": completion}
+    answers = completion
+    if not is_conversation(completion):
+        answers = [{"role": "assistant", "content": completion}]
+    found = turns(answers, notes)
+    if not found or found[-1].role != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    if is_conversation(prompt):
+        before = turns(prompt, notes)
+        question(before, Counter())  # by the user alone: what a completion answers
+        return exchange([*before, *found], notes)
+    return exchange([*turns({"role": "user", "content": prompt}, notes), *found], notes)
+
+
+def preference(row: Row, notes: Counter[str]) -> Row:
+    """Columns prompt (or instruction and input, or messages), chosen, rejected; texts or messages.
+
+    Messages of the answers may begin with the prompt, or be all there is (an implicit prompt); a
+    text that both answers begin with and that is the prompt is cut off.
+    """
+    _count_settings(row, notes)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    prompt = row.get("prompt")
+    if "prompt" not in row:
+        if "instruction" in row:
+            prompt = asked(row["instruction"], row.get("input"), notes)
+        else:
+            prompt = row.get("conversations")
+            chosen, rejected = dialogue(chosen) or chosen, dialogue(rejected) or rejected
+    if is_conversation(prompt):
+        prompt = question(turns(prompt, notes), notes)
+    before, chosen = last_answer(chosen, notes)
+    other, rejected = last_answer(rejected, Counter())
+    if before is not None and other is not None and before != other:
+        raise ValueError("chosen and rejected answer different questions")
+    implicit = before if before is not None else other
+    if prompt is None:
+        prompt = implicit
+    elif implicit is not None and _plain(implicit) != _plain(prompt):
+        raise NotForTraining("the prompt is not the question of the answers: not used")
+    if (
+        all(isinstance(text, str) for text in (prompt, chosen, rejected))
+        and prompt
+        and chosen.startswith(prompt)
+        and rejected.startswith(prompt)
+    ):
+        notes["rows whose answers began with the prompt, which is cut off"] += 1
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _plain(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def _has_implied_prompt(row: Row) -> bool:
+    """Whether a row of preferences says what was asked in another place than `prompt`."""
+    if "chosen" not in row or "rejected" not in row:
+        return False
+    chosen = row["chosen"]
+    inside = is_conversation(chosen) or dialogue(chosen) is not None
+    return "instruction" in row or "conversations" in row or inside
+
+
+class Format(NamedTuple):
+    """A layout of hub and local data: its part, the columns it must have, one row -> our row.
+
+    `row` gets the row under our column names and a counter of things to tell the user; it raises
+    ValueError with a short reason for a row that cannot be used, NotForTraining for one that is
+    left out on purpose. `instead` tells of a row without all `columns` whether it will do.
+    """
+
+    part: str
+    columns: tuple[str, ...]
+    row: Callable[[Row, Counter[str]], Row]
+    optional: tuple[str, ...] = ()
+    defaults: Row = {}
+    instead: Callable[[Row], bool] = lambda row: False
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row has the columns."""
+        return all(column in row for column in self.columns) or self.instead(row)
+
+    def used(self, row: Row) -> list[str]:
+        """Columns of a row that are read, in the order in which they are documented."""
+        optional = self.optional
+        if "prompt" in row and "prompt" in self.columns:  # then it says what was asked
+            optional = tuple(name for name in optional if name in ("system", "tools"))
+        return [name for name in (*self.columns, *optional) if name in row]
+
+
+# In the order in which they are tried by `dataset: auto`.
+FORMATS = {
+    "preference": Format(
+        "preference",
+        ("prompt", "chosen", "rejected"),
+        preference,
+        optional=("instruction", "input", "conversations", "system", "tools"),
+        defaults={"kind": "unknown", "area": ""},
+        instead=_has_implied_prompt,
+    ),
+    "messages": Format(
+        "instruction",
+        ("messages",),
+        messages,
+        optional=("system", "tools"),
+        defaults={"kind": "question"},
+    ),
+    "sharegpt": Format(
+        "instruction",
+        ("conversations",),
+        sharegpt,
+        optional=("system", "tools"),
+        defaults={"kind": "question"},
+    ),
+    "prompt_completion": Format(
+        "instruction",
+        ("prompt", "completion"),
+        prompt_completion,
+        optional=("system", "tools"),
+        defaults={"kind": "question"},
+    ),
+    "alpaca": Format(
+        "instruction",
+        ("instruction", "output"),
+        alpaca,
+        optional=("input", "system", "history", "tools"),
+        defaults={"kind": "question"},
+    ),
+    "plain_text": Format("domain", ("text",), plain_text),
+}

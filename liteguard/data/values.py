@@ -1,0 +1,111 @@
+"""Cells as other programs write them: what is missing, yes or no, HTML, wrongly decoded."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from typing import Any
+
+# How pandas, Arrow, R, SQL, spreadsheets and people write that there is nothing, in lower case.
+MISSING = frozenset(
+    ("", "-", "--", "?", ".", "na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "<na>", "nan", "-nan")
+    + ("nat", "nil", "none", "null", "\\n", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "undefined")
+    + ("missing", "(none)", "(null)", "<none>", "<noinput>", "[]", "{}")
+)
+# Of these, what no answer would be: "None" and "-" may be one, and "" is counted as empty.
+NO_TEXT = frozenset(("nan", "NaN", "-nan", "-NaN", "NaT", "<NA>", "N/A", "n/a", "#N/A", "null"))
+NO_TEXT |= {"NULL", "#NA", "undefined", "<noinput>"}
+
+
+def given(value: Any) -> Any:
+    """A cell's value, or None where it stands for nothing: null, NaN, "", "N/A", an empty list."""
+    if isinstance(value, str):
+        return None if len(value) < 16 and value.strip().lower() in MISSING else value
+    if value is None or value != value or value in ([], {}, ()):
+        return None
+    return value
+
+
+def says_yes(value: Any) -> bool | None:
+    """What a cell says that is true or false (1, "yes", "False", 0.0); None when it is neither."""
+    text = str(value).strip().lower()
+    if text in ("true", "1", "1.0", "yes"):
+        return True
+    return False if text in ("false", "0", "0.0", "no") else None
+
+
+# --- what is no plain text ------------------------------------------------------------------------
+_ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>"""
+_UNSEEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+# Names of tags, so that "p <0.05 and n> 3" stays as it is.
+_BLOCK = re.compile(
+    r"</?(?:p|br|hr|div|h[1-6]|ul|ol|li|dl|dt|dd|table|thead|tbody|tr|td|th|section|article|body|"
+    rf"html|head|header|footer|pre|blockquote|img|figure|center){_ATTRIBUTES}",
+    re.IGNORECASE,
+)
+_INLINE = re.compile(
+    rf"</?(?:a|b|i|u|s|em|strong|span|font|mark|small|big|code|tt|sub){_ATTRIBUTES}|</sup\s*>",
+    re.IGNORECASE,
+)
+_SUPERSCRIPT = re.compile(rf"<sup{_ATTRIBUTES}", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+# Marks that are not seen: soft hyphens, zero-width spaces, marks of direction. Joiners are letters
+# of other scripts and are taken out between Latin ones only.
+_INVISIBLE = re.compile(
+    "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+    "|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])"
+)
+# UTF-8 that was read as Windows-1252: "Ã©", "â€™", "Ð¿Ñ€". In other runs chance may play a part.
+_MOJIBAKE = re.compile("(?:[\u00c2\u00c3\u00d0\u00d1]|\u00e2\u20ac)[^\x00-\x7f]+")
+
+
+def mended(text: str, notes: Counter[str]) -> str:
+    """A text without tags, entities, invisible marks and wrong decoding; each is counted.
+
+    What stands for a lost character (U+FFFD) cannot be mended: it is counted.
+    """
+    if "<" in text or "&" in text:
+        plain = _without_html(text)
+        if plain != text:
+            notes["texts with HTML, which is taken out"] += 1
+            text = plain
+    if text.isascii():
+        return text
+    if _MOJIBAKE.search(text):
+        decoded = _MOJIBAKE.sub(_decoded_again, text)
+        what = "are put right" if decoded != text else "stay: decode the source anew"
+        notes[f"texts with wrongly decoded characters, which {what}"] += 1
+        text = decoded
+    if _INVISIBLE.search(text):
+        notes["texts with invisible characters, which are taken out"] += 1
+        text = _INVISIBLE.sub("", text)
+    if "\ufffd" in text:
+        notes["texts with U+FFFD where characters were lost before"] += 1
+    return text
+
+
+def _without_html(text: str) -> str:
+    if "<" in text:
+        text = _BLOCK.sub(" ", _UNSEEN.sub(" ", text))
+        # 10<sup>9</sup> is another number than 109.
+        text = _INLINE.sub("", _SUPERSCRIPT.sub("^", text))
+    for _ in range(2):  # "&amp;lt;" was escaped twice
+        if "&" in text:
+            text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
+    return text
+
+
+def _decoded_again(found: re.Match[str]) -> str:
+    try:
+        return b"".join(map(_byte, found[0])).decode("utf-8")
+    except UnicodeError:
+        return found[0]
+
+
+def _byte(character: str) -> bytes:
+    """The byte of Windows-1252, whose five holes most programs fill as Latin-1 does."""
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:
+        return character.encode("latin-1")
