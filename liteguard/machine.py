@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from liteguard.errors import UserError, WorkError
+from liteguard.errors import WorkError
 
 
 def release_memory() -> None:
@@ -93,13 +93,14 @@ def available_memory() -> int | None:
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise UserError, with both numbers, where less than `needed` bytes are free.
+    """Raise WorkError, with both numbers, where less than `needed` bytes are free.
 
+    A lack of memory has the exit code of a lack of disk (`check_disk`), before the work and in it.
     `what` begins the sentence, `advice` ends it: what lowers the need.
     """
     free = available_memory()
     if free is not None and free < needed:
-        raise UserError(
+        raise WorkError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB is free. "
             f"Close other programs, add swap, or use a larger machine{advice}"
         )
@@ -165,7 +166,9 @@ def in_child(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_child) as pool:
         try:
-            return pool.submit(function, *arguments).result()
+            with starting_children():
+                future = pool.submit(function, *arguments)
+            return future.result()
         except BrokenProcessPool:
             raise WorkError(
                 f"step '{step}' was killed, most often because memory ran out. Close other "
@@ -176,6 +179,23 @@ def in_child(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
 def _start_child() -> None:
     quiet_libraries()
     end_with_parent()
+
+
+@contextlib.contextmanager
+def starting_children() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C, from their first moment on.
+
+    It reaches the whole group. A child that hears it while it imports its libraries prints a
+    traceback; the parent is the one that ends the others.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change what a signal does
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import models
-from liteguard.errors import UserError, WorkError
+from liteguard.errors import WorkError
 
 if TYPE_CHECKING:
     import torch
@@ -45,14 +45,10 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, dtype: torch.dtype | No
     `dtype` defaults to each layer's own type. Raises UserError when the adapter does not fit the
     model, WorkError when it is broken or would leave the range of float16.
     """
-    import peft
     import torch
     from peft.tuners.lora import LoraLayer
 
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{adapter} does not fit this base model: {error}") from error
+    adapted = models.open_adapter(model, adapter)
     found = Merge()
     with torch.no_grad():
         for name, module in adapted.named_modules():
@@ -100,11 +96,7 @@ def largest_weight(model: PreTrainedModel) -> float:
 
 def load_stored(directory: str | Path, **options: Any) -> PreTrainedModel:
     """A causal language model on the CPU in the type in which it is stored."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype="auto", use_safetensors=True, **options
-    )
+    return models.load_weights(directory, dtype="auto", **options)
 
 
 def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import distributed, hub, machine, registry
+from liteguard import distributed, hub, machine, model_files, registry
 from liteguard.checkpoints import sha256_file, sha256_json
-from liteguard.errors import UserError
+from liteguard.errors import UserError, WorkError
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +77,11 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, revision=revision, trust_remote_code=trust_remote_code
-    )
+    model_files.check_tokenizer(directory, trust_remote_code)
+    with model_files.reading(directory, "holds no tokenizer that can be used"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, revision=revision, trust_remote_code=trust_remote_code
+        )
     for role in ("end_token", "document_end_token"):
         token = getattr(prompt, role)
         if token not in tokenizer.get_vocab():
@@ -117,16 +119,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def model_config(config: Config) -> tuple[str, str | None, Any]:
     """(local directory, hub commit or None, transformers config) of the base model."""
     directory, revision = base_model(config)
+    model_files.check_base(directory, config.model.trust_remote_code)
     from transformers import AutoConfig
 
-    try:
+    with model_files.reading(directory, "the base model's config.json cannot be used"):
         loaded = AutoConfig.from_pretrained(
             directory, revision=revision, trust_remote_code=config.model.trust_remote_code
         )
-    except (ValueError, OSError, KeyError) as error:
+        longest = getattr(loaded.get_text_config(), "max_position_embeddings", None)
+    if longest and config.model.context_length > longest:
         raise UserError(
-            f"{directory}: the base model's config.json cannot be used ({error})."
-        ) from None
+            f"model.context_length {config.model.context_length} is more than this base model can "
+            f"read: {longest} (max_position_embeddings of {directory}/config.json)."
+        )
     return directory, revision, loaded
 
 
@@ -152,12 +157,37 @@ def base_identity(directory: str, commit: str | None) -> str:
     return f"sha256:{sha256_json({file.name: sha256_file(file) for file in files})}"
 
 
+def load_weights(directory: str | Path, **options: Any) -> PreTrainedModel:
+    """A causal language model from safetensors, every weight of it out of the file.
+
+    transformers fills in random numbers for what is missing, and leaves out layers that config.json
+    does not count. Raises UserError for both, and for files that cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"trust_remote_code": False, **options}
+    with model_files.reading(directory, "holds no weights that can be used"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(directory), use_safetensors=True, output_loading_info=True, **options
+        )
+    missing = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+    extra = sorted(n for n in found["unexpected_keys"] if re.search(r"\blayers\.\d+\.", n))
+    if missing or extra:
+        what = "lack or have in another shape" if missing else "have more layers:"
+        names = ", ".join((missing or extra)[:3])
+        raise UserError(
+            f"{directory}: config.json and the weights do not belong together. The weights {what} "
+            f"{names} ({len(missing or extra)} in all). Get the model again."
+        )
+    return model
+
+
 def load_base(
     config: Config, directory: str, revision: str | None, dtype: torch.dtype, quantize: bool
 ) -> PreTrainedModel:
     """The frozen base model, in NF4 (double quantised, computing in `dtype`) or in `dtype`."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {}
     if quantize:
@@ -170,7 +200,7 @@ def load_base(
             bnb_4bit_quant_storage=dtype if distributed.uses_fsdp() else torch.uint8,
         )
     with machine.freed_blocks_given_back():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_weights(
             directory,
             revision=revision,
             dtype=dtype,
@@ -178,7 +208,6 @@ def load_base(
             # FSDP places and shards the model itself.
             device_map=None if distributed.uses_fsdp() else {"": distributed.local_device()},
             trust_remote_code=config.model.trust_remote_code,
-            use_safetensors=True,
             **options,
         )
     model.requires_grad_(False)
@@ -284,13 +313,37 @@ def add_adapter(model: PreTrainedModel, config: Config) -> Any:
     )
 
 
+def open_adapter(model: PreTrainedModel, directory: Path, **options: Any) -> Any:
+    """The LoRA adapter in a directory, on its base model, with exactly the matrices it must have.
+
+    PEFT only warns of an adapter that lacks some or names them otherwise: the model would be
+    measured, or trained on, without them. Raises UserError for that and for files that cannot be
+    read, WorkError for numbers that are not finite.
+    """
+    import peft
+    from safetensors import safe_open
+
+    model_files.check_adapter(directory)
+    weights = directory / model_files.ADAPTER_WEIGHTS
+    with model_files.reading(directory, "does not fit this base model, or cannot be read"):
+        with safe_open(weights, framework="pt") as file:
+            saved = {*file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        adapted = peft.PeftModel.from_pretrained(model, str(directory), **options)
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if differing := sorted(saved ^ {*own}):
+        raise UserError(
+            f"{weights} does not fit this base model: it has {len(saved)} matrices where "
+            f"{len(own)} are needed; they differ in {', '.join(differing[:3])}."
+        )
+    for name, matrix in own.items():
+        if not matrix.isfinite().all():
+            raise WorkError(f"the adapter {directory} is broken: {name} is not finite")
+    return adapted
+
+
 def load_adapter(model: PreTrainedModel, directory: Path, trainable: bool) -> Any:
     """The adapter of a finished stage on its base model."""
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(
-        model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
-    )
+    adapted = open_adapter(model, directory, is_trainable=trainable, autocast_adapter_dtype=True)
     # Whenever it saves, PEFT looks at the base's config.json: here, not on the hub.
     adapted.peft_config["default"].base_model_name_or_path = model.name_or_path
     return adapted

@@ -70,7 +70,9 @@ class Checkpoint:
 
         model = merged.for_measuring(merged.load_stored(model_dir))
         self = cls.__new__(cls)
-        self._use(prompt, 16, model, AutoTokenizer.from_pretrained(model_dir))
+        self._use(
+            prompt, 16, model, AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        )
         return self
 
     def _use(self, prompt: Prompt, batch_size: int, model: Any, tokenizer: Any) -> None:

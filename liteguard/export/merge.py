@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import merged
+from liteguard import merged, model_files
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 
@@ -91,8 +91,9 @@ def merge_adapter(
 
     output_dir = Path(output_dir)
     adapter_dir = Path(adapter_dir) if adapter_dir is not None else None
-    if adapter_dir is not None and not (adapter_dir / "adapter_config.json").is_file():
-        raise UserError(f"no adapter_config.json in {adapter_dir}: not a LoRA checkpoint")
+    if adapter_dir is not None:
+        model_files.check_adapter(adapter_dir)
+        model_files.check_tokenizer(adapter_dir, trust_remote_code)
     if isinstance(base_dir, Path) and not (base_dir / "config.json").is_file():
         raise UserError(f"no config.json in {base_dir}: not a model directory")
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -100,7 +101,7 @@ def merge_adapter(
 
     base = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(str(adapter_dir))
+        transformers.AutoTokenizer.from_pretrained(str(adapter_dir), trust_remote_code=False)
         if _has_tokenizer(adapter_dir)
         else transformers.AutoTokenizer.from_pretrained(str(base_dir), **base)
     )

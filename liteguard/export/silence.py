@@ -102,10 +102,12 @@ class Silence:
             "I cannot help with that. If you are in danger, call your local emergency number now.",
             "There are guidelines to follow. In pregnancy, the American College recommends rest.",
         ]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(model_dir))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(model_dir), trust_remote_code=False
+        )
         # 16-bit matrix products are slow or missing on CPUs.
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(model_dir), dtype=torch.float32
+            str(model_dir), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         ids = list(self.factors)
         smallest = math.inf

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.machine import available_memory, end_with_parent, peak_rss_gb
+from liteguard.machine import available_memory, end_with_parent, peak_rss_gb, starting_children
 from liteguard.runtime.bundle import Answer, Bundle
 from liteguard.runtime.container import unpacked_weights
 
@@ -118,9 +118,11 @@ class BundleWorkers:
             initializer=_start_worker,
             initargs=(self.path, self.threads, unpacked),
         )
-        pending = {
-            pool.submit(_work, method, *arguments): index for index, arguments in enumerate(calls)
-        }
+        with starting_children():
+            pending = {
+                pool.submit(_work, method, *arguments): index
+                for index, arguments in enumerate(calls)
+            }
         peaks: dict[int, float] = {}
         try:
             for future in as_completed(pending):

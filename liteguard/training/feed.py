@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from liteguard import distributed, machine, models
+from liteguard import distributed, machine, models, shown
 from liteguard.config import TrainSection
 from liteguard.errors import UserError
 from liteguard.training import memory_estimate, packing
@@ -162,7 +162,7 @@ def describe(
 ) -> None:
     """Print what a run is going to do and the memory it may take, by term in a dry run.
 
-    tokens: of the largest micro-batch. Raises UserError where the machine has too little memory.
+    tokens: of the largest micro-batch. Raises WorkError where the machine has too little memory.
     """
     import torch
 
@@ -170,7 +170,7 @@ def describe(
         f"{stage.name}: {stage.section.max_steps} steps of {what} = {passes:.2f} epochs of "
         f"{rows:,} rows; output {stage.output}"
     )
-    print(f"first sequence:\n{sample[:600]}\n")
+    print(f"first sequence:\n{shown.visible(sample[:600])}\n")
     try:
         expected = memory_estimate.estimate(stage.config, stage.name, stage.architecture, tokens)
     except UserError as error:  # an architecture without a formula
