@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
         chain.append(file)
         values = _read_file(file)
         parent = values.pop("extends", None)
+        if parent is not None and not isinstance(parent, str):
+            raise UserError(
+                f"{file}: 'extends' names one file, not {parent!r}. "
+                "Let that file extend the next one."
+            )
         return deep_merge(load(file.parent / parent), values) if parent else values
 
     return load(Path(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice: of two `data:` sections the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            lines = [key.start_mark.line + 1 for key, _ in node.value if key.value == twice[0]]
+            raise yaml.YAMLError(
+                f"the key {twice[0]!r} is there {len(lines)} times, in lines "
+                f"{', '.join(map(str, lines))}; put what belongs to it into one"
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = _parse(file.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(
             f"No configuration file {file}.\nShipped ones: "
@@ -126,7 +151,7 @@ def parse_setting(setting: str) -> tuple[str, dict[str, Any]]:
             f"--set {setting!r}: write --set section.key=value, e.g. --set domain.max_steps=50"
         )
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {name}: the value {text!r} cannot be read: {error}") from None
     if isinstance(value, str):

@@ -20,6 +20,7 @@ from liteguard import checkpoints, hub, registry
 from liteguard.config import SourceSection
 from liteguard.data.cleaning import Rules
 from liteguard.data.datasets import DATASETS
+from liteguard.data.entities import guess_entities, known_names, names_file
 from liteguard.data.formats import FORMATS, recognise
 from liteguard.data.overlap import OverlapIndex
 from liteguard.data.readers import Broken, read_rows
@@ -198,6 +199,7 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
                 "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
                 "files": file_hashes(source),
                 "rows_read": info["read"],
+                "rows_added": info["added"],
                 "dropped": {**info["dropped"], **found},
                 "rows_kept": kept,
             }
@@ -224,6 +226,7 @@ def plan(config: Config) -> dict[str, Any]:
     result = {
         "model_type": config.model_type,
         "code": code_version(),
+        "disease names": _disease_names(config),
         **{f"data.{key}": value for key, value in settings.items()},
         **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
     }
@@ -234,23 +237,31 @@ def plan(config: Config) -> dict[str, Any]:
     return result
 
 
+def _disease_names(config: Config) -> dict[str, str]:
+    """The packages whose names of diseases are known: rows are mapped and split by them."""
+    configured = [wheel.name for wheel in wheels(config)]
+    return known_names(Path(config.data.cache_dir), configured)
+
+
 def prepare(config: Config, work: Path) -> dict[str, Any]:
     """Do all of stage 0 into `work`; returns the manifest (without the hashes of the files)."""
     index_path = evaluation_index(config, evaluation_inputs(config))
     data = config.data
+    names = names_file(Path(data.cache_dir), _disease_names(config), code_version())
+    known = [str(path) if path else None for path in (index_path, names)]
     with Cleaner() as cleaner:
         shards = {
             part: [
-                clean_source(
-                    Rules(part, source, data, str(index_path) if index_path else None), cleaner
-                )
+                clean_source(Rules(part, source, data, *known), cleaner)
                 for source in getattr(data, part)
             ]
             for part in FIELDS
         }
     parts = [Part.join(part, shards[part]) for part in FIELDS]
+    for part, sentence in guess_entities(parts, data, names).items():
+        print(f"  {part:12} {sentence}")
     for part in parts:
-        drop_duplicates(part, data.near_duplicate_threshold)
+        drop_duplicates(part, data.near_duplicate_threshold, data.several_answers)
     index = OverlapIndex.load(index_path) if index_path else None
     drop_overlaps(parts, index, data.question_similarity)
     seen = next(trained_entities(part) for part in parts if part.name == "domain")
@@ -260,6 +271,8 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         for part in parts:
             counts |= write_part(part, work, dropped, seen)
             entries += source_entries(part)
+    for part in parts:
+        warn_of_wordings(part.name, counts[f"{part.name}/test.jsonl"])
     forget_old_sources(Path(data.cache_dir))
     (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
     return {
@@ -268,6 +281,17 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         "sources": entries,
         "decontaminated_against": [*(index.names if index else []), OWN_TEST],
     }
+
+
+def warn_of_wordings(part: str, counts: dict[str, Any]) -> None:
+    """Say it when test questions may be about what training questions are about."""
+    wordings = counts.get("tiers", {}).get("held-out wording", 0)
+    if wordings:
+        print(
+            f"  WARNING: {part}: of {wordings:,} of the {counts['rows']:,} test rows nobody knows "
+            "what they are about, so training may ask about the same. Their numbers stand under "
+            "'held-out wording', not 'unseen'. Name the disease of each row in a column: entity"
+        )
 
 
 def notice(entries: list[dict[str, Any]]) -> str:

@@ -37,7 +37,7 @@ from liteguard.wheels import WHEELS
 CHUNK_ROWS = 2_000
 # To be raised by whoever changes which rows come out of the same input: prepared data and the cache
 # of older versions are then made again. tests/test_preparation.py holds it to the code.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 INFO = "info.json"
 CACHE_DAYS = 14
 
@@ -175,7 +175,9 @@ def clean_source(
 ) -> Shard:
     """The cleaned rows of one source, from the cache when they were made before."""
     source, data = rules.source, rules.data
-    own_settings = data.model_dump(include={"min_characters", "max_characters", "language"})
+    own_settings = data.model_dump(
+        include={"min_characters", "answer_min_characters", "max_characters", "language"}
+    )
     split_settings = data.model_dump(
         include={"seed", "validation_share", "test_share", "seen_test_share"}
     )
@@ -185,6 +187,7 @@ def clean_source(
             "part": rules.part,
             "code": code_version(),
             "evaluation": Path(index).stem if index else None,
+            "names": Path(rules.entity_names).stem if rules.entity_names else None,
             **source_inputs(source),
             **own_settings,
             **split_settings,
@@ -243,7 +246,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     if source.limit and (source.path or not source.hub):
         rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
     counts: Counter[str] = Counter()
-    read = kept = 0
+    read = kept = added = 0
     with (
         tqdm(desc=source.dataset, unit=" rows", disable=None, leave=False) as bar,
         (directory / "rows.jsonl").open("wb") as lines,
@@ -252,6 +255,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
         files = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
         for chunk in cleaner.run(rules, _limited(rows, source)):
             read += chunk.read
+            added += chunk.added
             kept += len(chunk.lines)
             counts += chunk.counts
             lines.writelines(chunk.lines)
@@ -263,7 +267,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
             file.close()
     tally.check()
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    info = {"read": read, "kept": kept, "dropped": dict(counts), "sizes": sizes}
+    info = {"read": read, "added": added, "kept": kept, "dropped": dict(counts), "sizes": sizes}
     checkpoints.write_json(directory / INFO, info)
     return info
 
