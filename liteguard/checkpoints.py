@@ -166,6 +166,39 @@ def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     ]
 
 
+def check_output(output: Path, inputs: Mapping[str, Any], record: str = RECORD) -> None:
+    """Raise UserError unless `output` is free, or what the same command made earlier.
+
+    Only that is ever replaced: no directory of something else, whatever the flags say.
+    """
+    place = next((p for p in (output, *output.parents) if p.exists() and not p.is_dir()), None)
+    here = Path.cwd().resolve()
+    if place:
+        problem = f"{place} is a file, and a directory is needed there"
+    elif output.is_symlink():
+        problem = f"{output} is a symbolic link"
+    elif output.resolve() in (here, *here.parents):
+        problem = f"{output} is the directory that you are in, or one above it"
+    elif output.exists() and any(output.iterdir()) and not _is_ours(output, inputs, record):
+        problem = f"{output} exists and was not written by LiteGuard, at least not by this command"
+    else:
+        return
+    raise UserError(
+        f"{problem}. It is left as it is, with --overwrite too: choose another --output."
+    )
+
+
+def _is_ours(output: Path, inputs: Mapping[str, Any], record: str) -> bool:
+    """Whether a directory is a finished output of the same kind, damaged or not."""
+    try:
+        found = json.loads((output / record).read_text(encoding="utf-8"))
+        files, begun = found["files"], found["inputs"]
+        stage = found.get("stage")
+        return isinstance(files, dict) and bool(begun) and stage == inputs.get("stage", stage)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def open_work(
     output: Path, inputs: dict[str, Any], overwrite: bool = False, record: str = RECORD
 ) -> Path | None:
@@ -176,37 +209,32 @@ def open_work(
     Raises UserError, naming what changed, when either is there without it.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
+    check_output(output, inputs, record)
     work = work_directory(output)
     begun = begun_from(work)
     if begun is None or (overwrite and begun != inputs):
         # Without its inputs nobody knows what it was the work of: a kill while it was deleted.
         shutil.rmtree(work, ignore_errors=True)
         begun = None
-    if not overwrite and output.exists():
-        if not output.is_dir() or (not (output / record).exists() and any(output.iterdir())):
+    if not overwrite and output.exists() and (output / record).exists():
+        try:
+            finished = json.loads((output / record).read_text(encoding="utf-8"))
+            changes = describe_changes(finished["inputs"], inputs)
+            whole = all(sha256_file(output / n) == d for n, d in finished["files"].items())
+        except (ValueError, KeyError, TypeError, OSError):
+            whole, changes = False, []
+        if not whole:
             raise UserError(
-                f"{output} exists and was not written by LiteGuard. Choose another --output, or "
-                "pass --overwrite to replace it."
+                f"{output} is damaged: its files are not those that {record} describes.\n"
+                "Choose another --output, or pass --overwrite to make it again."
             )
-        if (output / record).exists():
-            try:
-                finished = json.loads((output / record).read_text(encoding="utf-8"))
-                changes = describe_changes(finished["inputs"], inputs)
-                whole = all(sha256_file(output / n) == d for n, d in finished["files"].items())
-            except (ValueError, KeyError, TypeError, OSError):
-                whole, changes = False, []
-            if not whole:
-                raise UserError(
-                    f"{output} is damaged: its files are not those that {record} describes.\n"
-                    "Choose another --output, or pass --overwrite to make it again."
-                )
-            if not changes:
-                return None
-            raise UserError(
-                f"{output} was made from other inputs:\n"
-                + "\n".join(changes)
-                + "\nChoose another --output, or pass --overwrite to replace it."
-            )
+        if not changes:
+            return None
+        raise UserError(
+            f"{output} was made from other inputs:\n"
+            + "\n".join(changes)
+            + "\nChoose another --output, or pass --overwrite to replace it."
+        )
     if begun is not None:
         changes = describe_changes(begun, inputs)
         if changes:

@@ -192,8 +192,16 @@ class DataSection(Section):
         description="Share of entities whose texts are trained on while all their questions go to "
         "the test split (tier 1, seen); 0: none.",
     )
-    min_characters: int = Field(20, ge=1, description="Shorter answers or texts are dropped.")
-    max_characters: int = Field(20_000, ge=100, description="Longer ones are dropped.")
+    min_characters: int = Field(20, ge=1, description="Shorter domain texts are dropped.")
+    answer_min_characters: int = Field(
+        2, ge=1, description='Shorter answers are dropped: "No" is one, a bare "A" is not.'
+    )
+    max_characters: int = Field(
+        20_000,
+        ge=100,
+        description="Longer domain texts are cut in pieces at the ends of sentences; longer "
+        "questions with their answers are dropped.",
+    )
     language: str | None = Field(
         "en",
         pattern="^[a-z]{2,3}$",
@@ -203,7 +211,14 @@ class DataSection(Section):
         0.85,
         gt=0,
         le=1,
-        description="Drop rows whose words (in threes) are so similar (Jaccard); null keeps them.",
+        description="Drop texts whose words (in threes) are so similar (Jaccard), and answers that "
+        "are so similar to one of as similar a question (its words, rare ones counting more); null "
+        "keeps them.",
+    )
+    several_answers: Literal["all", "first", "longest"] = Field(
+        "all",
+        description="Which answers to one question are kept, of those that differ. All of them are "
+        "in one split.",
     )
     question_similarity: float | None = Field(
         0.75,

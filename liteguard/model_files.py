@@ -36,7 +36,7 @@ def check_base(directory: str | Path, trusted: bool) -> None:
         )
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards = _read(index).get("weight_map")
+        shards: Any = _read(index).get("weight_map")
         names = set(shards.values()) if _is_table(shards) else {None}
         if wrong := [n for n in names if not isinstance(n, str) or not _is_shard(n)]:
             raise UserError(

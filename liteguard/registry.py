@@ -17,6 +17,8 @@ MODELS: dict[str, Callable[[str, Path], Path]] = {}
 BENCHMARKS: dict[str, tuple[str, Callable[..., list[Any]], Callable[..., tuple[list, list]]]] = {}
 # Those whose questions have options to choose from.
 MULTIPLE_CHOICE: list[str] = []
+# [wheels, cache directory -> (`match_key` of every name of a disease -> its entity)], or nothing.
+ENTITIES: list[Any] = []
 
 # All that ties embedded/ to the rest: without these lines and that folder, files and the hub stay.
 from liteguard import embedded  # noqa: E402
@@ -26,4 +28,5 @@ ASKED_KINDS.update(embedded.ASKED_KINDS)
 MODELS.update(embedded.MODELS)
 BENCHMARKS.update(embedded.BENCHMARKS)
 MULTIPLE_CHOICE.extend(embedded.MULTIPLE_CHOICE)
+ENTITIES.extend(embedded.ENTITIES)
 # (end of embedded/)

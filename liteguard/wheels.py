@@ -98,6 +98,11 @@ def fetch_wheel(name: str, cache_dir: Path) -> Path:
         return found or _download_wheel(wheel, directory, others)
 
 
+def cached_wheel(name: str, cache_dir: Path) -> Path | None:
+    """Path of a pinned wheel if it is in `cache_dir`; nothing is downloaded."""
+    return _find_wheel(WHEELS[name], cache_dir / "wheels")[0]
+
+
 def _find_wheel(wheel: Wheel, directory: Path) -> tuple[Path | None, list[Path]]:
     """(the pinned file, if it is there; files of its name and version that are others)."""
     others: list[Path] = []

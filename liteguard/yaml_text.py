@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -23,7 +24,10 @@ class BadYaml(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Dates stay text, and numbers are decimal: YAML 1.1 reads 1:30 as 90 and 010 as 8."""
+    """Dates stay text, and numbers are decimal: YAML 1.1 reads 1:30 as 90 and 010 as 8.
+
+    No key may stand twice: of two `data:` sections the first would be lost.
+    """
 
     yaml_implicit_resolvers = {
         first: [
@@ -31,6 +35,17 @@ class _Loader(yaml.SafeLoader):
         ]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            lines = [key.start_mark.line + 1 for key, _ in node.value if key.value == twice[0]]
+            raise BadYaml(
+                f"the key {twice[0][:40]!r} is there {len(lines)} times, in lines "
+                f"{', '.join(map(str, lines[:5]))}; put what belongs to it into one"
+            )
+        return super().construct_mapping(node, deep)
 
 
 # More digits than that stay text, which no setting takes for a number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -85,16 +86,40 @@ def test_work_of_unknown_inputs_is_not_resumed(tmp_path):
     assert checkpoints.open_work(output, {"stage": "domain"}) == work and not left.exists()
 
 
-def test_foreign_and_damaged_directories_are_left_alone(tmp_path):
-    foreign = tmp_path / "out"
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_what_the_same_command_made_is_replaced(tmp_path, monkeypatch, overwrite):
+    """Someone's directory, another stage, a file, a link, the directory one is in: all refused."""
+    monkeypatch.chdir(tmp_path)
+    foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="not written by LiteGuard"):
-        checkpoints.open_work(foreign, {})
-    (foreign / "stage.json").write_text("{")
+    (tmp_path / "a.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(foreign)
+    made, work = make(tmp_path)
+    checkpoints.publish(work, made, {"stage": "domain"}, ["adapter_model.safetensors"])
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    places = ("thesis", "link", "a.txt", "a.txt/new", ".", "..", "", str(tmp_path), "../", "/")
+    for place in places:
+        with pytest.raises(UserError, match="left as it is"):
+            checkpoints.open_work(Path(place), {"stage": "domain"}, overwrite)
+    for record in ("{", "{}", '{"files": {}}', "[]"):
+        (foreign / "stage.json").write_text(record)
+        with pytest.raises(UserError, match="not written by LiteGuard"):
+            checkpoints.open_work(foreign, {"stage": "domain"}, overwrite)
+    (foreign / "stage.json").unlink()
+    for inputs, record in (({"stage": "safety"}, "stage.json"), ({}, "manifest.json")):
+        with pytest.raises(UserError, match="not by this command"):
+            checkpoints.open_work(made, inputs, overwrite, record)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_output_of_ours_is_named_and_may_be_replaced(tmp_path):
+    output, work = make(tmp_path)
+    checkpoints.publish(work, output, {"stage": "domain"}, ["adapter_model.safetensors"])
+    (output / "adapter_model.safetensors").write_text("cut")
     with pytest.raises(UserError, match="damaged"):
-        checkpoints.open_work(foreign, {})
-    assert (foreign / "thesis.txt").read_text() == "mine"
+        checkpoints.open_work(output, {"stage": "domain", "rate": 1})
+    assert checkpoints.open_work(output, {"stage": "domain", "rate": 1}, overwrite=True)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -33,7 +33,7 @@ from liteguard.data import (
 from liteguard.data.overlap import distinctive, windows, word_numbers
 from liteguard.data.shards import Cleaner, _file_hashes, clean_source
 from liteguard.rows import FIELDS, SPLITS, load_split
-from liteguard.text import match_key
+from liteguard.text import match_key, text_key
 
 ANSWER = "Rest, drink enough water, and see a doctor if it does not get better within {} days."
 
@@ -116,7 +116,7 @@ def test_every_row_is_written_or_dropped_with_a_reason(project):
     project.files["pairs"] += [
         {"prompt": "", "completion": ANSWER.format(1)},
         {"prompt": "?!", "completion": ANSWER.format(1)},
-        {"prompt": "What now?", "completion": "Rest."},
+        {"prompt": "What now?", "completion": "B"},
         {"prompt": "And then?", "completion": "x" * 30_000},
         {
             "prompt": "Et maintenant ?",
@@ -239,8 +239,7 @@ def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monk
 
     monkeypatch.setattr(overlap, "_FILTER", 1 << 12)
     monkeypatch.setattr(near_questions, "_BUCKETS", 1 << 12)
-    for module in (overlap, near_duplicates):
-        monkeypatch.setattr(module, "BLOCK", 256)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 256)
     monkeypatch.setattr(overlap, "_PIECE", 1 << 14)
     small, large = peak(2_000), peak(6_000)
     growth = (large[0] - small[0]) / (large[1] - small[1])
@@ -380,7 +379,7 @@ def with_entities(project) -> None:
 
 def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
     with_entities(project)
-    # No entity, or a wording of its own that is held out: no tier.
+    # No entity: held out by its wording. With a split of its own: no tier.
     generator = random.Random(7)
     project.files["loose"] = [
         {"prompt": sentence(generator, 20), "completion": ANSWER.format(n)} for n in range(200)
@@ -397,7 +396,7 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
     tiers = {
         part: {
             tier: [row for row in rows[part, "test"] if row.get("tier") == tier]
-            for tier in ("seen", "unseen", None)
+            for tier in ("seen", "unseen", "held-out wording", None)
         }
         for part in FIELDS
     }
@@ -414,8 +413,8 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
     assert not any("tier" in row for place in trained for row in rows[place])
     assert not any("tier" in row for row in rows["domain", "test"])
     untiered = {row["dataset"] for part in tiers for row in tiers[part][None]}
-    assert untiered == {"plain_text", "prompt_completion", "safety_catalogue"}
-    assert len(tiers["instruction"][None]) == sum(
+    assert untiered == {"plain_text", "safety_catalogue"}
+    assert len(tiers["instruction"]["held-out wording"]) == sum(
         cleaning.draw_split(row["entity"], DataSection(test_share=0.15)) == "test"
         for split in SPLITS
         for row in rows["instruction", split]
@@ -424,7 +423,7 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
     counts = json.loads((project.directory / "out/manifest.json").read_text())["counts"]
     for part in ("instruction", "preference"):
         assert counts[f"{part}/test.jsonl"]["tiers"] == {
-            tier: len(tiers[part][tier]) for tier in ("unseen", "seen")
+            tier: len(tiers[part][tier]) for tier in ("unseen", "seen", "held-out wording")
         }
     assert "tiers" not in counts["domain/test.jsonl"]
     # The other two splits' entities are those of before.
@@ -465,7 +464,7 @@ def test_questions_of_seen_entities_are_kept_apart_like_other_test_rows(project)
     assert project.reasons("801 days", "after") == ["overlaps the test split"]
     assert project.reasons("Somebody asked", "after") == ["overlaps the test split"]
     assert project.reasons("802 days", "after")[0].endswith("the test split")
-    assert project.reasons("803 days", "after") == ["duplicate"]
+    assert project.reasons("803 days", "after") == ["its question is in the test split"]
     kept = project.rows("instruction", "train", "after")
     assert {row["prompt"] for row in kept} == {row["prompt"] for row in trained}
 
@@ -630,6 +629,10 @@ def test_no_empty_answer_is_chosen_and_a_disease_is_one_in_any_spelling(project)
             assert where.setdefault(row["entity"].lower(), split) == split
 
 
+def alike(digests: np.ndarray, threshold: float) -> near_duplicates.Alike:
+    return lambda a, b: near_duplicates.similarity(digests[a], digests[b]) >= threshold
+
+
 def test_rows_are_not_dropped_through_a_chain_of_dropped_ones():
     words = [f"w{n}" for n in range(60)]
     texts = []
@@ -640,7 +643,7 @@ def test_rows_are_not_dropped_through_a_chain_of_dropped_ones():
     digests = near_duplicates.digests(
         np.concatenate(shingles), np.array([len(s) for s in shingles])
     )
-    original = near_duplicates.near_duplicates(digests, 0.7)
+    original = near_duplicates.near_duplicates(digests, alike(digests, 0.7))
     kept = np.flatnonzero(original < 0)
     assert 2 <= len(kept) < 15
     for row in np.flatnonzero(original >= 0):
@@ -706,7 +709,7 @@ def test_estimated_similarity_agrees_with_the_exact_one():
     digests = near_duplicates.digests(
         np.concatenate(shingles), np.array([len(s) for s in shingles])
     )
-    found = near_duplicates.near_duplicates(digests, 0.8) >= 0
+    found = near_duplicates.near_duplicates(digests, alike(digests, 0.8)) >= 0
     for first, second in pairs:
         a, b = (set(shingles[i].tolist()) for i in (first, second))
         exact = len(a & b) / len(a | b)
@@ -725,7 +728,7 @@ def test_window_hashes_are_of_words_in_order():
         [
             sys.executable,
             "-c",
-            "from liteguard.data.overlap import windows, word_numbers\n"
+            "from liteguard.data.words import windows, word_numbers\n"
             "print(windows(word_numbers(list('abc')), 3)[0])",
         ],
         capture_output=True,
@@ -903,7 +906,7 @@ def test_a_failed_run_says_what_to_change(project):
     project.save()
     message = fail(2, *project.command("out"), cwd=project.directory)
     assert "data.domain: not enough usable rows" in message and "dropped: 30 too short" in message
-    assert "Settings that dropped rows: data.min_characters." in message
+    assert "What is dropped is set by data.min_characters of texts" in message
 
 
 def test_unknown_evaluation_set_is_a_clear_error(project):
@@ -1015,18 +1018,26 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
         for row in rows:
             entity, tier = match_key(row["entity"]), row.get("tier")
             tiers[tier] += 1
-            assert (tier == "seen") == (tier is not None and row["entity"] in trained)
+            named = tier in ("seen", "unseen")
+            assert (tier == "seen") == (named and row["entity"] in trained)
             if tier != "seen":
                 assert where.setdefault(entity, split) == split
             if part != "domain":
                 assert asked_of.setdefault(entity, split) == split
     assert tiers["unseen"] and (tiers["seen"] > 0) == (data["seen_test_share"] > 0)
     asked: dict[tuple[str, str], list[str]] = {
-        key: [match_key(row[FIELDS[key[0]][0]]) for row in rows] for key, rows in found.items()
+        key: [text_key(row[FIELDS[key[0]][0]]) for row in rows] for key, rows in found.items()
     }
-    for part in FIELDS:
-        everything = sum((asked[part, split] for split in SPLITS), [])
+    for part, fields in FIELDS.items():
+        everything = [
+            tuple(text_key(row[f]) for f in fields)
+            for split in SPLITS
+            for row in found[part, split]
+        ]
         assert len(set(everything)) == len(everything)
+        # Several answers to a question are in one split.
+        apart = [set(asked[part, split]) for split in SPLITS]
+        assert sum(map(len, apart)) == len(set().union(*apart))
     # A question may be asked in two parts, but not on two sides of the test split.
     questions = {
         split: set(asked["instruction", split]) | set(asked["preference", split])
@@ -1036,7 +1047,8 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
 
     reasons: dict[str, int] = {}
     for entry in manifests[0]["sources"]:
-        assert entry["rows_read"] == entry["rows_kept"] + sum(entry["dropped"].values())
+        rows_in = entry["rows_read"] + entry["rows_added"]
+        assert rows_in == entry["rows_kept"] + sum(entry["dropped"].values())
         for reason, count in entry["dropped"].items():
             key = f"{entry['part']} {reason}"
             reasons[key] = reasons.get(key, 0) + count

@@ -31,13 +31,17 @@ def table(manifest: dict[str, Any]) -> str:
         )
         reasons = sorted(entry["dropped"].items(), key=lambda item: (-item[1], item[0]))
         lines += [f"{'':35}{count:10,} {reason}" for reason, count in reasons]
+        if entry["rows_added"]:
+            lines.append(f"{'':35}{entry['rows_added']:10,} more: pieces of texts that were cut")
     lines += ["", f"{'file':32}{'rows':>10}{'entities':>10}{'words':>13}"]
     for name, entry in manifest["counts"].items():
         lines.append(f"{name:32}{entry['rows']:10,}{entry['entities']:10,}{entry['words']:13,}")
         if "tiers" in entry:
+            wording = entry["tiers"]["held-out wording"]
             lines.append(
                 f"{'':4}{entry['tiers']['unseen']:,} about entities nowhere in training, "
                 f"{entry['tiers']['seen']:,} about ones whose texts are trained on"
+                + (f", {wording:,} held out by their wording only" if wording else "")
             )
     against = ", ".join(manifest["decontaminated_against"])
     lines += ["", f"kept apart (13 words in common, the same question or nearly so): {against}"]

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from liteguard.data.words import is_exact
+
 # Held-out questions of so many words are looked for. One of two words ("asthma is") resembles every
 # question about its subject; a longer one shares a window of 13 words even with a word changed.
 MIN_WORDS, MAX_WORDS = 3, 26
@@ -98,8 +100,7 @@ class HeldOut:
         usable = (counts >= MIN_WORDS) & (counts <= MAX_WORDS)
         words = words[np.repeat(usable, counts)]
         self.similarity = similarity
-        # Words that are in every question still count for something.
-        self.weights = np.maximum(np.log((questions + 1) / (seen + 0.5)), 0.05)
+        self.weights = weigh(seen, questions)
         self.sets = _Sets(words, counts[usable], self.weights, similarity)
         self.labels = labels[usable]
         found = self.sets.prefix
@@ -140,18 +141,59 @@ class HeldOut:
         self, rows: _Sets, row: np.ndarray, held: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Those of the pairs whose similarity is high enough."""
-        a, b = rows.totals[row], self.sets.totals[held]
-        # The larger total bounds the union from below, the smaller the overlap from above.
-        possible = np.minimum(a, b) >= self.similarity * np.maximum(a, b) - 1e-9
-        row, held, a, b = row[possible], held[possible], a[possible], b[possible]
-        sizes = self.sets.sizes[held]
-        pair = np.repeat(np.arange(len(row)), sizes)
-        place = np.repeat(self.sets.starts[held], sizes) + _ramp(sizes)
-        words = self.sets.words[place]
-        there = _contains(rows, row[pair], words)
-        common = np.bincount(pair, self.sets.weights[place] * there, minlength=len(row))
-        similar = common >= self.similarity * (a + b - common) - 1e-9
+        similar = _are_similar(rows, row, self.sets, held, self.similarity)
         return row[similar], held[similar]
+
+
+def weigh(seen: np.ndarray, questions: int) -> np.ndarray:
+    """The weight of each word by `count_words` over so many questions, float64 (2^22,)."""
+    # Words that are in every question still count for something.
+    return np.maximum(np.log((questions + 1) / (seen + 0.5)), 0.05)
+
+
+def ask_the_same(
+    one: tuple[np.ndarray, np.ndarray],
+    other: tuple[np.ndarray, np.ndarray],
+    weights: np.ndarray,
+    similarity: float,
+) -> np.ndarray:
+    """Whether question i of `one` and question i of `other` nearly ask the same, bool.
+
+    Both are (word numbers one after the other, how many each question has, at most MAX_ASKED).
+    Their similarity is at least `similarity`, and their numbers and signs are the same.
+    """
+    a, b = (_Sets(words, counts, weights, similarity) for words, counts in (one, other))
+    same = np.arange(len(one[1]))
+    alike = _are_similar(a, same, b, same, similarity)
+    exact_a, exact_b = (
+        np.bincount(sets.question, is_exact(sets.words), minlength=len(same)) for sets in (a, b)
+    )
+    common = _common(a, same, b, same, is_exact(b.words))
+    return alike & (common == exact_a) & (common == exact_b)
+
+
+def _are_similar(
+    one: _Sets, row: np.ndarray, other: _Sets, held: np.ndarray, similarity: float
+) -> np.ndarray:
+    """Whether the weighted Jaccard similarity of row[i] of `one`, held[i] of `other` is enough."""
+    a, b = one.totals[row], other.totals[held]
+    # The larger total bounds the union from below, the smaller the overlap from above.
+    similar = np.minimum(a, b) >= similarity * np.maximum(a, b) - 1e-9
+    row, held, a, b = row[similar], held[similar], a[similar], b[similar]
+    common = _common(one, row, other, held, other.weights)
+    similar[similar] = common >= similarity * (a + b - common) - 1e-9
+    return similar
+
+
+def _common(
+    one: _Sets, row: np.ndarray, other: _Sets, held: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Sum of `values` (of `other.words`) over the words that row[i] and held[i] have in common."""
+    sizes = other.sizes[held]
+    pair = np.repeat(np.arange(len(row)), sizes)
+    place = np.repeat(other.starts[held], sizes) + _ramp(sizes)
+    there = _contains(one, row[pair], other.words[place])
+    return np.bincount(pair, values[place] * there, minlength=len(row))
 
 
 def _ramp(sizes: np.ndarray) -> np.ndarray:

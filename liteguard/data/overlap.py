@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from liteguard.data import near_questions
-from liteguard.text import match_key, normalise
+from liteguard.data.words import MULTIPLIER, key_number, mix_bits, windows, word_numbers
+from liteguard.text import normalise, text_key
 
-# GPT-3's overlap rule (Brown et al. 2020, appendix C), since then the usual length.
+# GPT-3's overlap rule (Brown et al. 2020, appendix C), since then the usual length. Of a script
+# that is written without blanks, where a word is a character (`text_key`), it is 13 characters.
 OVERLAP_WORDS = 13
 # Shorter questions are looked for as a whole, down to this many words.
 SHORTEST_WINDOW = 6
@@ -22,50 +23,6 @@ COMMON_TEXTS = 3
 # Windows of words and rows of signatures that are worked on at a time.
 _PIECE, BLOCK = 1 << 22, 1 << 16
 _FILTER = 1 << 24
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-
-
-class _WordNumbers(dict):
-    """word -> 64-bit number, the same in every run (Python's own hash of a string is not)."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) > 500_000:  # numbers and misspellings: do not grow without end
-            self.clear()
-        number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        self[word] = number
-        return number
-
-
-_NUMBERS = _WordNumbers()
-
-
-def word_numbers(words: Sequence[str]) -> np.ndarray:
-    """uint64 of shape (len(words),)."""
-    return np.fromiter(map(_NUMBERS.__getitem__, words), np.uint64, len(words))
-
-
-def windows(numbers: np.ndarray, size: int) -> np.ndarray:
-    """Hash of every window of `size` numbers, shape (len(numbers) - size + 1,), 64 mixed bits."""
-    count = len(numbers) - size + 1
-    if count < 1:
-        return np.empty(0, np.uint64)
-    total = np.zeros(count, np.uint64)
-    for offset in range(size):
-        total *= _MULTIPLIER
-        total += numbers[offset : offset + count]
-    return mix_bits(total)
-
-
-def mix_bits(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def key_number(key: str) -> int:
-    """64 bits of a `match_key`."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 class OverlapIndex:
@@ -108,7 +65,7 @@ class OverlapIndex:
             if name not in names:
                 names.append(name)
             number = names.index(name)
-            key = match_key(normalise(text))
+            key = text_key(normalise(text))
             words = key.split()
             size = min(len(words), OVERLAP_WORDS)
             numbers = word_numbers(words)
@@ -231,5 +188,5 @@ def windows_of_rows(values: np.ndarray) -> np.ndarray:
     """One 64-bit hash per row of a (rows, columns) array."""
     total = np.zeros(len(values), np.uint64)
     for column in values.T:
-        total = total * _MULTIPLIER + column.astype(np.uint64) + np.uint64(1)
+        total = total * MULTIPLIER + column.astype(np.uint64) + np.uint64(1)
     return mix_bits(total)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from liteguard import hub, registry
 from liteguard.data.cleaning import Rules
 from liteguard.data.datasets import DATASETS
+from liteguard.data.entities import guess_entities, known_names, names_file
 from liteguard.data.exams import evaluation_index, evaluation_inputs, evaluation_report
 from liteguard.data.formats import FORMATS, recognise
 from liteguard.data.overlap import OverlapIndex
@@ -130,6 +131,7 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
                 "wheels": {WHEELS[w].requirement: WHEELS[w].sha256 for w in wheels},
                 "files": file_hashes(source),
                 "rows_read": info["read"],
+                "rows_added": info["added"],
                 "dropped": {**info["dropped"], **found},
                 "notes": info.get("notes", {}),
                 "rows_kept": kept,
@@ -157,6 +159,7 @@ def plan(config: Config) -> dict[str, Any]:
     result = {
         "model_type": config.model_type,
         "code": code_version(),
+        "disease names": _disease_names(config),
         **{f"data.{key}": value for key, value in settings.items()},
         **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
     }
@@ -167,23 +170,31 @@ def plan(config: Config) -> dict[str, Any]:
     return result
 
 
+def _disease_names(config: Config) -> dict[str, str]:
+    """The packages whose names of diseases are known: rows are mapped and split by them."""
+    configured = [wheel.name for wheel in wheels(config)]
+    return known_names(Path(config.data.cache_dir), configured)
+
+
 def prepare(config: Config, work: Path) -> dict[str, Any]:
     """Do all of stage 0 into `work`; returns the manifest (without the hashes of the files)."""
     index_path = evaluation_index(config, evaluation_inputs(config))
     data = config.data
+    names = names_file(Path(data.cache_dir), _disease_names(config), code_version())
+    known = [str(path) if path else None for path in (index_path, names)]
     with Cleaner() as cleaner:
         shards = {
-            part: [
-                clean_source(
-                    Rules(part, source, data, str(index_path) if index_path else None), cleaner
-                )
-                for source in getattr(data, part)
+            name: [
+                clean_source(Rules(name, source, data, *known), cleaner)
+                for source in getattr(data, name)
             ]
-            for part in FIELDS
+            for name in FIELDS
         }
-    parts = [Part.join(part, shards[part]) for part in FIELDS]
+    parts = [Part.join(name, shards[name]) for name in FIELDS]
+    for name, sentence in guess_entities(parts, data, names).items():
+        print(f"  {name:12} {sentence}")
     for part in parts:
-        drop_duplicates(part, data.near_duplicate_threshold)
+        drop_duplicates(part, data.near_duplicate_threshold, data.several_answers)
     index = OverlapIndex.load(index_path) if index_path else None
     drop_overlaps(parts, index, data.question_similarity)
     seen = next(trained_entities(part) for part in parts if part.name == "domain")
@@ -193,6 +204,8 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         for part in parts:
             counts |= write_part(part, work, dropped, seen)
             entries += source_entries(part)
+    for part in parts:
+        warn_of_wordings(part.name, counts[f"{part.name}/test.jsonl"])
     forget_old_sources(Path(data.cache_dir))
     (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
     return {
@@ -202,6 +215,17 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         "evaluation_sets": evaluation_report(index_path) if index_path else {},
         "decontaminated_against": [*(index.names if index else []), OWN_TEST],
     }
+
+
+def warn_of_wordings(part: str, counts: dict[str, Any]) -> None:
+    """Say it when test questions may be about what training questions are about."""
+    wordings = counts.get("tiers", {}).get("held-out wording", 0)
+    if wordings:
+        print(
+            f"  WARNING: {part}: of {wordings:,} of the {counts['rows']:,} test rows nobody knows "
+            "what they are about, so training may ask about the same. Their numbers stand under "
+            "'held-out wording', not 'unseen'. Name the disease of each row in a column: entity"
+        )
 
 
 def notice(entries: list[dict[str, Any]]) -> str:

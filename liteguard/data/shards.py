@@ -10,7 +10,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import threading
 import time
@@ -183,7 +182,9 @@ def clean_source(
 ) -> Shard:
     """The cleaned rows of one source, from the cache when they were made before."""
     source, data = rules.source, rules.data
-    own_settings = data.model_dump(include={"min_characters", "max_characters", "language"})
+    own_settings = data.model_dump(
+        include={"min_characters", "answer_min_characters", "max_characters", "language"}
+    )
     split_settings = data.model_dump(
         include={"seed", "validation_share", "test_share", "seen_test_share"}
     )
@@ -193,6 +194,7 @@ def clean_source(
             "part": rules.part,
             "code": code_version(),
             "evaluation": Path(index).stem if index else None,
+            "names": Path(rules.entity_names).stem if rules.entity_names else None,
             **source_inputs(source),
             **own_settings,
             **split_settings,
@@ -230,28 +232,6 @@ def report_notes(info: dict[str, Any], report: Callable[[str], None]) -> None:
         report(f"{'':4}{count:,} {what}")
 
 
-# The settings that rows are dropped by, by how the reason begins.
-_SETTINGS = {
-    "too short": "min_characters",
-    "too long": "max_characters",
-    "near duplicate": "near_duplicate_threshold",
-    "resembles": "question_similarity",
-}
-
-
-def settings_behind(reasons: Iterable[str]) -> str:
-    """A line that names the settings behind some reasons for dropping rows, or ""."""
-    found = []
-    for reason in reasons:
-        found += [name for start, name in _SETTINGS.items() if reason.startswith(start)]
-        # "not en" is a language, "not UTF-8" is not.
-        found += ["language"] if re.fullmatch("not [a-z]{2,3}", reason) else []
-    names = ", ".join(f"data.{name}" for name in dict.fromkeys(found))
-    return f"Settings that dropped rows: {names}. Change them if these rows are good.\n" * bool(
-        found
-    )
-
-
 def forget_old_sources(cache_dir: Path) -> None:
     """Delete cleaned sources that nothing used for `CACHE_DAYS` days, and what was interrupted."""
     now = time.time()
@@ -281,7 +261,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     if source.limit and (source.path or not source.hub):
         rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
     counts: Counter[str] = Counter()
-    read = kept = 0
+    read = kept = added = 0
     with (
         tqdm(desc=source.dataset, unit=" rows", disable=None, leave=False) as bar,
         (directory / "rows.jsonl").open("wb") as lines,
@@ -290,6 +270,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
         files = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
         for chunk in cleaner.run(rules, _limited(rows, source)):
             read += chunk.read
+            added += chunk.added
             kept += len(chunk.lines)
             counts += chunk.counts
             lines.writelines(chunk.lines)
@@ -303,6 +284,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     info = {
         "read": read,
+        "added": added,
         "kept": kept,
         "dropped": dict(counts),
         "notes": dict(sorted(tally.notes.items())),

@@ -6,16 +6,17 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from liteguard.data import cleaning, near_duplicates, near_questions
-from liteguard.data.cleaning import ARRAYS
+from liteguard.data.cleaning import ARRAYS, FIXED, NAMELESS
 from liteguard.data.overlap import (
     OVERLAP_WORDS,
     OverlapIndex,
@@ -23,7 +24,7 @@ from liteguard.data.overlap import (
     ngram_counts,
     row_overlaps,
 )
-from liteguard.data.shards import Shard, settings_behind
+from liteguard.data.shards import Shard
 from liteguard.errors import UserError
 from liteguard.rows import SPLITS
 from liteguard.text import unit
@@ -44,6 +45,9 @@ class Part:
     row: np.ndarray
     # "" while a row is kept, else why it was dropped.
     reason: np.ndarray
+    # Position in `names` of the entity that was found in a row that names none, or -1.
+    guessed: np.ndarray
+    names: list[str] = field(default_factory=list)
 
     @classmethod
     def join(cls, name: str, shards: list[Shard]) -> Part:
@@ -54,7 +58,7 @@ class Part:
         shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
         row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
         reason = np.full(len(row), "", dtype=object)
-        return cls(name, shards, arrays, shard, row, reason)
+        return cls(name, shards, arrays, shard, row, reason, np.full(len(row), -1, np.int32))
 
     @property
     def kept(self) -> np.ndarray:
@@ -86,22 +90,103 @@ class _Signatures:
         return found
 
 
-def drop_duplicates(part: Part, threshold: float | None) -> None:
-    """Mark exact and near duplicates; what is most held out is kept, then what comes first."""
+class _Questions:
+    """Words of a part's questions, read from the shards' files as they are asked for."""
+
+    def __init__(self, part: Part) -> None:
+        self._arrays = [shard.array("asked") for shard in part.shards]
+        self._shard = part.shard
+        self.sizes = near_questions.asked_counts(part.arrays["question_words"])
+        self._starts = np.empty(len(self.sizes), np.int64)
+        for number in range(len(part.shards)):
+            own = part.of_shard(number)
+            self._starts[own] = np.cumsum(self.sizes[own]) - self.sizes[own]
+        seen = near_questions.count_words(self._arrays)
+        self.weights = near_questions.weigh(seen, len(self.sizes))
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(word numbers one after the other, how many each question has)."""
+        words = [
+            self._arrays[shard][start : start + size]
+            for shard, start, size in zip(
+                self._shard[rows], self._starts[rows], self.sizes[rows], strict=True
+            )
+        ]
+        return np.concatenate([np.empty(0, np.uint64), *words]), self.sizes[rows]
+
+
+def drop_duplicates(part: Part, threshold: float | None, several_answers: str = "all") -> None:
+    """Mark exact and near duplicates; what is most held out is kept, then what comes first.
+
+    Rows are duplicates when question and answer are. Other answers to a question stay, in the most
+    held-out split that one of them is in, as many as `several_answers` says.
+    """
     # SPLITS is ordered from the most held-out one.
     preference = np.lexsort((part.row, part.shard, part.arrays["split"]))
-    exact = part.arrays["exact"][preference]
-    _, first = np.unique(exact, axis=0, return_index=True)
-    copy = np.ones(len(preference), bool)
-    copy[first] = False
-    part.reason[preference[copy]] = "duplicate"
+    part.reason[preference[~_is_first(part.arrays["exact"][preference])]] = "duplicate"
+    if part.name != "domain":
+        _drop_answers(part, preference[part.reason[preference] == ""], several_answers)
     if threshold is None:
         return
-    remaining = preference[~copy]
-    near = near_duplicates.near_duplicates(_Signatures(part, remaining), threshold) >= 0
+    remaining = preference[part.reason[preference] == ""]
+    near = _near_duplicates(part, remaining, threshold)
     varied = np.array([shard.source.keep_near_duplicates for shard in part.shards])
     near &= ~varied[part.shard[remaining]]
     part.reason[remaining[near]] = "near duplicate"
+
+
+def _is_first(values: np.ndarray) -> np.ndarray:
+    """Whether nothing before a value is equal to it, bool."""
+    _, first = np.unique(values, axis=0, return_index=True)
+    result = np.zeros(len(values), bool)
+    result[first] = True
+    return result
+
+
+def _drop_answers(part: Part, rows: np.ndarray, several_answers: str) -> None:
+    """Mark rows whose question another row asks: in a more held-out split, or answered better."""
+    questions, split = part.arrays["question"][rows], part.arrays["split"][rows]
+    _, first, inverse = np.unique(questions, return_index=True, return_inverse=True)
+    held_out = split[first][inverse]
+    for number, name in enumerate(SPLITS):
+        other = (held_out == number) & (split != number)
+        part.reason[rows[other]] = f"its question is in the {name} split"
+    if several_answers == "all":
+        return
+    rows = rows[part.reason[rows] == ""]
+    if several_answers == "longest":
+        answer_words = part.arrays["words"][rows] - part.arrays["question_words"][rows]
+        rows = rows[np.argsort(-answer_words, kind="stable")]
+    further = ~_is_first(part.arrays["question"][rows])
+    part.reason[rows[further]] = f"not the {several_answers} answer to its question"
+
+
+def _near_duplicates(part: Part, rows: np.ndarray, threshold: float) -> np.ndarray:
+    """Which rows nearly equal an earlier one: texts by their words, pairs in both sides."""
+    signatures = _Signatures(part, rows)
+
+    def texts(own: np.ndarray, others: np.ndarray) -> np.ndarray:
+        one, other = signatures[own], signatures[others]
+        return near_duplicates.similarity(one, other) >= threshold
+
+    def pairs(own: np.ndarray, others: np.ndarray) -> np.ndarray:
+        one, other = signatures[own], signatures[others]
+        asked, answered = near_duplicates.pair_similarity(one, other)
+        near = answered >= threshold
+        a, b = rows[own], rows[others]
+        short = (questions.sizes[a] > 0) & (questions.sizes[b] > 0)
+        # Of long questions no words are kept, and a few rare ones would not count for much.
+        near &= short | (asked >= threshold)
+        check = np.flatnonzero(near & short)
+        near[check] = near_questions.ask_the_same(
+            questions[a[check]], questions[b[check]], questions.weights, threshold
+        )
+        return near
+
+    if part.name == "domain":
+        return near_duplicates.near_duplicates(signatures, texts) >= 0
+    questions = _Questions(part)
+    return near_duplicates.near_duplicates(signatures, pairs) >= 0
 
 
 def drop_overlaps(
@@ -134,14 +219,14 @@ def drop_overlaps(
             if not domain:
                 # Windows of the question come first.
                 counts = ngram_counts(part.arrays["question_words"][rows])
-                questions.append(part.arrays["exact"][rows][held_out])
+                questions.append(part.arrays["question"][rows][held_out])
             ngrams = shard.array("ngrams")
             spans = zip(starts[held_out], counts[held_out], strict=True)
             picked += [ngrams[start : start + count] for start, count in spans if count]
         # Set phrases of many test rows are found per part, where they are common.
         found, _ = distinctive(picked, OVERLAP_WORDS)
         (own if domain else asked).append(found)
-    whole = np.concatenate([np.empty((0, 2), np.uint64), *questions])
+    whole = np.concatenate([np.empty(0, np.uint64), *questions])
     for part in parts:
         known = np.unique(np.concatenate([*asked, *(own if part.name == "domain" else [])]))
         size = OVERLAP_WORDS
@@ -151,7 +236,7 @@ def drop_overlaps(
             rows = part.of_shard(number)
             counts = ngram_counts(part.arrays["words"][rows])
             overlap = row_overlaps(lookup, shard.array("ngrams"), counts)
-            overlap |= _rows_in(part.arrays["exact"][rows], whole)
+            overlap |= np.isin(part.arrays["question"][rows], whole)
             overlap &= (part.arrays["split"][rows] != test) & (part.reason[rows] == "")
             part.reason[rows][overlap] = f"overlaps {OWN_TEST}"
     drop_near_questions(parts, index, similarity)
@@ -218,14 +303,6 @@ def drop_near_questions(
                 reason[start + row] = f"resembles a question of {names[found[row] - 1]}"
 
 
-def _rows_in(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which (n, 2) rows are among the known ones."""
-    view = np.dtype([("a", np.uint64), ("b", np.uint64)])
-    return np.isin(
-        np.ascontiguousarray(rows).view(view)[:, 0], np.ascontiguousarray(known).view(view)[:, 0]
-    )
-
-
 def mix(part: Part, rows: np.ndarray) -> np.ndarray:
     """`rows` (positions, shuffled by content) in the order in which they are written.
 
@@ -246,7 +323,7 @@ def mix(part: Part, rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(due, kind="stable")]
 
 
-TIERS = ("unseen", "seen")
+TIERS = ("unseen", "seen", "held-out wording")
 
 
 def trained_entities(part: Part) -> np.ndarray:
@@ -260,11 +337,16 @@ def tiers(part: Part, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
     "seen" where the entity is among `seen`, the entities of texts that are trained on, else
     "unseen". By what is in the data, not by the draw: an entity drawn for tier 1 whose texts were
-    dropped, or that has none, is nowhere in training. Rows that name no entity have no tier, and
-    rows whose wording was held out instead (the safety catalogue) have none either.
+    dropped, or that has none, is nowhere in training. Of rows that name no entity nobody knows what
+    they are about: they are held out by their wording only. Texts, and rows that came with their
+    split (the safety catalogue), have no tier.
     """
+    if part.name == "domain":
+        return np.full(len(rows), -1, np.int8)
     found = np.isin(part.arrays["entity"][rows], seen).astype(np.int8)
-    return np.where(part.arrays["tiered"][rows], found, -1)
+    naming = part.arrays["naming"][rows]
+    found[naming == NAMELESS] = TIERS.index("held-out wording")
+    return np.where(naming == FIXED, -1, found)
 
 
 def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> dict[str, Any]:
@@ -274,7 +356,7 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
     """
     counts: dict[str, Any] = {}
     (work / part.name).mkdir(exist_ok=True)
-    readers = [_Lines(shard) for shard in part.shards]
+    readers = [Lines(shard) for shard in part.shards]
     # One shuffle by content: neighbours in a source do not end up in the same batch.
     shuffled = np.lexsort((part.arrays["exact"][:, 0], part.arrays["order"]))
     shuffled = shuffled[part.reason[shuffled] == ""]
@@ -285,6 +367,9 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
         with (work / name).open("wb") as file:
             for row, tier in zip(rows, own.tolist(), strict=True):
                 line = readers[part.shard[row]][part.row[row]]
+                if part.guessed[row] >= 0:
+                    content = json.loads(line) | {"entity": part.names[part.guessed[row]]}
+                    line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
                 if tier >= 0:
                     line = line[:-2] + f', "tier": "{TIERS[tier]}"}}\n'.encode()
                 file.write(line)
@@ -296,17 +381,7 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
         if (own >= 0).any():
             numbers = [int((own == tier).sum()) for tier in range(len(TIERS))]
             counts[name]["tiers"] = dict(zip(TIERS, numbers, strict=True))
-    if any(counts[f"{part.name}/{split}.jsonl"]["rows"] == 0 for split in SPLITS):
-        found = ", ".join(f"{s}: {counts[f'{part.name}/{s}.jsonl']['rows']}" for s in SPLITS)
-        lost: Counter[str] = Counter(part.reason[part.reason != ""])
-        for shard in part.shards:
-            lost.update(shard.info["dropped"])
-        why = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
-        raise UserError(
-            f"data.{part.name}: not enough usable rows for three splits ({found}; dropped: "
-            f"{why or 'none'}).\n{settings_behind(reason for reason, _ in lost.most_common())}"
-            "Check the sources, or raise data.validation_share and data.test_share."
-        )
+    _check_splits(part, counts)
     for number, shard in enumerate(part.shards):
         with (shard.directory / "dropped.jsonl").open("rb") as file:
             shutil.copyfileobj(file, dropped)
@@ -317,7 +392,42 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
     return counts
 
 
-class _Lines:
+# Reason of a drop -> the setting that it comes from.
+_SETTINGS = {
+    "too short": "min_characters of texts, answer_min_characters of answers",
+    "too long": "max_characters",
+    "near duplicate": "near_duplicate_threshold",
+    "not the": "several_answers",
+    "resembles": "question_similarity",
+    "overlaps": "decontaminate",
+}
+
+
+def _check_splits(part: Part, counts: dict[str, Any]) -> None:
+    """Raise UserError, with what was dropped and by which setting, when a split has no row."""
+    rows = {split: counts[f"{part.name}/{split}.jsonl"]["rows"] for split in SPLITS}
+    if all(rows.values()):
+        return
+    lost: Counter[str] = Counter(part.reason[part.reason != ""])
+    for shard in part.shards:
+        lost.update(shard.info["dropped"])
+    why = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
+    found: list[str] = []
+    for reason, _ in lost.most_common():
+        found += [name for start, name in _SETTINGS.items() if reason.startswith(start)]
+        # "not en" is a language, "not UTF-8" is not.
+        found += ["language"] if re.fullmatch("not [a-z]{2,3}", reason) else []
+    by = "; ".join(f"data.{name}" for name in dict.fromkeys(found))
+    raise UserError(
+        f"data.{part.name}: not enough usable rows for three splits "
+        f"({', '.join(f'{split}: {count}' for split, count in rows.items())}; dropped: "
+        f"{why or 'none'}).\n"
+        + (f"What is dropped is set by {by}.\n" if by else "")
+        + "Check the sources, or raise data.validation_share and data.test_share."
+    )
+
+
+class Lines:
     """Random access to the lines of a shard's rows.jsonl."""
 
     def __init__(self, shard: Shard) -> None:

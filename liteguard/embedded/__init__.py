@@ -5,7 +5,13 @@ all that ties it to the rest; without those lines and this folder, files and the
 """
 
 from liteguard.embedded import public_benchmarks, smollm2
-from liteguard.embedded.diseases import mondo_questions, mondo_text, uniprot_questions, uniprot_text
+from liteguard.embedded.diseases import (
+    entities,
+    mondo_questions,
+    mondo_text,
+    uniprot_questions,
+    uniprot_text,
+)
 from liteguard.embedded.preferences import (
     disease_preferences,
     everyday_questions,
@@ -37,5 +43,6 @@ BENCHMARKS = {
     for name in public_benchmarks.BENCHMARKS
 }
 MULTIPLE_CHOICE = public_benchmarks.MULTIPLE_CHOICE
+ENTITIES = (DISEASES, entities)
 
-__all__ = ["ASKED_KINDS", "BENCHMARKS", "DATASETS", "MODELS", "MULTIPLE_CHOICE"]
+__all__ = ["ASKED_KINDS", "BENCHMARKS", "DATASETS", "ENTITIES", "MODELS", "MULTIPLE_CHOICE"]

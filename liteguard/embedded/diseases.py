@@ -116,7 +116,7 @@ def _family(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _entities(cache_dir: Path) -> dict[str, str]:
+def entities(cache_dir: Path) -> dict[str, str]:
     """match_key of every disease name -> entity, the same for all names of one disease.
 
     MONDO's labels and exact spellings of its synonyms, UniProt's names, and series (`_family`) are
@@ -150,7 +150,7 @@ def _entities(cache_dir: Path) -> dict[str, str]:
 def entity_of(name: str, cache_dir: Path) -> str:
     """The entity that a disease name belongs to."""
     key = match_key(name)
-    return _entities(cache_dir).get(key, _family(name))
+    return entities(cache_dir).get(key, _family(name))
 
 
 _TEMPLATE_DEFINITION = re.compile(r"^An?y? .* in which the cause of the disease is ", re.IGNORECASE)

@@ -15,6 +15,7 @@ COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
     ("seen_rouge1", "ROUGE-1 seen", "{:.3f}"),
     ("rouge1", "ROUGE-1", "{:.3f}"),
+    ("wording_rouge1", "ROUGE-1 held-out wording", "{:.3f}"),
     ("rouge2", "ROUGE-2", "{:.3f}"),
     ("bleu", "BLEU", "{:.2f}"),
     ("refused_harmful", "harmful refused", "{:.0%}"),
@@ -54,7 +55,7 @@ METRICS = (
     ("bits_per_byte", "Bits per byte", "{:.3f}", "{:.2f}", False),
     *(
         (f"{prefix}{key}", f"{title}, {tier}", form, limits, more)
-        for tier, prefix in (("seen", "seen_"), ("unseen", ""))
+        for tier, prefix in (("seen", "seen_"), ("unseen", ""), ("held-out wording", "wording_"))
         for key, title, form, limits, more in (
             ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
             ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
@@ -81,7 +82,11 @@ BENCHMARKS = {
     "medqa": "MedQA",
     "pubmedqa": "PubMedQA",
 }
-QUESTIONS = {"seen_questions": "Seen", "questions": "Unseen"}
+QUESTIONS = {
+    "seen_questions": "Seen",
+    "questions": "Unseen",
+    "wording_questions": "Held-out wording",
+}
 
 
 def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -> tuple[str, str]:
@@ -179,7 +184,13 @@ def notes(results: dict[str, dict[str, Any]]) -> list[str]:
         notes.insert(
             1,
             "Seen: questions about diseases whose texts were trained on, all questions withheld "
-            "(tier 1). Unseen: about diseases, or in wordings, that no stage saw (tier 2).",
+            "(tier 1). Unseen: about diseases that no stage saw (tier 2).",
+        )
+    if any("wording_rouge1" in result for result in results.values()):
+        notes.insert(
+            1,
+            "Held-out wording: questions of rows that name no disease; other questions about the "
+            "same may have been trained on.",
         )
     notes += _knowledge_notes(results) + _judge_notes(results)
     for label, result in results.items():

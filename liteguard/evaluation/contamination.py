@@ -11,7 +11,7 @@ from liteguard.data import overlap
 from liteguard.errors import UserError
 from liteguard.records import Made
 from liteguard.rows import FIELDS, load_split, read_manifest
-from liteguard.text import match_key
+from liteguard.text import text_key
 
 # What of its data a stage trains on.
 TRAINED_ON = {
@@ -93,7 +93,7 @@ def contamination(
     for number, (name, row) in enumerate(held):
         shortest = overlap.SHORTEST_WINDOW if name == "knowledge" else overlap.OVERLAP_WORDS
         for text in filter(None, (row.get("text") or row["prompt"], row.get("context"))):
-            key = match_key(text)
+            key = text_key(text)
             exact.setdefault(key, []).append(number)
             words = key.split()
             size = min(len(words), overlap.OVERLAP_WORDS)
@@ -111,7 +111,7 @@ def contamination(
             words = []
             for row in load_split(directory, part, "train"):
                 training_rows += 1
-                keys = [match_key(row[field]) for field in fields[:2]]
+                keys = [text_key(row[field]) for field in fields[:2]]
                 hit.update(exact.get(keys[0], ()))
                 for key in keys:
                     words += [*key.split(), ""]

@@ -28,7 +28,9 @@ OTHER_AREA = "other harmful"  # areas of a user's own requests
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
 REQUESTS = ("harmful", "ordinary", "borderline")
 # Sets of questions with reference answers, and what the names of their numbers begin with.
-TIERS = {"questions": "", "seen_questions": "seen_"}
+TIERS = {"questions": "", "seen_questions": "seen_", "wording_questions": "wording_"}
+# A row's tier -> its set; rows that came with their split have no tier.
+_SETS = {"seen": "seen_questions", "held-out wording": "wording_questions"}
 
 
 def held_out(
@@ -36,9 +38,10 @@ def held_out(
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows every model is measured on: test splits only, the same ones for every model.
 
-    "questions" are tier 2: no stage saw anything about their disease (or, where rows name no
-    disease, their wording). "seen_questions" are tier 1: texts about the disease were trained on,
-    no question about it was; there are none in the validation split.
+    "questions" are tier 2: no stage saw anything about their disease. "seen_questions" are tier 1:
+    texts about the disease were trained on, no question about it was; there are none in the
+    validation split. "wording_questions": nobody knows what they are about, so other questions
+    about it may have been trained on; only their wording was held out.
 
     "knowledge" are tier 3: questions of public benchmarks.
 
@@ -62,16 +65,15 @@ def held_out(
             "to measure refusals. Add safety_catalogue to data.preference."
         )
     # Refusals among the instruction rows are measured as refusals, not by overlap of words.
-    questions: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    questions: dict[str, list[dict[str, Any]]] = {name: [] for name in TIERS}
     for row in load_split(data_dir, "instruction", section.split):
         if row.get("kind") != "refusal":
-            questions[row.get("tier") == "seen"].append(row)
+            questions[_SETS.get(str(row.get("tier")), "questions")].append(row)
     texts = load_split(data_dir, "domain", section.split)
     if everything:
         return {
             "texts": texts,
-            "questions": questions[False],
-            "seen_questions": questions[True],
+            **questions,
             **by_kind,
             **benchmarks,
         }
@@ -79,8 +81,10 @@ def held_out(
     seen_rows = section.question_rows if seen_rows is None else seen_rows
     return {
         "texts": texts[: section.perplexity_rows],
-        "questions": balanced(questions[False], "kind", section.question_rows),
-        "seen_questions": balanced(questions[True], "kind", seen_rows),
+        **{
+            name: balanced(own, "kind", seen_rows if "seen" in name else section.question_rows)
+            for name, own in questions.items()
+        },
         "harmful": by_kind["harmful"][: section.harmful_rows],
         "ordinary": by_kind["ordinary"][: section.benign_rows],
         "borderline": by_kind["borderline"][: section.benign_rows],

@@ -56,8 +56,7 @@ def summarise(
     words = [len(a["answer"].split()) for a in answers]
     tiers = [answer_overlap(by_set[name], prefix) for name, prefix in TIERS.items()]
     rates = {  # name -> (answers, key that is true or not)
-        "questions_stopped": (by_set["questions"], "stopped"),
-        "seen_questions_stopped": (by_set["seen_questions"], "stopped"),
+        **{f"{name}_stopped": (by_set[name], "stopped") for name in TIERS},
         "refused_harmful": (by_set["harmful"], "refused"),
         "refused_benign": (by_set["ordinary"], "refused"),
         "refused_borderline": (by_set["borderline"], "refused"),
