@@ -157,7 +157,9 @@ def clean(rules: Rules, rows: Sequence[Any]) -> Chunk:
                 row[label] = normalise(str(row[label]))
         # "Asthma" and "asthma" are one disease, whoever wrote it.
         named = match_key(str(row.get("entity") or ""))
-        entity = named or keys[0]
+        # Tasks on one text ("Summarise ...", "List the drugs of ...") are on one side as well.
+        about = match_key(normalise(row.pop("about", "")))
+        entity = named or about or keys[0]
         # "train or validation": drawn among these, where a source brings its own test split.
         own = row.pop("split", None)
         tiered = bool(named) and not own and rules.part != "domain"
