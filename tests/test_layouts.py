@@ -97,6 +97,26 @@ def test_three_alpaca_tasks_on_one_text_are_three_rows(tmp_path):
     assert [row["prompt"] for row in found] == [f"{task} Fever, drug 3." for task in tasks]
 
 
+def test_alpaca_tasks_on_one_text_are_all_kept_on_one_side(tmp_path):
+    """Else those in training would be dropped for sharing their words with those in test."""
+    tasks = ("Summarise the note.", "List the drugs.", "Rewrite for the patient.")
+    rows = [
+        {
+            "instruction": t,
+            "input": f"Note {n}: fever.",
+            "output": f"{t} A fever, as note {n} says.",
+        }
+        for n in range(60)
+        for t in tasks
+    ]
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    splits, (entry,) = collect("instruction", {"dataset": "alpaca", "path": str(path)})
+    assert entry["rows_kept"] == 180 and len(splits["test"]) % 3 == 0
+    for found in splits.values():
+        counts = Counter(row["prompt"].split("Note ")[1] for row in found)
+        assert set(counts.values()) == {3} and not any("about" in row for row in found)
+
+
 def test_an_alpaca_row_with_a_history_needs_it_and_is_left_out(tmp_path):
     row = {"instruction": "And now?", "input": "", "output": "Twice a day.", "system": "Be brief."}
     history = [["How much?", "One."]]

@@ -148,7 +148,9 @@ def _name_entity(row: Row, rules: Rules) -> int:
     named = match_key(str(row.get("entity") or ""))
     if rules.entity_names:
         named = entity_names(rules.entity_names).get(named, named)
-    row["entity"] = named or match_key(row[FIELDS[rules.part][0]])
+    # Tasks on one text ("Summarise ...", "List the drugs of ...") are on one side as well.
+    about = match_key(normalise(row.pop("about", "")))
+    row["entity"] = named or about or match_key(row[FIELDS[rules.part][0]])
     # "train or validation": drawn among these, where a source brings its own test split.
     own = row.get("split")
     if own in SPLITS:

@@ -175,7 +175,8 @@ def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | 
         return broken(place, str(reason), row, LeftOut)
     except ValueError as error:
         return broken(place, str(error), row)
-    for field, value in made.items():
+    for field in FIELDS[layout.part]:
+        value = made[field]
         if not isinstance(value, str) or (len(value) < 12 and value.strip() in NO_TEXT):
             return broken(place, "missing or not text", f"{field} is {value!r} in {row}")
         made[field] = mended(value, notes)

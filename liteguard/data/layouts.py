@@ -67,13 +67,19 @@ def asked(instruction: Any, text: Any, notes: Counter[str]) -> Any:
     return f"{task}{':' if task[-1:].isalnum() else ''} {text}"
 
 
+def about(row: Row, prompt: Any) -> Row:
+    """The text that a task is about: rows about one text go to one split (cleaning.clean)."""
+    text = given(row.get("input"))
+    return {"about": text} if isinstance(text, str) and text != prompt else {}
+
+
 def alpaca(row: Row, notes: Counter[str]) -> Row:
     """Columns instruction, output and maybe input, system, history (earlier exchanges)."""
     if given(row.get("history")):
         raise NotForTraining(EARLIER)
     _count_settings(row, notes)
     prompt = asked(row.get("instruction"), row.get("input"), notes)
-    return {"prompt": prompt, "completion": row.get("output")}
+    return {"prompt": prompt, "completion": row.get("output"), **about(row, prompt)}
 
 
 def _count_settings(row: Row, notes: Counter[str]) -> None:
@@ -149,7 +155,8 @@ def preference(row: Row, notes: Counter[str]) -> Row:
     ):
         notes["rows whose answers began with the prompt, which is cut off"] += 1
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    text = {} if "prompt" in row else about(row, prompt)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **text}
 
 
 def _plain(text: Any) -> str:
