@@ -64,9 +64,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     chain: list[Path] = []
 
     def load(file: Path) -> dict[str, Any]:
-        if file in chain:
+        if file.resolve() in chain:
             raise UserError(f"{file}: 'extends' runs in a circle: {[p.name for p in chain]}")
-        chain.append(file)
+        chain.append(file.resolve())
         values = _read_file(file)
         parent = values.pop("extends", None)
         if parent is not None and not isinstance(parent, str):
@@ -96,7 +96,14 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} must hold sections (model:, prompt:, ...), not a {type(values).__name__}."
         )
-    return values
+    return _spelled(values)
+
+
+def _spelled(value: Any) -> Any:
+    """`license`, the field's usual spelling, as our key `licence`."""
+    if isinstance(value, dict):
+        return {"licence" if k == "license" else k: _spelled(v) for k, v in value.items()}
+    return [_spelled(entry) for entry in value] if isinstance(value, list) else value
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def parse_setting(setting: str) -> tuple[str, dict[str, Any]]:
     nested: Any = value
     for key in reversed(name.split(".")):
         nested = {key: nested}
-    return name, nested
+    return name, _spelled(nested)
 
 
 def valid_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -171,3 +171,23 @@ def test_unknown_base_model_and_unreachable_hub(tmp_path):
         assert "Could not reach" in message
         assert "model.path=" in message and "--model_type smollm2" in message
         assert not list(tmp_path.glob("data/phi2/*"))
+
+
+def test_license_may_be_spelled_as_the_field_spells_it(tmp_path):
+    parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
+    sources = "data: {{domain: [{{dataset: auto, path: x{}}}]}}\n".format
+    parent.write_text("model: {name: a/b, licence: mit}\n" + sources(""))
+    child.write_text(
+        "extends: parent.yaml\nmodel: {license: apache-2.0}\n" + sources(", license: cc0")
+    )
+    found = load(child)
+    assert (found.model.licence, found.data.domain[0].licence) == ("apache-2.0", "cc0")
+    assert load(child, "model.license=bsd").model.licence == "bsd"
+
+
+def test_a_circle_of_extends_is_seen_whatever_the_paths_look_like(tmp_path):
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own/a.yaml"
+    path.write_text("extends: ../own/a.yaml\n")
+    with pytest.raises(UserError, match="runs in a circle"):
+        load(path)
