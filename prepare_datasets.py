@@ -66,6 +66,7 @@ def main() -> None:
 
     # 3. Work
     # Nothing goes on from what was half written; finished sources are in the cache.
+    checkpoints.claim(output)
     shutil.rmtree(checkpoints.work_directory(output), ignore_errors=True)
     work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
     if work is None:

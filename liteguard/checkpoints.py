@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liteguard import records
+from liteguard import machine, records
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord, Made, StageRecord
@@ -60,6 +60,11 @@ def write_text(path: Path, text: str) -> None:
 def work_directory(output: Path) -> Path:
     """The hidden sibling in which `output` is being made."""
     return output.with_name(f".{output.name}.partial")
+
+
+def claim(output: Path) -> None:
+    """Keep other processes from making `output` until it is published or this one ends."""
+    machine.claim(output.with_name(f".{output.name}.lock"), str(output))
 
 
 def next_command(stage: str) -> str:
@@ -210,6 +215,7 @@ def open_work(
     """
     inputs = json.loads(json.dumps(inputs, default=str))
     check_output(output, inputs, record)
+    claim(output)
     work = work_directory(output)
     begun = begun_from(work)
     if begun is None or (overwrite and begun != inputs):
@@ -289,3 +295,4 @@ def publish(
     descriptor = os.open(output.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+    machine.release(output.with_name(f".{output.name}.lock"))

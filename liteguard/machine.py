@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -12,17 +13,19 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from liteguard.errors import WorkError
+from liteguard.errors import UserError, WorkError
 
 
 def release_memory() -> None:
@@ -74,6 +77,52 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
         yield
 
 
+# Lock files that this process holds.
+_claims: dict[Path, IO[str]] = {}
+
+
+def claim(lock: Path, what: str) -> None:
+    """Hold a lock file until `release`, or until this process ends, however it ends.
+
+    Raises UserError, naming who holds it, when another process does: two commands would write
+    `what` at once. Where a file system knows no locks nothing is held.
+    """
+    if lock in _claims:
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read(200).strip() or "another process"
+            handle.close()
+            raise UserError(
+                f"{what} is being made by {owner}. Wait for it or stop it, or choose another "
+                "--output."
+            ) from None
+        except OSError:
+            handle.close()
+            return
+        # Its last owner may have deleted it between our opening and our lock.
+        if lock.exists() and lock.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+            break
+        handle.close()
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+    handle.flush()
+    _claims[lock] = handle
+    atexit.register(release, lock)
+
+
+def release(lock: Path) -> None:
+    """Give up a `claim`, if it is held."""
+    if handle := _claims.pop(lock, None):
+        lock.unlink(missing_ok=True)
+        handle.close()
+
+
 def available_memory() -> int | None:
     """Bytes that a new process can use (free, cache and swap, within the control group's limit).
 
@@ -93,14 +142,13 @@ def available_memory() -> int | None:
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise WorkError, with both numbers, where less than `needed` bytes are free.
+    """Raise UserError, with both numbers, where less than `needed` bytes are free.
 
-    A lack of memory has the exit code of a lack of disk (`check_disk`), before the work and in it.
     `what` begins the sentence, `advice` ends it: what lowers the need.
     """
     free = available_memory()
     if free is not None and free < needed:
-        raise WorkError(
+        raise UserError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB is free. "
             f"Close other programs, add swap, or use a larger machine{advice}"
         )

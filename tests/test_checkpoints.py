@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from liteguard import checkpoints
 from liteguard.errors import UserError, WorkError
@@ -182,3 +185,34 @@ def test_another_base_or_prompt_is_refused_with_both_named(tmp_path):
         checkpoints.require_same(tmp_path, record, Prompt(), "commit:2", "b/base")
     with pytest.raises(UserError, match="user_prefix: 'Instruct: ' -> 'Q: '"):
         checkpoints.require_same(tmp_path, record, Prompt(user_prefix="Q: "))
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from liteguard import checkpoints
+checkpoints.open_work(Path(sys.argv[1]), {"stage": "domain"})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_make_one_output(tmp_path):
+    """The second is told who does; what a killed one held is free."""
+    output = tmp_path / "out"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(output)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as error:
+            checkpoints.open_work(output, {"stage": "domain"})
+        assert f"{output} is being made by process {first.pid} on " in str(error.value)
+        assert checkpoints.open_work(tmp_path / "another", {"stage": "domain"})
+    finally:
+        first.kill()
+        first.wait()
+    work = checkpoints.open_work(output, {"stage": "domain"})
+    (work / "adapter_model.safetensors").write_text("x")
+    checkpoints.publish(work, output, RECORD, ["adapter_model.safetensors"])
+    assert not (tmp_path / ".out.lock").exists(), "nothing is left beside a finished output"

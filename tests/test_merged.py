@@ -121,11 +121,11 @@ def test_work_that_the_kernel_kills_is_named_by_its_step():
 
 
 def test_too_little_memory_is_said_before_the_work(monkeypatch):
-    from liteguard.errors import WorkError
+    from liteguard.errors import UserError
 
     monkeypatch.setattr(machine, "available_memory", lambda: 2 * 10**9)
     machine.require_memory(10**9, "evaluating", ".")
-    with pytest.raises(WorkError, match="evaluating needs about 3.0 GB of memory, and 2.0 GB is"):
+    with pytest.raises(UserError, match="evaluating needs about 3.0 GB of memory, and 2.0 GB is"):
         machine.require_memory(3 * 10**9, "evaluating", ".")
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from liteguard import machine
 from liteguard.config import Config
 from liteguard.evaluation import knowledge, llm_judge
 from liteguard.evaluation.answerers import Answerer, open_answerer
@@ -19,7 +20,11 @@ from liteguard.machine import release_memory
 
 
 def journal_of(output: Path, label: str, inputs: dict[str, Any]) -> Journal:
-    """Where the answers and scores of a model are kept until its result is complete."""
+    """Where the answers and scores of a model are kept until its result is complete.
+
+    Raises UserError when another process is measuring it into the same directory.
+    """
+    machine.claim(output / f".{label}.lock", f"{output / label}.json")
     return Journal(output / f"{label}.partial.jsonl", inputs)
 
 

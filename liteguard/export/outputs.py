@@ -51,6 +51,7 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
 
     Other tolerances of the proof change no file, so they do not count.
     """
+    checkpoints.claim(output)
     work = checkpoints.work_directory(output)
     made_of = {k: v for k, v in inputs.items() if not k.startswith("compress.verify.")}
     inputs = json.loads(json.dumps(made_of))

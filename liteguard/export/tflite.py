@@ -167,8 +167,8 @@ def export(
         ``peak_memory_bytes`` (of the child).
 
     Raises:
-        UserError: the model or an argument cannot be converted.
-        WorkError: memory or disk do not suffice, or the conversion failed; names the log.
+        UserError: the model or an argument cannot be converted, or memory or disk do not suffice.
+        WorkError: the conversion failed; names the log.
     """
     merged_dir, output = Path(merged_dir).resolve(), Path(output).resolve()
     say = progress or (lambda line: None)
@@ -245,7 +245,7 @@ def quantize(
 def require_resources(
     parameters: int, converter: Literal["v1", "v2"], folder: Path, disk: int
 ) -> None:
-    """Raise WorkError where memory or `disk` bytes do not suffice, with both numbers.
+    """Raise UserError where memory or `disk` bytes do not suffice, with both numbers.
 
     The conversion is the step that needs the most memory: merging and the proof keep 16-bit
     weights, the bundle maps its own (benchmarks/full_size.py).
