@@ -259,7 +259,7 @@ def require_resources(
     folder = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free_disk = shutil.disk_usage(folder).free
     if free_disk < disk:
-        raise WorkError(
+        raise UserError(
             f"the conversion needs about {disk / 1e9:.1f} GB of disk in {folder} for "
             f"intermediate files, and {free_disk / 1e9:.1f} GB is free"
         )
