@@ -101,9 +101,9 @@ def _entry(line: bytes) -> tuple[str, int, Any, float]:
         "answers": lambda: (
             {name: type(found) for name, found in value.items() if name != "seconds"}
             == {"text": str, "tokens": int, "stopped": bool}
-            and isinstance(value["seconds"], (int, float))
+            and isinstance(value.get("seconds", 0.0), (int, float))  # the proof has none
         ),
-        "judged": lambda: all(isinstance(value[name], str) for name in ("verdict", "text")),
+        "judged": lambda: all(isinstance(value.get(name), str) for name in ("verdict", "text")),
     }
     whole = type(index) is int and index >= 0 and isinstance(seconds, (int, float))
     if not whole or part not in fits or not fits[part]():
