@@ -268,6 +268,22 @@ class Measured(BaseModel):
     data_dir: str
 
 
+class Verdicts(BaseModel):
+    """Verdicts on the answers to each kind of request."""
+
+    harmful: Counts
+    ordinary: Counts
+    borderline: Counts
+
+
+class Areas(BaseModel):
+    """The same by area of the request."""
+
+    harmful: dict[str, Counts]
+    ordinary: dict[str, Counts]
+    borderline: dict[str, Counts]
+
+
 class Result(BaseModel):
     """evaluation/NAME.json: what one model gave on the held-out rows.
 
@@ -280,8 +296,8 @@ class Result(BaseModel):
 
     n: dict[str, int]
     intervals: dict[str, tuple[float, float] | None]
-    verdicts: dict[str, Counts]
-    areas: dict[str, dict[str, Counts]]
+    verdicts: Verdicts
+    areas: Areas
     guide_areas: dict[str, Counts]
     knowledge: dict[str, Accuracy]
     too_long: dict[str, int]

@@ -120,7 +120,7 @@ def comparison_table(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
             shown = " / ".join(str(counts[v]) for v in VERDICTS) if sum(counts.values()) else "-"
             cells[label] = (shown, "")
         if any(number != "-" for number, _ in cells.values()):
-            n = max(sum(r[group][name].values()) for r in results.values())
+            n = max(sum(r.get(group, {}).get(name, {}).values()) for r in results.values())
             title = f"{title}: refused/answered/unclear"
             rows.append({"key": name, "title": title, "n": n, "arrow": "", "cells": cells})
     return rows + _device_rows(results)

@@ -43,7 +43,7 @@ class Journal:
                     break
                 try:
                     part, index, value, seconds = _entry(line)
-                except (ValueError, TypeError, RecursionError):
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     print(f"  {path} is damaged: what follows the damage is measured again")
                     break
                 self.found[part][index] = value
@@ -92,7 +92,7 @@ class Journal:
 
 
 def _entry(line: bytes) -> tuple[str, int, Any, float]:
-    """(part, index, value, seconds) of a line. Raises ValueError or TypeError for anything else."""
+    """(part, index, value, seconds) of a line; an error of some kind for anything else."""
     part, index, value, seconds = json.loads(line)
     fits = {
         "runs": lambda: isinstance(value, dict),

@@ -1,0 +1,397 @@
+"""What cannot be read is one short message with the right exit code, soon; never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from liteguard import checkpoints, config_layers, failures, models, records, shown, yaml_text
+from liteguard.cli import parser, resolve_config
+from liteguard.errors import UserError, WorkError
+from liteguard.evaluation import comparison, results
+from liteguard.evaluation.journal import Journal
+
+BOMB = "\n".join(
+    ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
+    + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+)
+
+
+def refused(path: Path | None = None, *settings: str) -> str:
+    """The message about a YAML file or settings that are no configuration."""
+    path = path or ROOT / "configs/phi-2.yaml"
+    args = parser("").parse_args(["--config", str(path), *(f"--set={s}" for s in settings)])
+    begin = time.monotonic()
+    with pytest.raises(UserError) as error:
+        resolve_config(args)
+    assert time.monotonic() - begin < 2, "a configuration is read within a second"
+    assert len(str(error.value)) < shown.LONGEST
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("domain: {max_steps: 2020-13-45}", "valid integer"),
+        ("domain: {max_steps: !!int abc}", "the tag '!!int' is not read here"),
+        ("a: !!python/object:os.system x", "is not read here"),
+        ("domain: " + "[" * 3000 + "]" * 3000, "more than 20 levels"),
+        ("domain: " + "{a: " * 30 + "}" * 30, "more than 20 levels"),
+        ("domain: {max_steps: " + "9" * 5000 + "}", "domain.max_steps"),
+        ("domain: &a {b: *a}", "an alias stands inside what it names"),
+        (BOMB, "more than 10,000 values"),
+        ("model_type: 'x\ny", "line 2"),
+        ('prompt: {system: "\\uD800"}', "no text"),
+        ('extends: "a\\0b"', "no text"),
+        ("extends: 5", "extends must be the name of another YAML file, not 5"),
+        ("extends: [a]", "extends must be"),
+        ("domain: {max_steps: true}", "not true or false"),
+        ("domain: {max_steps: 1:30}", "valid integer"),
+        ("domain: {max_steps: 1.0e300}", "larger than 1e+12"),
+        ("domain: {learning_rate: .inf}", "finite"),
+        ("domain: {weight_decay: .nan}", "finite"),
+        ("domain: {lora_targets: []}", "domain.lora_targets"),
+        ("data: {language: klingon}", "data.language"),
+        ("data: {min_characters: 30000}", "every row would be dropped"),
+        ("model: {context_length: 1000}", "longer than model.context_length 1000"),
+        ("{[a]: b}", "unhashable"),
+        ("a" * (yaml_text.LONGEST + 1), "more than 100,000 bytes"),
+        ("\n".join(f"key{n}: {'x' * 300}" for n in range(200)), "and 188 more"),
+    ],
+)
+def test_a_yaml_that_is_no_configuration(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert said in refused(path)
+
+
+def test_pipes_and_devices_are_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        assert "not a YAML file" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("domain.max_steps=2020-13-45", "valid integer"),
+        ("domain.packing=!!bool x", "its value cannot be read"),
+        ("domain.learning_rate=inf", "finite"),
+        ("domain.learning_rate=nan", "finite"),
+        ("safety.beta=1e999", "finite"),
+        ("domain.max_steps=true", "not true or false"),
+        ("domain.max_steps=1e300", "domain.max_steps"),
+        ("data.domain.0=5", "data.domain.0: Input should be a valid dictionary"),
+        ("data.domain.00.path=x", "data.domain: Input should be a valid list"),
+        ("data.domain.².path=x", "write --set section.key=value"),
+        ("data.domain.٠.path=x", "write --set section.key=value"),
+        ("domain..max_steps=5", "write --set section.key=value"),
+        ("a" + ".a" * 5000 + "=1", "write --set section.key=value"),
+        ("=5", "write --set section.key=value"),
+        ("evaluate.llm_judge={url: nonsense, model: m}", "not a URL"),
+        ("evaluate.llm_judge={url: 'file:///etc/passwd', model: m}", "not a URL"),
+        ("evaluate.llm_judge={url: 'localhost:8000/v1', model: m}", "not a URL"),
+        ("evaluate.llm_judge={url: 'http://a:99999/', model: m}", "not a URL"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant(setting, said):
+    assert said in refused(None, setting)
+
+
+def test_settings_that_can_be_meant_are_taken():
+    args = ["domain.learning_rate=2e-4", "data.instruction.1.limit=7", "domain.packing=no"]
+    args += ["prompt.system=1e3", "model.revision=12e4567", "domain.lora_targets=[fc1]"]
+    config = resolve_config(
+        parser("").parse_args(
+            ["--config", str(ROOT / "configs/phi-2.yaml"), *(f"--set={s}" for s in args)]
+        )
+    )
+    assert config.domain.learning_rate == 2e-4 and not config.domain.packing
+    assert config.data.instruction[1].limit == 7 and config.data.instruction[0].limit != 7
+    assert (config.prompt.system, config.model.revision) == ("1e3", "12e4567")
+
+
+def test_long_messages_are_cut_in_the_middle():
+    text = shown.message("begin " + "x" * 4_000_000 + " end")
+    assert len(text) <= shown.LONGEST and text.startswith("begin") and text.endswith("end")
+    assert "characters left out" in text
+    assert len(shown.message("\x1b" * 10_000)) <= shown.LONGEST
+    assert shown.message("short") == "short"
+
+
+# --- from an exception to an exit code ------------------------------------------------------------
+def system(number: int, path: str = "/nowhere/x") -> OSError:
+    return OSError(number, os.strerror(number), path)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("a"), 2, "error: a"),
+        (WorkError("a"), 1, "error: a"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (system(errno.ENOSPC), 1, "the disk is full"),
+        (RuntimeError("x (os error 28)"), 1, "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:626]"), 1, "cannot write"),
+        (system(errno.EACCES), 1, "cannot write: /nowhere/x"),
+        (system(errno.EROFS), 1, "cannot write: /nowhere/x"),
+        (MemoryError(), 1, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
+        (system(errno.EIO), 1, "the disk fails"),
+        (system(errno.ENOENT), 2, "/nowhere/x: No such file or directory"),
+        (system(errno.ENAMETOOLONG), 2, "File name too long"),
+        (system(errno.EISDIR), 2, "Is a directory"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "what read the output is gone"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "x"), 2, "not UTF-8"),
+    ],
+)
+def test_each_way_to_fail_has_one_exit_code(error, code, said):
+    told = failures.explain(error)
+    assert told is not None and told[1] == code and said in told[0]
+
+
+def test_an_input_that_may_not_be_read_is_no_lack_of_disk(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    path.write_text("{}")
+    # root may read everything
+    monkeypatch.setattr(failures.os, "access", lambda *_: False)
+    text, code = failures.explain(system(errno.EACCES, str(path)))
+    assert code == 2 and f"cannot read {path}: Permission denied" in text and "space" not in text
+
+
+def test_mistakes_of_the_program_keep_their_traceback():
+    assert failures.explain(KeyError("x")) is None
+    try:
+        try:
+            raise system(errno.ENOENT)
+        except OSError:
+            raise AttributeError("ours") from None
+    except AttributeError as error:
+        assert failures.explain(error) is None
+
+
+SCRIPT = "from liteguard import cli\n{}\ncli.run(main)"
+
+
+def script(body: str, **options) -> subprocess.Popen:
+    code = SCRIPT.format("def main():\n    " + body.replace("\n", "\n    "))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes | options)
+
+
+def test_output_that_nobody_reads():
+    process = script("for _ in range(100_000): print('x' * 80)")
+    process.stdout.readline()
+    process.stdout.close()
+    message = process.stderr.read()
+    assert process.wait() == 1 and "what read the output is gone" in message
+    assert "Traceback" not in message and "Exception ignored" not in message
+
+
+def test_a_terminal_of_ascii_only():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    body = "from liteguard.errors import UserError\nprint('café')\nraise UserError('né\\x1b[2J')"
+    out, message = script(body, env=environment).communicate()
+    assert "caf\\xe9" in out and message == "\nerror: n\\xe9\\x1b[2J\n"
+
+
+def test_ctrl_c_while_libraries_are_imported():
+    """Before cli.run: the package says it, from its first line on."""
+    code = "import liteguard, os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport json.tool"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == -signal.SIGINT
+    assert process.stderr.strip() == "interrupted; run the same command again to go on"
+
+
+def test_children_do_not_hear_ctrl_c():
+    from liteguard.machine import starting_children
+
+    before = signal.getsignal(signal.SIGINT)
+    with starting_children():
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"],
+            stdout=subprocess.PIPE,
+        )
+    assert signal.getsignal(signal.SIGINT) is before
+    child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.3)
+    child.kill()
+    child.wait()
+
+
+# --- JSON of another shape ------------------------------------------------------------------------
+def result() -> dict:
+    counts = {"refused": 1, "answered": 0, "unclear": 0}
+    answer = {"set": "harmful", "kind": "harmful", "area": "fraud", "prompt": "p", "answer": "a"}
+    answer |= {"reference": "r", "verdict": "refused", "stopped": True}
+    cost = dict.fromkeys(("wall_s", "scoring_s", "generation_s", "peak_rss_gb"), 1.0)
+    cost |= {"scored_tokens": 1, "generated_tokens": 1, "answer_s": dict.fromkeys("abcde", 1.0)}
+    lengths = {"max_new_tokens": 1, "max_text_tokens": 1, "context_words": 1}
+    return {
+        "perplexity": 2.0,
+        "n": {"perplexity": 1},
+        "intervals": {"perplexity": [1.0, 3.0]},
+        "verdicts": {name: counts for name in ("harmful", "ordinary", "borderline")},
+        "areas": {name: {"fraud": counts} for name in ("harmful", "ordinary", "borderline")},
+        "guide_areas": {"fraud": counts},
+        "knowledge": {},
+        "too_long": {"answers": 0, "options": 0},
+        "answers": [answer],
+        "bleu_signature": "s",
+        "contamination": {
+            **{"rows": 1, "training_rows": 1, "found": 0, "measured": 0},
+            **{"examples": [], "unchecked": []},
+        },
+        "cost": cost,
+        "model": {"name": "n", "path": None, "data_dir": "/nowhere"},
+        "inputs": {"evaluate": lengths, "rows": {}},
+    }
+
+
+def test_a_whole_result_is_compared(tmp_path):
+    checkpoints.write_json(tmp_path / "final.json", result())
+    found = comparison.read_results(["final"], tmp_path)
+    assert "Perplexity" in comparison.comparison_text(found)
+    assert results.reuse(tmp_path / "final.json", result()["inputs"]) == result()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("guide_areas", "bleu_signature", "answers", "n", "n.perplexity", "verdicts.harmful"),
+        *("verdicts.harmful.refused", "cost.answer_s", "cost.peak_rss_gb", "inputs.evaluate"),
+        *("answers.0.answer", "answers.0.verdict", "contamination.found", "model.path"),
+        *("inputs.evaluate.max_new_tokens", "intervals", "perplexity", "too_long"),
+    ],
+)
+@pytest.mark.parametrize("value", [None, [], "x", "missing"])
+def test_a_result_of_another_shape(tmp_path, path, value):
+    found = result()
+    *above, last = path.split(".")
+    place = found
+    for key in above:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    if value == "missing":
+        del place[last]
+    texts = ("answers.0.answer", "answers.0.verdict", "bleu_signature", "model.path")
+    no_fault = [*((name, "x") for name in texts), ("model.path", None), ("perplexity", "missing")]
+    if (path, value) in no_fault:
+        comparison.comparison_text({"final": found})
+        return
+    (tmp_path / "final.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="final.json is damaged"):
+        comparison.read_results(["final"], tmp_path)
+    assert results.reuse(tmp_path / "final.json", result()["inputs"]) is None
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"", b"\xff\xfe", b"[" * 100_000])
+def test_records_that_are_none(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    for kind in (records.StageRecord, records.BundleRecord, records.Manifest, records.Result):
+        with pytest.raises(UserError, match=r"x\.json"):
+            records.read(kind, path)
+    assert results.reuse(path, {}) is None
+    (tmp_path / checkpoints.INPUTS).write_bytes(content)
+    assert checkpoints.begun_from(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"[]", b"no", b"\xff", b'["answers", 0, {}, 1]', b'["answers", 0, 5, 1]']
+    + [b'["x", 0, {}, 1]', b'["answers", "0", {}, 1]', b'["scores", 0, [1], 1]', b"[" * 100_000],
+)
+def test_a_damaged_journal_is_kept_up_to_the_damage(tmp_path, line, capsys):
+    path = tmp_path / "final.partial.jsonl"
+    answer = {"text": "a", "tokens": 1, "stopped": True, "seconds": 0.1}
+    with Journal(path, {"a": 1}) as journal:
+        journal.add("answers", 0, answer, 0.5)
+        journal.add("scores", 0, [-1.5, 3], 0.5)
+        journal.add("scores", 1, [None, 0], 0.5)
+        journal.add("judged", 0, {"verdict": "refused", "text": "r", "tokens": 1})
+        journal.add_run(peak_rss_gb=1.0)
+    whole = path.read_bytes()
+    path.write_bytes(whole + line + b"\n" + whole.split(b"\n", 1)[1])
+    with Journal(path, {"a": 1}) as journal:
+        assert journal.found["answers"] == {0: answer} and len(journal.found["scores"]) == 2
+    assert path.read_bytes() == whole and "damaged" in capsys.readouterr().out
+
+
+# --- folders of models ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole_base(tmp_path_factory):
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    directory = tmp_path_factory.mktemp("base")
+    shape = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    PhiForCausalLM(PhiConfig(**shape, num_attention_heads=2)).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("model.safetensors", lambda data: data[:-500], "holds no weights that can be used"),
+        ("model.safetensors", lambda data: b"", "holds no weights that can be used"),
+        ("config.json", lambda data: b"{", "it is no JSON"),
+        ("config.json", lambda data: b"[]", "holds a list"),
+        ("config.json", lambda data: b"{}", "cannot be used"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"hidden_size": 16', b'"hidden_size": 32'),
+            "another shape|holds no weights",
+        ),
+        (
+            "config.json",
+            lambda data: data.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'),
+            "do not belong together",
+        ),
+        (
+            "config.json",
+            lambda data: data.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 1'),
+            "have more layers",
+        ),
+        (
+            "config.json",
+            lambda data: data.replace(b": 2048", b": 512"),
+            "model.context_length 2048 is more than this base model can read: 512",
+        ),
+    ],
+)
+def test_a_damaged_base_model(whole_base, tmp_path, file, change, said):
+    for path in whole_base.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / file
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before
+    settings = {"model": {"name": "x/y", "path": str(tmp_path)}}
+    with pytest.raises(UserError, match=said):
+        models.model_config(config_layers.build([("test", settings)]))
+        models.load_weights(tmp_path)
+
+
+def test_a_damaged_tokenizer(tmp_path):
+    from liteguard.prompts import Prompt
+
+    for content in ("{", "[]", "{}", ""):
+        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+        )
+        with pytest.raises(UserError, match="holds no tokenizer that can be used"):
+            models.load_tokenizer(str(tmp_path), Prompt(), 100)
