@@ -21,6 +21,7 @@ from pathlib import Path
 from liteguard import checkpoints, cli
 from liteguard.data import lengths, preparation
 from liteguard.errors import UserError
+from liteguard.machine import one_at_a_time
 from liteguard.rows import read_manifest
 
 
@@ -65,15 +66,18 @@ def main() -> None:
         return
 
     # 3. Work
-    # Nothing goes on from what was half written; finished sources are in the cache.
-    shutil.rmtree(checkpoints.work_directory(output), ignore_errors=True)
-    work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
-    if work is None:
-        print(f"{output} is finished and was made from the same inputs: reused")
-    else:
-        manifest = preparation.prepare(config, work)
-        files = [*manifest["counts"], "dropped.jsonl", "NOTICE.md"]
-        checkpoints.publish(work, output, manifest, files, "manifest.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # The same command twice: the second one waits and reuses what the first one made.
+    with one_at_a_time(output.with_name(f".{output.name}.lock")):
+        # Nothing goes on from what was half written; finished sources are in the cache.
+        shutil.rmtree(checkpoints.work_directory(output), ignore_errors=True)
+        work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
+        if work is None:
+            print(f"{output} is finished and was made from the same inputs: reused")
+        else:
+            manifest = preparation.prepare(config, work)
+            files = [*manifest["counts"], "dropped.jsonl", "NOTICE.md"]
+            checkpoints.publish(work, output, manifest, files, "manifest.json")
 
     # 4. Results
     manifest = read_manifest(output)
