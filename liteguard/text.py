@@ -141,7 +141,8 @@ def pieces(text: str, limit: int, shortest: int = 1) -> list[str]:
         # Not a last piece of a few characters: the last two are about equal.
         size = limit if len(text) >= limit + shortest else max(1, len(text) // 2)
         ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, size + 1)]
-        cut = ends[-1] if ends and ends[-1] >= shortest else text.rfind(" ", shortest, size + 1)
+        ends = [end for end in ends if shortest <= end <= size]
+        cut = ends[-1] if ends else text.rfind(" ", shortest, size + 1)
         cut = cut if cut > 0 else size
         found.append(text[:cut].strip())
         text = text[cut:].strip()

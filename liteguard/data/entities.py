@@ -119,13 +119,21 @@ def _given_names(parts: list[Part]) -> dict[str, str]:
     return found
 
 
+def _first_text(line: str, field: str) -> str:
+    """A row's question or text; it comes first in the line, so the rest need not be read."""
+    begin = f'{{"{field}": "'
+    if line.startswith(begin):
+        return json.decoder.scanstring(line, len(begin))[0]  # type: ignore[attr-defined]
+    return json.loads(line)[field]
+
+
 def _guess(part: Part, rows: np.ndarray, names: Names, data: DataSection) -> int:
     """Guess the entities of these rows of a part; returns of how many."""
     readers = [Lines(shard) for shard in part.shards]
     numbers: dict[str, int] = {}
     field = FIELDS[part.name][0]
     for row in rows:
-        text = json.loads(readers[part.shard[row]][part.row[row]])[field]
+        text = _first_text(readers[part.shard[row]][part.row[row]].decode(), field)
         if part.name == "domain":
             text = " ".join(text.split(" ", TEXT_WORDS)[:TEXT_WORDS]).split(". ", 1)[0]
         entity = names.find(match_key(text).split())
