@@ -112,6 +112,17 @@ class Measured(BaseModel):
     data_dir: str
 
 
+class SetNumbers(BaseModel):
+    """What one model gave on one outside set; its numbers by name are extra fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    file: str
+    n: dict[str, int]
+    intervals: dict[str, Any]
+
+
 class Result(BaseModel):
     """evaluation/NAME.json: what one model gave on the held-out rows.
 
@@ -129,9 +140,13 @@ class Result(BaseModel):
     knowledge: dict[str, Any]
     too_long: dict[str, int]
     answers: list[dict[str, Any]]
+    sets: dict[str, SetNumbers] = {}  # outside sets by name
+    # Set -> [log-likelihood, tokens] of every row that was scored, to compare models row by row.
+    scores: dict[str, list[tuple[float | None, int]]] = {}
     contamination: Contamination
     cost: Cost
     model: Measured
+    limits: dict[str, Any] = {}  # of the verdict, as the YAML had them
     inputs: dict[str, Any]
 
 
