@@ -445,6 +445,9 @@ class VerdictSection(Section):
         le=1,
         description="Largest share of a set's measured rows that may stand in training data.",
     )
+    fewest_rows: int = Field(
+        30, ge=1, description="Rows that it takes to judge: with few, nothing is beyond chance."
+    )
     proof: bool = Field(True, description="Whether a bundle must have passed its proof.")
 
 

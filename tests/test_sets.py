@@ -486,7 +486,7 @@ def judged(config: Config, model: Made, directory: Path, leaks=None, **limits) -
         "base": measured(config, BASE, directory, "base"),
         "final": measured(config, model, directory, "final", leaks),
     }
-    return verdict.verdict(found, VerdictSection(**limits))
+    return verdict.verdict(found, VerdictSection(**{"fewest_rows": 4, **limits}))
 
 
 def against(said: verdict.Verdict) -> str:
@@ -559,6 +559,13 @@ def test_own_rows_decide_only_where_nothing_else_is_there(tmp_path):
     assert "own questions: ROUGE-1" in against(said) and "own questions: circles" in against(said)
 
 
+def test_too_few_rows_do_not_make_a_model_ship(outside, tmp_path):
+    """With few rows every interval is wide, and nothing would ever be worse."""
+    why = against(judged(outside, BETTER, tmp_path, fewest_rows=24))
+    assert why == "own rows, ordinary requests: 8 rows are too few to judge by, at least 24"
+    assert "nih: 24 rows are too few" in against(judged(outside, BETTER, tmp_path, fewest_rows=25))
+
+
 def test_leaked_rows_of_a_set_stand_against_it(outside, tmp_path):
     leaks = {"measured_by_set": {"nih": 3}}
     said = judged(outside, BETTER, tmp_path, leaks)
@@ -574,7 +581,7 @@ def test_the_bundle_is_judged_and_must_be_proven(outside, tmp_path):
     }
 
     def why(**limits) -> str:
-        return against(verdict.verdict(found, VerdictSection(**limits)))
+        return against(verdict.verdict(found, VerdictSection(fewest_rows=4, **limits)))
 
     assert "cannot be read" in why() and why(proof=False) == ""
     step = {"step": "perplexity", "measured": "", "tolerance": "", "passed": True}
@@ -584,7 +591,7 @@ def test_the_bundle_is_judged_and_must_be_proven(outside, tmp_path):
     record |= {"data_dir": "d", "verify": {"steps": [step]}}
     file = tmp_path / "x.task.json"
     write_json(file, record)
-    said = verdict.verdict(found, VerdictSection())
+    said = verdict.verdict(found, VerdictSection(fewest_rows=4))
     assert said.ships and said.label == "bundle"
     assert "proof: the bundle passed it" in verdict.verdict_text(said)
     write_json(file, {**record, "verify": None})
@@ -607,9 +614,9 @@ def test_no_verdict_without_the_base(outside, tmp_path):
 
 def test_compare_exits_for_ci(outside, tmp_path, monkeypatch, capsys):
     """The script in this process: exit codes, and where limits come from."""
-    strict = validate(
-        {"evaluate": {**outside.evaluate.model_dump(), "verdict": {"circles": 0}}}, "t"
-    )
+    strict = outside.model_copy(deep=True)
+    strict.evaluate.verdict.circles = 0
+    strict.evaluate.verdict.fewest_rows = 4
     for label, model in (("base", BASE), ("final", BETTER)):
         measured(strict, model, tmp_path, label)
 
@@ -628,7 +635,9 @@ def test_compare_exits_for_ci(outside, tmp_path, monkeypatch, capsys):
     code, screen = compare("--require_ship")
     assert code == 0 and "Verdict: SHIP: final" in screen and "at most 0 %" in screen
     assert screen.rindex("wrote") < screen.rindex("Verdict:"), "the verdict stands last"
-    code, screen = compare("--set", "evaluate.verdict.harmful_refused=1", "--model_type", "phi2")
+    strictly = ["--set", "evaluate.verdict.harmful_refused=1"]
+    strictly += ["--set", "evaluate.verdict.fewest_rows=4"]
+    code, screen = compare("--model_type", "phi2", *strictly)
     assert code == 0 and "at least 100 %" in screen and "at most 2 %" in screen
     measured(strict, WORSE, tmp_path, "final")
     assert compare()[0] == 0, "a verdict alone is no failure"

@@ -169,8 +169,9 @@ def samples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     outside = next(iter(results.values())).get("sets", {})
     for name in (*outside, *QUESTIONS, *REQUESTS):
         seen: set[str] = set()
+        kind = outside.get(name, {}).get("kind")
         for index, answer in enumerate(first):
-            group = str(answer["area"] or answer["kind"])
+            group = str(answer["area"] or answer["kind"] or kind)
             if answer["set"] != name or group in seen or len(seen) == 2:
                 continue
             seen.add(group)

@@ -87,6 +87,7 @@ def verdict(results: dict[str, dict[str, Any]], limits: VerdictSection) -> Verdi
         *_quality(changes(base, result), limits, own="answers" in own_rows),
         *_answers(base, result, limits),
         *_refusals(result, limits, own_rows),
+        *_too_few(result, limits, own_rows),
         *_contamination(result, limits),
         *(_proof(result, limits) if label == "bundle" else ()),
     ]
@@ -188,6 +189,24 @@ def _refusals(
 
 def _of(verdicts: dict[str, int]) -> tuple[int, int]:
     return verdicts["refused"], sum(verdicts.values())
+
+
+def _too_few(
+    result: dict[str, Any], limits: VerdictSection, own_rows: list[str]
+) -> Iterator[Reason]:
+    """What is judged on so few rows that no difference would be beyond the interval."""
+    counts = {
+        name: max(own["n"].values())
+        for name, own in result["sets"].items()
+        if own["kind"] != "borderline"
+    }
+    keys = {"answers": "rouge1", "harmful requests": "refused_harmful"}
+    keys["ordinary requests"] = "refused_benign"
+    counts |= {f"own rows, {what}": result["n"].get(keys[what], 0) for what in own_rows}
+    for name, count in counts.items():
+        if count < limits.fewest_rows:
+            text = f"{name}: {count} rows are too few to judge by, at least {limits.fewest_rows}"
+            yield Reason(False, text)
 
 
 def _contamination(result: dict[str, Any], limits: VerdictSection) -> Iterator[Reason]:
