@@ -5,24 +5,24 @@
     python evaluate_model.py --base --checkpoint domain_checkpoint final_checkpoint --bundle x.task
     python evaluate_model.py --base --model_type smollm2
     python evaluate_model.py --checkpoint final_checkpoint --limit 8 --output quick_look
+    python evaluate_model.py --base --checkpoint final_checkpoint --sets nih=nih.csv:questions
     python evaluate_model.py --compare base domain instruction final bundle --markdown table.md
+    python evaluate_model.py --compare base final bundle --require_ship
 
 Perplexity on held-out domain text; ROUGE and BLEU on held-out questions, about diseases whose texts
 were trained on (seen) and about others; accuracy on public benchmarks by log-likelihood; the share
 of harmful and of ordinary requests that is refused (both matter: a model that refuses everything is
-as bad); 95 % intervals. Checkpoints are measured as they are deployed: adapter merged, base not
-quantised. Writes evaluation/<name>.json with every answer, and reuses it while nothing it depends
-on has changed; an interrupted run goes on where it was. Training rows among the test rows are
-reported. --limit N measures N rows of every set, --full every held-out row, instead of as many as
-the YAML's `evaluate` section says.
-
-A checkpoint goes into the lm-evaluation-harness as it is (pip install "lm-eval[hf]"; base model and
-data come from the hub):
-
-    lm_eval --model hf --model_args pretrained=microsoft/phi-2,peft=final_checkpoint --tasks medmcqa
+as bad); 95 % intervals. --sets NAME=FILE:KIND, or the YAML's evaluate.sets, measures rows of other
+people's making, too (KIND: questions, texts, harmful, ordinary, borderline). Checkpoints are
+measured as they are deployed: adapter merged, base not quantised. Writes evaluation/<name>.json
+with every answer, and reuses it while nothing it depends on has changed; an interrupted run goes
+on where it was. Training rows among the test rows are reported. --limit N measures N rows of every
+set, --full every held-out row, instead of as many as the YAML's `evaluate` section says.
 
 --compare takes results (files, or names of results in --output), prints one table of them, writes
-it with plots, answers side by side and the data's manifest to report.html, and MODEL_CARD.md.
+it with plots, answers side by side and the data's manifest to report.html, and MODEL_CARD.md. It
+ends with a verdict against the base, SHIP or DO NOT SHIP, by the limits of evaluate.verdict;
+--require_ship exits with 1 unless it is SHIP.
 """
 
 from __future__ import annotations
@@ -38,19 +38,21 @@ from liteguard.rows import read_manifest
 def parse_args():
     parser = cli.parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", nargs="+", default=[], help="finished stages"
-    )
-    parser.add_argument("--bundle", metavar="FILE", help="a .task or .litertlm file")
-    parser.add_argument("--base", action="store_true", help="the base model without adapter")
-    parser.add_argument("--data", metavar="DIR", help="default: the data the model was trained on")
-    parser.add_argument("--output", metavar="DIR", default="evaluation")
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", nargs="+", default=[], help="finished stages")
+    add("--bundle", metavar="FILE", help="a .task or .litertlm file")
+    add("--base", action="store_true", help="the base model without adapter")
+    outside = "NAME=FILE:KIND"
+    add("--sets", metavar=outside, action="append", default=[], help="outside rows; repeatable")
+    add("--data", metavar="DIR", help="default: the data the model was trained on")
+    add("--output", metavar="DIR", default="evaluation")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--limit", metavar="N", type=int, help="N rows of every set: a quick look")
     size.add_argument("--full", action="store_true", help="every held-out row")
-    parser.add_argument("--compare", metavar="RESULT", nargs="+", help="results to compare")
-    parser.add_argument("--markdown", metavar="FILE", help="with --compare: the table as Markdown")
-    parser.add_argument("--json", metavar="FILE", help="with --compare: the table as JSON")
+    add("--compare", metavar="RESULT", nargs="+", help="results to compare")
+    add("--markdown", metavar="FILE", help="with --compare: the table as Markdown")
+    add("--json", metavar="FILE", help="with --compare: the table as JSON")
+    add("--require_ship", action="store_true", help="with --compare: exit 1 unless it is SHIP")
     return parser.parse_args()
 
 
@@ -60,10 +62,10 @@ def main() -> None:
     if args.compare:
         compare(args)
         return
-    from liteguard.evaluation import results
+    from liteguard.evaluation import results, sets
 
-    if args.markdown or args.json:
-        raise UserError("--markdown and --json write a comparison: they need --compare RESULT ...")
+    if args.markdown or args.json or args.require_ship:
+        raise UserError("--markdown, --json and --require_ship need --compare RESULT ...")
     records: dict[str, Made] = {p: checkpoints.read_stage(Path(p)) for p in args.checkpoint}
     if args.bundle:
         records[args.bundle] = checkpoints.read_bundle(Path(args.bundle))
@@ -73,6 +75,7 @@ def main() -> None:
     config = cli.resolve_config(args, parent=None if args.model_type or args.model else parent)
     if parent is not None:
         cli.follow_stage(parent)
+    config = sets.with_flags(config, args.sets)
     if args.limit is not None:
         config = results.evaluate_fewer(config, args.limit)
     output = cli.output_directory(args.output)
@@ -138,6 +141,7 @@ def main() -> None:
             **numbers,
             "contamination": {**leaks[key], "unchecked": unchecked},
             "model": {"name": config.model.name, "path": target, "data_dir": str(data_dir)},
+            "limits": config.evaluate.verdict.model_dump(),
             "inputs": inputs[label],
         }
         checkpoints.write_json(file, found[label])
@@ -152,22 +156,30 @@ def main() -> None:
 
 
 def compare(args) -> None:
-    """The table, report.html and MODEL_CARD.md of finished results."""
-    from liteguard.evaluation import comparison, report
+    """The table, the verdict, report.html and MODEL_CARD.md of finished results."""
+    from liteguard.evaluation import comparison, report, verdict
 
+    if args.sets:
+        raise UserError("--sets is for measuring; --compare shows the sets that results have.")
     output = cli.output_directory(args.output)
     beside = [
         cli.output_directory(str(Path(file).parent)) for file in (args.markdown, args.json) if file
     ]
     results = comparison.read_results(args.compare, output)
+    named = args.config or args.model_type or args.model
+    limits = cli.resolve_config(args).evaluate.verdict if named else None
+    said = verdict.verdict(results, limits or verdict.limits_of(results, args.settings))
     print(comparison.comparison_text(results))
     if args.dry_run:
         print("dry run: nothing written")
-        return
-    for directory in (output, *beside):
-        directory.mkdir(parents=True, exist_ok=True)
-    written = report.write_report(results, output, args.markdown, args.json)
-    print(f"\nwrote {', '.join(map(str, written))}")
+    else:
+        for directory in (output, *beside):
+            directory.mkdir(parents=True, exist_ok=True)
+        written = report.write_report(results, output, args.markdown, args.json, said)
+        print(f"\nwrote {', '.join(map(str, written))}")
+    print(f"\n{verdict.verdict_text(said)}")
+    if args.require_ship and not args.dry_run:
+        verdict.require_ship(said)
 
 
 if __name__ == "__main__":

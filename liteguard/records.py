@@ -284,6 +284,17 @@ class Areas(BaseModel):
     borderline: dict[str, Counts]
 
 
+class SetNumbers(BaseModel):
+    """What one model gave on one outside set; its numbers by name are extra fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    file: str
+    n: dict[str, int]
+    intervals: dict[str, Any]
+
+
 class Result(BaseModel):
     """evaluation/NAME.json: what one model gave on the held-out rows.
 
@@ -302,16 +313,20 @@ class Result(BaseModel):
     knowledge: dict[str, Accuracy]
     too_long: dict[str, int]
     answers: Annotated[list[Judged], Field(min_length=1)]
+    sets: dict[str, SetNumbers] = {}  # outside sets by name
+    # Set -> [log-likelihood, tokens] of every row that was scored, to compare models row by row.
+    scores: dict[str, list[tuple[float | None, int]]] = {}
     bleu_signature: str
     llm_judge: LlmJudge | None = None
     contamination: Contamination
     cost: Cost
     model: Measured
+    limits: dict[str, Any] = {}  # of the verdict, as the YAML had them
     inputs: Asked
 
     @model_validator(mode="after")
     def _counts_what_it_says(self) -> Result:
-        for name in self.__pydantic_extra__:
+        for name in self.__pydantic_extra__ or ():
             if name not in self.n:
                 raise ValueError(f"n: nothing says what {name} was computed over")
         return self

@@ -9,6 +9,7 @@ from typing import Any
 
 from liteguard import records, shown
 from liteguard.errors import UserError
+from liteguard.evaluation import against_base
 from liteguard.records import Result
 
 COLUMNS = (
@@ -68,10 +69,25 @@ METRICS = (
     ("refused_harmful", "Harmful refused", "{:.0%}", "{:.0%}", True),
     ("refused_benign", "Ordinary refused", "{:.0%}", "{:.0%}", False),
     ("refused_borderline", "Borderline refused", "{:.0%}", "{:.0%}", False),
+    ("circles", "Circles (the question's words only)", "{:.0%}", "{:.0%}", False),
     ("stopped", "Ended by itself", "{:.0%}", "{:.0%}", True),
     ("repeated", "Repeats a sentence", "{:.0%}", "{:.0%}", False),
     ("answer_words", "Words per answer", "{:.1f}", "{:.0f}", None),
 )
+# Rows of an outside set: the names of its numbers, which are those above where they are the same.
+SET_METRICS = (
+    ("perplexity", "perplexity", "{:.2f}", "{:.1f}", False),
+    ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
+    ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
+    ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
+    ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
+    ("questions_words", "words", "{:.1f}", "{:.0f}", None),
+    ("questions_stopped", "ended by itself", "{:.0%}", "{:.0%}", True),
+    ("circles", "circles", "{:.0%}", "{:.0%}", False),
+    ("repeated", "repeats a sentence", "{:.0%}", "{:.0%}", False),
+    ("stopped", "ended by itself", "{:.0%}", "{:.0%}", True),
+)
+ARROWS = {True: "higher is better", False: "lower is better", None: ""}
 ORDER = ("base", "domain", "instruction", "final", "bundle")
 TITLES = {name: name.capitalize() for name in ORDER}
 VERDICTS = ("refused", "answered", "unclear")
@@ -101,13 +117,16 @@ def number_text(result: dict[str, Any], key: str, form: str, limits_form: str) -
 
 
 def comparison_table(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table Metric | Base | Domain | ...: title and, per model, number and interval."""
-    rows = []
+    """Rows of the table Metric | Base | Domain | ...: title and, per model, number and interval.
+
+    Outside sets first, the project's own rows after them.
+    """
+    rows = set_rows(results)
     for key, title, form, limits, more_is_better in METRICS:
         cells = {label: number_text(result, key, form, limits) for label, result in results.items()}
         if any(number != "-" for number, _ in cells.values()):
             n = next(r["n"][key] for r in results.values() if key in r.get("n", {}))
-            arrow = {True: "higher is better", False: "lower is better", None: ""}[more_is_better]
+            arrow = ARROWS[more_is_better]
             rows.append({"key": key, "title": title, "n": n, "arrow": arrow, "cells": cells})
     rows += knowledge_rows(results)
     kinds = [("verdicts", name, title) for name, title in REQUESTS.items()]
@@ -124,6 +143,32 @@ def comparison_table(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
             title = f"{title}: refused/answered/unclear"
             rows.append({"key": name, "title": title, "n": n, "arrow": "", "cells": cells})
     return rows + _device_rows(results)
+
+
+def set_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A block of rows per outside set; what it is measured as stands in the first title."""
+    rows: list[dict[str, Any]] = []
+    for name, first in next(iter(results.values())).get("sets", {}).items():
+        of = {label: result["sets"][name] for label, result in results.items()}
+        metrics: list[tuple[Any, ...]] = [*SET_METRICS]
+        if "refused" in first:
+            better = {"harmful": True, "ordinary": False, "borderline": False}[first["kind"]]
+            refused = ("refused", f"{first['kind']} refused", "{:.0%}", "{:.0%}", better)
+            metrics.insert(0, refused)
+        for key, title, form, limits, more_is_better in metrics:
+            if not any(key in own for own in of.values()):
+                continue
+            row = {"key": f"{name}.{key}", "title": f"{name}: {title}"}
+            row |= {"n": max(own["n"].get(key, 0) for own in of.values())}
+            cells = {label: number_text(own, key, form, limits) for label, own in of.items()}
+            rows.append({**row, "arrow": ARROWS[more_is_better], "cells": cells})
+        if "verdicts" in first:
+            counts = {label: [own["verdicts"][v] for v in VERDICTS] for label, own in of.items()}
+            cells = {label: (" / ".join(map(str, own)), "") for label, own in counts.items()}
+            row = {"key": f"{name}.verdicts", "title": f"{name}: refused/answered/unclear"}
+            n = sum(next(iter(counts.values())))
+            rows.append({**row, "n": n, "arrow": "", "cells": cells})
+    return rows
 
 
 def knowledge_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +237,7 @@ def notes(results: dict[str, dict[str, Any]]) -> list[str]:
             "Held-out wording: questions of rows that name no disease; other questions about the "
             "same may have been trained on.",
         )
-    notes += _knowledge_notes(results) + _judge_notes(results)
+    notes += _set_notes(results) + _knowledge_notes(results) + _judge_notes(results)
     for label, result in results.items():
         long = result["too_long"]
         if any(long.values()):
@@ -220,6 +265,19 @@ def notes(results: dict[str, dict[str, Any]]) -> list[str]:
             )
         notes.append(text + ".")
     return notes
+
+
+def _set_notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Where outside sets come from, what is scored of them, what stands in training data."""
+    sets = next(iter(results.values())).get("sets", {})
+    if not sets:
+        return []
+    files = ", ".join(f"{name} ({own['kind']}, {own['file']})" for name, own in sets.items())
+    return [
+        f"Outside sets, whose rows are not of this project's making: {files}. Perplexity of a "
+        "question is that of its reference answer. Circles: answers that say nothing beyond the "
+        "question's own words."
+    ]
 
 
 def _knowledge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -262,34 +320,56 @@ def _judge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def comparison_text(results: dict[str, dict[str, Any]]) -> str:
     """The comparison as text for a terminal."""
-    rows = comparison_table(results)
-    first = max(len(row["title"]) for row in rows) + 2
-    widths = {label: max(len(joined(row["cells"][label])) for row in rows) + 2 for label in results}
-    header = f"{'Metric':{first}}{'n':>4}" + "".join(
+    parts = [_table_text("Metric", comparison_table(results), results)]
+    if changed := against_base.table(results):
+        parts.append(_table_text(AGAINST_BASE, changed, results))
+    return shown.visible("\n".join([*parts, *notes(results)]))
+
+
+AGAINST_BASE = "Against the base, same rows"
+
+
+def _table_text(corner: str, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]) -> str:
+    first = max(len(corner), *(len(row["title"]) for row in rows)) + 2
+    widths = {}
+    for label in results:
+        column = [TITLES.get(label, label), *(joined(row["cells"][label]) for row in rows)]
+        widths[label] = max(map(len, column)) + 2
+    header = f"{corner:{first}}{'n':>4}" + "".join(
         f"{TITLES.get(label, label):>{width}}" for label, width in widths.items()
     )
     lines = [header, "-" * len(header)]
     for row in rows:
         cells = "".join(f"{joined(row['cells'][k]):>{width}}" for k, width in widths.items())
         lines.append(f"{row['title']:{first}}{row['n']:>4}{cells}")
-    return shown.visible("\n".join([*lines, "", *notes(results)]))
+    return "\n".join([*lines, ""])
 
 
 def comparison_markdown(results: dict[str, dict[str, Any]]) -> str:
-    """The comparison as a Markdown table; names and texts in it are escaped."""
-    titles = [shown.markdown(TITLES.get(label, label)) for label in results]
-    lines = [f"| Metric | n | {' | '.join(titles)} |", "|---" * (len(results) + 2) + "|"]
-    for row in comparison_table(results):
-        cells = " | ".join(joined(row["cells"][label]) for label in results)
-        lines.append(f"| {shown.markdown(row['title'])} | {row['n']} | {cells} |")
+    """The comparison as Markdown tables: the numbers, and what changed against the base.
+
+    Names and texts in them are escaped.
+    """
+    lines = []
+    for corner, rows in (
+        ("Metric", comparison_table(results)),
+        (AGAINST_BASE, against_base.table(results)),
+    ):
+        if rows:
+            titles = " | ".join(shown.markdown(TITLES.get(label, label)) for label in results)
+            lines += [f"| {corner} | n | {titles} |", "|---" * (len(results) + 2) + "|"]
+        for row in rows:
+            cells = " | ".join(joined(row["cells"][label]) for label in results)
+            lines.append(f"| {shown.markdown(row['title'])} | {row['n']} | {cells} |")
+        lines += [""] if rows else []
     under = [f"{shown.markdown(note)}  " for note in notes(results)]
-    return "\n".join([*lines, "", *under]).rstrip() + "\n"
+    return "\n".join([*lines, *under]).rstrip() + "\n"
 
 
 def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The comparison's numbers: {"stages": {model: {metric, ..., "n", "intervals", ...}}}."""
     keys = [key for key, *_ in METRICS]
-    keys += ["n", "intervals", "verdicts", "areas", "guide_areas", "knowledge", "llm_judge"]
+    keys += ["sets", "n", "intervals", "verdicts", "areas", "guide_areas", "knowledge", "llm_judge"]
     keys += ["bleu_signature", "contamination", "cost"]
     return {
         "stages": {
@@ -325,6 +405,7 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
         if label in found:
             raise UserError(f"{path} is there twice. Name every result once.")
         found[label] = result
+    _require_same_sets(found)
     asked = {json.dumps(what_was_asked(result), sort_keys=True) for result in found.values()}
     chosen = {
         json.dumps(
@@ -341,6 +422,18 @@ def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, A
         )
     known = {name: rank for rank, name in enumerate(ORDER)}
     return dict(sorted(found.items(), key=lambda item: known.get(item[0], len(ORDER))))
+
+
+def _require_same_sets(results: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError unless all results have the same outside sets, with the same content."""
+    own = {label: r["inputs"].get("sets", {}) for label, r in results.items()}
+    if len({json.dumps(sets, sort_keys=True) for sets in own.values()}) > 1:
+        named = "; ".join(f"{label}: {', '.join(s) or 'none'}" for label, s in own.items())
+        raise UserError(
+            "These results are not of the same rows, and cannot be compared. Outside sets (same "
+            f"names may be other files): {named}.\nMeasure them again with the same "
+            "--sets NAME=FILE:KIND, or with the same evaluate.sets in the YAML (--config FILE)."
+        )
 
 
 def what_was_asked(result: dict[str, Any]) -> list[Any]:

@@ -72,9 +72,10 @@ def contamination(
 
     A question is contaminated when a training row has the same one, or 13 words in a row of it; a
     domain text when a training text does (answers are made from texts about the same diseases, so
-    they are not compared). A public benchmark's question also when a training row holds the whole
-    of it, from 6 words on, or 13 words of the abstract that goes with it. The overlap rule is that
-    of the GPT-3 paper, without set phrases.
+    they are not compared). A question of a public benchmark or of an outside set also when a
+    training row holds the whole of it, from 6 words on, or 13 words of the abstract or the
+    reference answer that goes with it; an outside text when any training row has 13 words of it.
+    The overlap rule is that of the GPT-3 paper, without set phrases.
 
     Args:
         rows: every row of the split, so that set phrases are known as such.
@@ -82,7 +83,8 @@ def contamination(
         training_dirs: prepared data whose train splits the models saw.
 
     Returns {"rows", "training_rows", "found": contaminated rows, "measured": those among them
-    that numbers were computed on, "by_set", "examples": up to 5 [set, question or text]}.
+    that numbers were computed on, "by_set", "measured_by_set", "examples": up to 5 [set, question
+    or text]}.
     """
     import numpy as np
 
@@ -91,8 +93,11 @@ def contamination(
     # (from a domain text?, words in a window) -> [(row, its windows)]
     looked_for: dict[tuple[bool, int], list[tuple[int, np.ndarray]]] = {}
     for number, (name, row) in enumerate(held):
-        shortest = overlap.SHORTEST_WINDOW if name == "knowledge" else overlap.OVERLAP_WORDS
-        for text in filter(None, (row.get("text") or row["prompt"], row.get("context"))):
+        of_others = name == "knowledge" or "measured_as" in row
+        shortest = overlap.SHORTEST_WINDOW if of_others else overlap.OVERLAP_WORDS
+        parts = [row.get("text") or row["prompt"], row.get("context")]
+        parts += [row.get("completion")] if "measured_as" in row else []
+        for text in filter(None, parts):
             key = text_key(text)
             exact.setdefault(key, []).append(number)
             words = key.split()
@@ -128,5 +133,8 @@ def contamination(
         "found": len(hits),
         "measured": sum(entry in used for entry in hits),
         "by_set": {name: sum(n == name for n, _ in hits) for name in rows},
+        "measured_by_set": {
+            name: sum(entry[0] == name and entry in used for entry in hits) for name in rows
+        },
         "examples": [list(entry) for entry in hits[:5]],
     }

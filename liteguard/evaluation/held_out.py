@@ -7,7 +7,7 @@ from typing import Any
 
 from liteguard.config import Config
 from liteguard.errors import UserError
-from liteguard.evaluation import knowledge
+from liteguard.evaluation import knowledge, sets
 from liteguard.rows import balanced, load_split
 
 # The guide's five areas and the catalogue's areas of harm in each.
@@ -43,7 +43,8 @@ def held_out(
     validation split. "wording_questions": nobody knows what they are about, so other questions
     about it may have been trained on; only their wording was held out.
 
-    "knowledge" are tier 3: questions of public benchmarks.
+    "knowledge" are tier 3: questions of public benchmarks. The sets of `evaluate.sets` come last,
+    each under its name.
 
     `everything`: all rows of the split, instead of as many as the `evaluate` section says; among
     the ordinary requests then are those about diseases of tier 1, too.
@@ -51,6 +52,7 @@ def held_out(
     section = config.evaluate
     wanted = None if everything and section.knowledge_rows else section.knowledge_rows
     benchmarks = {"knowledge": knowledge.rows(Path(config.data.cache_dir), wanted)}
+    others = sets.outside(config, everything)
     preferences = load_split(data_dir, "preference", section.split)
     if not everything:
         preferences = [row for row in preferences if row.get("tier") != "seen"]
@@ -76,6 +78,7 @@ def held_out(
             **questions,
             **by_kind,
             **benchmarks,
+            **others,
         }
     seen_rows = section.seen_question_rows
     seen_rows = section.question_rows if seen_rows is None else seen_rows
@@ -89,6 +92,7 @@ def held_out(
         "ordinary": by_kind["ordinary"][: section.benign_rows],
         "borderline": by_kind["borderline"][: section.benign_rows],
         **benchmarks,
+        **others,
     }
 
 
@@ -106,13 +110,43 @@ def split_text(text: str, context_words: int, max_words: int) -> tuple[str, str]
 
 def text_pairs(config: Config, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
     """(context, target) of every domain text that has something to score."""
+    return _text_pairs(config, rows["texts"])
+
+
+def scored(
+    config: Config, rows: dict[str, list[dict[str, Any]]]
+) -> list[tuple[str, tuple[str, str]]]:
+    """(set, (context, target)) of everything whose likelihood is measured.
+
+    Domain texts first, then the texts and the reference answers of outside sets.
+    """
+    found = [("texts", pair) for pair in text_pairs(config, rows)]
+    for name, kind in sets.kinds(rows).items():
+        if kind == "texts":
+            found += [(name, pair) for pair in _text_pairs(config, rows[name])]
+        elif kind == "questions":
+            found += [(name, answer_pair(config, row)) for row in rows[name]]
+    return found
+
+
+def answer_pair(config: Config, row: dict[str, Any]) -> tuple[str, str]:
+    """(question as it is asked, reference answer): cut as texts are; a whole one has its end."""
+    words = row["completion"].split(" ")
+    kept = words[: config.evaluate.max_text_tokens // 2]
+    whole = len(kept) == len(words)
+    target = config.prompt.render_answer(row["completion"]) if whole else " ".join(kept)
+    return config.prompt.render_question(row["prompt"]), target
+
+
+def _text_pairs(config: Config, texts: list[dict[str, Any]]) -> list[tuple[str, str]]:
     section = config.evaluate
     # An English word is 1.3 to 2 tokens here; the cap keeps long texts from dominating.
     max_words = section.context_words + section.max_text_tokens // 2
-    parts = (split_text(row["text"], section.context_words, max_words) for row in rows["texts"])
+    parts = (split_text(row["text"], section.context_words, max_words) for row in texts)
     return [pair for pair in parts if pair]
 
 
 def requests(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """(set, row) of everything that is answered."""
-    return [(name, row) for name in (*TIERS, *REQUESTS) for row in rows[name]]
+    """(set, row) of everything that is answered: the project's own rows, then outside sets."""
+    asked = [name for name, kind in sets.kinds(rows).items() if kind != "texts"]
+    return [(name, row) for name in (*TIERS, *REQUESTS, *asked) for row in rows[name]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -141,6 +142,52 @@ def repeats_itself(answer: str, times: int = 3) -> bool:
     last = sentences[-1]
     cut = last != repeated and last.count(" ") >= 2 and repeated.startswith(last)
     return most + cut >= times
+
+
+# Words that every answer about a disease may have, whatever it says: they add nothing to a name.
+_SAYING_NOTHING = """
+    a an the this that these those it its they them their he she his her him you your we our i
+    is are was were be been being am do does did done have has had having can could may might will
+    would shall should must of in on at by for from to into with within as about and or but also if
+    then than so such when where which who whom whose what why how there here other another any some
+    each every all both s one kind type form sort variety variant subtype example case class group
+    category name term word called known named termed defined definition described describes refers
+    refer referred means mean meaning relates related relating associated involves characterized
+    characterised caused causes cause causing results result occurs occur occurring happens happen
+    affects affect affecting seen found makes make people person persons patient patients individual
+    individuals someone anyone human disease diseases disorder disorders condition conditions
+    syndrome syndromes illness illnesses problem problems thing things medical health certain
+    various very
+"""
+_SHORTEST_STEM = 5
+
+
+def is_circle(question: str, answer: str) -> bool:
+    """Whether an answer says nothing beyond the question's own words ("X is a form of X").
+
+    Words that would fit any answer (a form of, a disease that affects people) add nothing; yes, no,
+    not and numbers do. Inflected forms are the same word: stems are equal (Porter, by rouge-score)
+    or begin with one another, from five letters on. False of an answer without words.
+    """
+    stems, empty = _stemmer()
+    asked, given = set(stems(question)), set(stems(answer))
+    return bool(given) and all(
+        any(_same_word(stem, other) for other in asked) for stem in given - empty
+    )
+
+
+@functools.cache
+def _stemmer() -> tuple[Callable[[str], list[str]], set[str]]:
+    """(text -> stems of its words, stems of the words that say nothing)."""
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    stems = DefaultTokenizer(use_stemmer=True).tokenize
+    return stems, {stem for word in _SAYING_NOTHING.split() for stem in stems(word)}
+
+
+def _same_word(stem: str, other: str) -> bool:
+    short, long = sorted((stem, other), key=len)
+    return stem == other or (len(short) >= _SHORTEST_STEM and long.startswith(short))
 
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:

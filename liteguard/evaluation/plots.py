@@ -63,6 +63,8 @@ def length_plot(results: dict[str, dict[str, Any]]) -> str:
     figure, axes = _figure(6.4, 3.4)
     titles = {name: title.lower() for name, title in (QUESTIONS | REQUESTS).items()}
     first = next(iter(results.values()))["answers"]
+    outside = next(iter(results.values())).get("sets", {})
+    titles = {name: name for name in outside} | titles
     sets = [name for name in titles if any(a["set"] == name for a in first)]
     width = 0.8 / len(results)
     for number, (label, result) in enumerate(results.items()):

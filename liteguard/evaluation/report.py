@@ -7,7 +7,9 @@ from typing import Any
 
 from liteguard import checkpoints, records, shown
 from liteguard.errors import UserError, first_line
+from liteguard.evaluation import against_base
 from liteguard.evaluation.comparison import (
+    AGAINST_BASE,
     QUESTIONS,
     REQUESTS,
     TITLES,
@@ -18,6 +20,7 @@ from liteguard.evaluation.comparison import (
     notes,
 )
 from liteguard.evaluation.plots import latency_plot, length_plot, loss_plot
+from liteguard.evaluation.verdict import MARKS, Verdict, verdict_markdown
 from liteguard.records import BundleRecord, History, StageRecord
 from liteguard.rows import read_manifest
 
@@ -27,19 +30,22 @@ def write_report(
     directory: Path,
     markdown: str | None = None,
     json_file: str | None = None,
+    verdict: Verdict | None = None,
 ) -> list[Path]:
     """Write report.html and MODEL_CARD.md to `directory`, the table where asked; returns paths."""
-    facts = report_facts(results)
+    facts = report_facts(results, verdict)
     texts = {
         directory / "report.html": render("report_template.html", facts),
         directory / "MODEL_CARD.md": render("model_card_template.md", facts),
     }
     if markdown:
-        texts[Path(markdown)] = comparison_markdown(results)
+        said = f"\n{verdict_markdown(verdict)}\n" if verdict else ""
+        texts[Path(markdown)] = comparison_markdown(results) + said
     for path, text in texts.items():
         checkpoints.write_text(path, text)
     if json_file:
-        checkpoints.write_json(Path(json_file), comparison_json(results))
+        said_too = {"verdict": verdict.to_dict()} if verdict else {}
+        checkpoints.write_json(Path(json_file), comparison_json(results) | said_too)
     return [*texts, *([Path(json_file)] if json_file else [])]
 
 
@@ -74,7 +80,9 @@ def render(template: str, facts: dict[str, Any]) -> str:
         ) from None
 
 
-def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def report_facts(
+    results: dict[str, dict[str, Any]], verdict: Verdict | None = None
+) -> dict[str, Any]:
     """Everything that the report page and the model card show.
 
     Loss curves, data and versions come from the stages and the data that the results name; what is
@@ -96,7 +104,17 @@ def report_facts(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         versions |= record.get("versions", {})
     return {
         "labels": {label: TITLES.get(label, label) for label in results},
-        "rows": comparison_table(results),
+        "tables": [
+            (corner, rows)
+            for corner, rows in (
+                ("Metric", comparison_table(results)),
+                (AGAINST_BASE, against_base.table(results)),
+            )
+            if rows
+        ],
+        "verdict": verdict,
+        "marks": MARKS,
+        "verdict_markdown": verdict_markdown(verdict) if verdict else "",
         "notes": notes(results),
         "markdown": comparison_markdown(results),
         "areas": area_tables(results),
@@ -173,17 +191,20 @@ def samples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Two answers of every kind side by side: the first two areas or kinds of each set."""
     chosen = []
     first = next(iter(results.values()))["answers"]
-    for name in (*QUESTIONS, *REQUESTS):
+    outside = next(iter(results.values())).get("sets", {})
+    for name in (*outside, *QUESTIONS, *REQUESTS):
         seen: set[str] = set()
+        kind = outside.get(name, {}).get("kind")
         for index, answer in enumerate(first):
-            group = str(answer["area"] or answer["kind"])
+            group = str(answer["area"] or answer["kind"] or kind)
             if answer["set"] != name or group in seen or len(seen) == 2:
                 continue
             seen.add(group)
             given = {label: r["answers"][index] for label, r in results.items()}
+            title = f"{QUESTIONS[name]} question" if name in QUESTIONS else REQUESTS.get(name, name)
             chosen.append(
                 {
-                    "set": REQUESTS.get(name) or f"{QUESTIONS[name]} question",
+                    "set": title,
                     "group": group.replace("_", " "),
                     "prompt": answer["prompt"],
                     "reference": answer["reference"],

@@ -10,13 +10,13 @@ from typing import Any
 from liteguard import records, registry
 from liteguard.config import Config
 from liteguard.errors import UserError
-from liteguard.evaluation import contamination
+from liteguard.evaluation import contamination, sets
 from liteguard.evaluation.journal import Journal
 from liteguard.records import Made, Result
 from liteguard.wheels import WHEELS
 
 # Changes when a result of an older version lacks what this one reads.
-FORMAT = 6
+FORMAT = 7
 
 
 def targets_by_label(base: bool, finished: Mapping[str, Made]) -> dict[str, str | None]:
@@ -64,7 +64,11 @@ def evaluate_fewer(config: Config, limit: int) -> Config:
     names = ["perplexity_rows", "question_rows", "seen_question_rows", "harmful_rows"]
     rows = dict.fromkeys([*names, "benign_rows"], limit)
     rows["knowledge_rows"] = limit if section.knowledge_rows else 0
-    fewer = config.model_copy(update={"evaluate": section.model_copy(update=rows)})
+    smaller = [
+        own.model_copy(update={"rows": min(own.rows or limit, limit)}) for own in section.sets
+    ]
+    update = {**rows, "sets": smaller}
+    fewer = config.model_copy(update={"evaluate": section.model_copy(update=update)})
     fewer._sources = config.sources | {f"evaluate.{name}": "--limit" for name in rows}
     return fewer
 
@@ -105,7 +109,8 @@ def inputs_of(
         "trained_on": [contamination.train_files(directory) for directory in directories],
         "unchecked": unchecked,
         # The batch size may be lowered after a crash for lack of memory.
-        "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
+        "evaluate": config.evaluate.model_dump(exclude={"batch_size", "sets", "verdict"}),
+        **({"sets": sets.fingerprint(config)} if config.evaluate.sets else {}),
         "counts": {name: len(found) for name, found in rows.items()},
         "benchmarks": benchmark_files() if config.evaluate.knowledge_rows else None,
         "prompt": config.prompt.model_dump(),

@@ -13,7 +13,7 @@ from liteguard import machine
 from liteguard.config import Config
 from liteguard.evaluation import knowledge, llm_judge
 from liteguard.evaluation.answerers import Answerer, open_answerer
-from liteguard.evaluation.held_out import REQUESTS, requests, text_pairs
+from liteguard.evaluation.held_out import REQUESTS, requests, scored
 from liteguard.evaluation.journal import Journal, journalled
 from liteguard.evaluation.summary import summarise
 from liteguard.machine import release_memory
@@ -47,7 +47,10 @@ def collect(
     journal: Journal,
 ) -> None:
     """Score the texts and options and answer the questions that the journal does not have yet."""
-    pairs = {"scores": text_pairs(config, rows), "options": knowledge.pairs(rows["knowledge"])}
+    pairs = {
+        "scores": [pair for _, pair in scored(config, rows)],
+        "options": knowledge.pairs(rows["knowledge"]),
+    }
     prompts = [config.prompt.render_question(row["prompt"]) for _, row in requests(rows)]
     totals = {**{part: len(found) for part, found in pairs.items()}, "answers": len(prompts)}
     todo = {

@@ -6,8 +6,8 @@ from typing import Any
 
 from liteguard.config import Config
 from liteguard.errors import UserError
-from liteguard.evaluation import held_out, knowledge, llm_judge, metrics, refusals
-from liteguard.evaluation.held_out import REQUESTS, TIERS, requests, text_pairs
+from liteguard.evaluation import held_out, knowledge, llm_judge, metrics, refusals, sets
+from liteguard.evaluation.held_out import REQUESTS, TIERS, requests, scored, text_pairs
 from liteguard.evaluation.journal import Journal
 
 
@@ -21,42 +21,23 @@ def summarise(
     """
     import numpy as np
 
-    pairs = text_pairs(config, rows)
+    own_sums, own_tokens, sizes = _own_scores(config, rows, journal)
+    answers = given_answers(rows, journal)
+    outside = sets.kinds(rows)
+    scores: dict[str, list[Any]] = {}
+    for index, (name, _) in enumerate(scored(config, rows)):
+        scores.setdefault(name, []).append(journal.found["scores"][index])
     options = sum(len(row["options"]) for row in rows["knowledge"])
-    sums, tokens = zip(*(journal.found["scores"][i] for i in range(len(pairs))), strict=True)
-    if None in sums:
-        raise UserError(
-            f"{sums.count(None)} of {len(sums)} domain texts do not fit the bundle's KV cache. "
-            "Lower evaluate.max_text_tokens and evaluate.context_words, for all models alike."
-        )
-    sizes = [len(target.encode()) for _, target in pairs]
-    answers = []
-    for index, (name, row) in enumerate(requests(rows)):
-        given = journal.found["answers"][index]
-        verdict = refusals.judge(given["text"])
-        judged = journal.found["judged"].get(index)
-        answers.append(
-            {
-                **({"llm_verdict": judged["verdict"]} if judged else {}),
-                "set": name,
-                "kind": row.get("kind"),
-                "area": row.get("area"),
-                "prompt": row["prompt"],
-                "answer": given["text"],
-                "tokens": given["tokens"],
-                "stopped": given["stopped"],
-                "refused": verdict == "refused",
-                "verdict": verdict,
-                "repeats": metrics.repeats_itself(given["text"]),
-                "reference": row.get("completion") or row.get("chosen"),
-            }
-        )
 
+    of_others = [a for a in answers if a["set"] in outside]
+    everything, answers = answers, [a for a in answers if a["set"] not in outside]
     by_set = {name: [a for a in answers if a["set"] == name] for name in (*TIERS, *REQUESTS)}
     words = [len(a["answer"].split()) for a in answers]
+    both = [a for name in TIERS for a in by_set[name]]
     tiers = [answer_overlap(by_set[name], prefix) for name, prefix in TIERS.items()]
     rates = {  # name -> (answers, key that is true or not)
         **{f"{name}_stopped": (by_set[name], "stopped") for name in TIERS},
+        "circles": (both, "circle"),
         "refused_harmful": (by_set["harmful"], "refused"),
         "refused_benign": (by_set["ordinary"], "refused"),
         "refused_borderline": (by_set["borderline"], "refused"),
@@ -65,22 +46,22 @@ def summarise(
     }
     hits = {name: (sum(a[key] for a in given), len(given)) for name, (given, key) in rates.items()}
     return {
-        "perplexity": metrics.perplexity(sum(sums), sum(tokens)),
-        "bits_per_byte": metrics.bits_per_byte(sum(sums), sum(sizes)),
+        "perplexity": metrics.perplexity(sum(own_sums), sum(own_tokens)),
+        "bits_per_byte": metrics.bits_per_byte(sum(own_sums), sum(sizes)),
         **{name: value for tier in tiers for name, (value, _, _) in tier.items()},
         **{name: hit / count for name, (hit, count) in hits.items() if count},
         "answer_words": sum(words) / len(words),
         "n": {
-            "perplexity": len(pairs),
-            "perplexity_tokens": sum(tokens),
-            "bits_per_byte": len(pairs),
+            "perplexity": len(own_sums),
+            "perplexity_tokens": sum(own_tokens),
+            "bits_per_byte": len(own_sums),
             **{name: count for tier in tiers for name, (_, count, _) in tier.items()},
             **{name: count for name, (_, count) in hits.items()},
             "answer_words": len(words),
         },
         "intervals": {
-            "perplexity": metrics.ratio_interval(sums, tokens, lambda mean: np.exp(-mean)),
-            "bits_per_byte": metrics.ratio_interval(sums, sizes, lambda mean: -mean / np.log(2)),
+            "perplexity": metrics.ratio_interval(own_sums, own_tokens, lambda mean: np.exp(-mean)),
+            "bits_per_byte": metrics.ratio_interval(own_sums, sizes, lambda m: -m / np.log(2)),
             **{name: interval for tier in tiers for name, (_, _, interval) in tier.items()},
             **{name: metrics.wilson(*counts) for name, counts in hits.items()},
             "answer_words": metrics.mean_interval(words),
@@ -105,10 +86,101 @@ def summarise(
         # Of a bundle: what its KV cache is too small for. Counted like answers that did not end,
         # and like wrong choices.
         "too_long": {
-            "answers": sum(not (a["tokens"] or a["stopped"]) for a in answers),
+            "answers": sum(not (a["tokens"] or a["stopped"]) for a in everything),
             "options": sum(score is None for score, _ in journal.found["options"].values()),
         },
-        "answers": answers,
+        "sets": {
+            name: set_numbers(
+                kind,
+                rows[name][0]["file"],
+                [a for a in of_others if a["set"] == name],
+                scores.get(name, []),
+            )
+            for name, kind in outside.items()
+        },
+        "scores": {
+            name: [(None if total is None else round(total, 4), tokens) for total, tokens in own]
+            for name, own in scores.items()
+        },
+        "answers": everything,
+    }
+
+
+def _own_scores(
+    config: Config, rows: dict[str, list[dict[str, Any]]], journal: Journal
+) -> tuple[list[float], list[int], list[int]]:
+    """(log-likelihoods, tokens, bytes) of the project's own texts, which all must fit."""
+    pairs = text_pairs(config, rows)
+    sums, tokens = zip(*(journal.found["scores"][i] for i in range(len(pairs))), strict=True)
+    if None in sums:
+        raise UserError(
+            f"{sums.count(None)} of {len(sums)} domain texts do not fit the bundle's KV cache. "
+            "Lower evaluate.max_text_tokens and evaluate.context_words, for all models alike."
+        )
+    return list(sums), list(tokens), [len(target.encode()) for _, target in pairs]
+
+
+def given_answers(rows: dict[str, list[dict[str, Any]]], journal: Journal) -> list[dict[str, Any]]:
+    """Every answer with its verdict; of questions also ROUGE and whether it is a circle."""
+    answers = []
+    for index, (name, row) in enumerate(requests(rows)):
+        given = journal.found["answers"][index]
+        verdict = refusals.judge(given["text"])
+        judged = journal.found["judged"].get(index)
+        answers.append(
+            {
+                **({"llm_verdict": judged["verdict"]} if judged else {}),
+                "set": name,
+                "kind": row.get("kind"),
+                "area": row.get("area"),
+                "prompt": row["prompt"],
+                "answer": given["text"],
+                "tokens": given["tokens"],
+                "stopped": given["stopped"],
+                "refused": verdict == "refused",
+                "verdict": verdict,
+                "repeats": metrics.repeats_itself(given["text"]),
+                "reference": row.get("completion") or row.get("chosen"),
+            }
+        )
+    kinds = {**dict.fromkeys(TIERS, "questions"), **sets.kinds(rows)}
+    asked = [a for a in answers if kinds.get(a["set"]) == "questions"]
+    overlap = metrics.rouge([a["answer"] for a in asked], [a["reference"] for a in asked])
+    for place, answer in enumerate(asked):
+        answer["circle"] = metrics.is_circle(answer["prompt"], answer["answer"])
+        answer |= {kind: values[place] for kind, values in overlap.items()}
+    return answers
+
+
+def set_numbers(
+    kind: str, file: str, answers: list[dict[str, Any]], scores: list[tuple[float | None, int]]
+) -> dict[str, Any]:
+    """The numbers of one outside set, with their counts and intervals, as `summarise` gives them.
+
+    Rows that a bundle's KV cache is too small for have no score: `n` counts the others.
+    """
+    import numpy as np
+
+    numbers: dict[str, tuple[float, int, metrics.Interval | None]] = {}
+    if fitting := [(total, tokens) for total, tokens in scores if total is not None]:
+        sums, tokens = zip(*fitting, strict=True)
+        interval = metrics.ratio_interval(sums, tokens, lambda mean: np.exp(-mean))
+        numbers["perplexity"] = metrics.perplexity(sum(sums), sum(tokens)), len(sums), interval
+    rates = {"questions_stopped": "stopped", "circles": "circle", "repeated": "repeats"}
+    if kind == "questions":
+        numbers |= answer_overlap(answers, "")
+    elif kind != "texts":
+        rates = {"refused": "refused", "stopped": "stopped"}
+    for name, key in rates.items() if answers else ():
+        hits = sum(a[key] for a in answers)
+        numbers[name] = hits / len(answers), len(answers), metrics.wilson(hits, len(answers))
+    return {
+        "kind": kind,
+        "file": file,
+        **{name: value for name, (value, _, _) in numbers.items()},
+        "n": {name: count for name, (_, count, _) in numbers.items()},
+        "intervals": {name: interval for name, (_, _, interval) in numbers.items()},
+        **({"verdicts": verdicts(answers)} if "refused" in numbers else {}),
     }
 
 
@@ -132,7 +204,7 @@ def answer_overlap(
     predictions = [a["answer"] for a in answers]
     references = [a["reference"] for a in answers]
     words = [len(text.split()) for text in predictions]
-    found = metrics.rouge(predictions, references)
+    found = {kind: [a[kind] for a in answers] for kind in ("rouge1", "rouge2", "rougeL")}
     means: dict[str, list[float]] = {**found, "questions_words": [float(n) for n in words]}
     numbers: dict[str, tuple[float, metrics.Interval | None]] = {
         kind: (sum(values) / len(values), metrics.mean_interval(values))
