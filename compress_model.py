@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 
 from liteguard import checkpoints, cli, models
-from liteguard.config import RECIPES
-from liteguard.config_layers import flatten
+from liteguard.config import RECIPES, flatten
 from liteguard.errors import UserError
 from liteguard.records import BundleRecord
 

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.evaluation import answerers, held_out, knowledge
 from liteguard.runtime.bundle import Answer
 from liteguard.runtime.workers import BundleWorkers

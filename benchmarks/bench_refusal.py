@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from liteguard import checkpoints, cli, merged, models
-from liteguard.config_layers import validate
+from liteguard.config import validate
 from liteguard.errors import UserError
 from liteguard.rows import load_split
 

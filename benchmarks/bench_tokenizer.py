@@ -23,7 +23,7 @@ import phi_like
 import tokenizers
 
 from liteguard import cli, models
-from liteguard.config_layers import build
+from liteguard.config import build
 from liteguard.embedded import public_benchmarks
 from liteguard.errors import UserError
 from liteguard.export import tokenizer, verify

@@ -261,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from liteguard import models
-    from liteguard.config_layers import build, read_yaml
+    from liteguard.config import build, read_yaml
 
     settings = build(
         [

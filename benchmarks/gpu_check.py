@@ -47,8 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import trl_recipe
 
 from liteguard import cli, machine, memory, models
-from liteguard.config import Config
-from liteguard.config_layers import CONFIG_DIR, build, read_yaml
+from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import WorkError
 from liteguard.training import loop, memory_estimate, patches
 from liteguard.training.memory_terms import Shapes, adapter_matrices, read_shapes

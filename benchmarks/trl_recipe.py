@@ -39,7 +39,7 @@ from liteguard import (
     machine,  # noqa: E402
     models,
 )
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.rows import load_split
 from liteguard.training import tokens
 

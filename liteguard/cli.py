@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from liteguard import distributed, failures, hub, machine, shown
-from liteguard.config import Config
-from liteguard.config_layers import (
+from liteguard.config import (
+    Config,
     build,
     find_config,
     flatten,

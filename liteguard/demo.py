@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import checkpoints, cli
-from liteguard.config_layers import build, read_yaml, validate
+from liteguard.config import build, read_yaml, validate
 from liteguard.data import preparation
 from liteguard.embedded import smollm2
 from liteguard.errors import WorkError

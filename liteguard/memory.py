@@ -16,7 +16,7 @@ import argparse
 from typing import Any, Literal
 
 from liteguard import cli, models
-from liteguard.config_layers import CONFIG_DIR, build, read_yaml
+from liteguard.config import CONFIG_DIR, build, read_yaml
 from liteguard.training.memory_estimate import estimate
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import records
-from liteguard.config_layers import available_configs
+from liteguard.config import available_configs
 from liteguard.errors import UserError
 
 SPLITS = ("test", "validation", "train")

@@ -21,7 +21,7 @@ from conftest import CACHE, ROOT, fail, run_script, succeed
 from test_llm_judge import KEY, Service
 
 from liteguard.checkpoints import sha256_file, write_json
-from liteguard.config_layers import build
+from liteguard.config import build
 from liteguard.errors import UserError
 from liteguard.evaluation import (
     answerers,

@@ -7,7 +7,7 @@ from conftest import ROOT, fail
 
 from liteguard import config
 from liteguard.cli import parser, resolve_config
-from liteguard.config_layers import OTHER_NAMES, find_config, valid_names
+from liteguard.config import OTHER_NAMES, find_config, valid_names
 from liteguard.errors import UserError
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

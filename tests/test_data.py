@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import CACHE, ROOT, fail, prepare, succeed
 
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.data import formats, preparation, splits
 from liteguard.data.shards import Shard
 from liteguard.embedded import diseases, questions

@@ -228,7 +228,7 @@ def test_fsdp_stores_nf4_in_the_compute_dtype_and_places_the_model_itself(tiny_p
     import transformers
 
     from liteguard import models
-    from liteguard.config_layers import build, read_yaml
+    from liteguard.config import build, read_yaml
 
     config = build([("phi-2", read_yaml(ROOT / "configs/phi-2.yaml"))])
     seen = {}

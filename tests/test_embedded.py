@@ -12,8 +12,7 @@ import pytest
 from conftest import CACHE, ROOT, succeed
 
 from liteguard import demo
-from liteguard.config import SourceSection
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import SourceSection, build, read_yaml
 from liteguard.data import datasets, preparation
 from liteguard.embedded import anatomy, diseases, preferences, public_benchmarks, questions
 from liteguard.embedded import structures as structures_module

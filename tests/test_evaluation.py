@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import ROOT, fail, succeed
 
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.evaluation.answerers import Checkpoint, Generated
 
 
@@ -93,7 +93,7 @@ def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):
     import torch
 
     from liteguard import checkpoints, merged, models
-    from liteguard.config_layers import validate
+    from liteguard.config import validate
     from liteguard.rows import load_split
 
     printed = succeed(ROOT / "benchmarks/bench_refusal.py", "final_checkpoint", cwd=pipeline)
@@ -148,7 +148,7 @@ def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
     """Teacher-forced through the TFLite model, prefill and decode; no trace of earlier texts."""
     from liteguard import checkpoints
-    from liteguard.config_layers import validate
+    from liteguard.config import validate
     from liteguard.runtime.bundle import Bundle
 
     record = checkpoints.read_stage(pipeline / "final_checkpoint")

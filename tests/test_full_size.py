@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import CACHE, ROOT
 
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.evaluation.answerers import Checkpoint
 from liteguard.prompts import Prompt
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, fail, succeed
 
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.training import packing
 from liteguard.training.memory_terms import read_shapes
 

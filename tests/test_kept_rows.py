@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, fail
 
 from liteguard import checkpoints, registry
-from liteguard.config_layers import build, parse_setting, read_yaml
+from liteguard.config import build, parse_setting, read_yaml
 from liteguard.data import entities, preparation
 from liteguard.errors import UserError
 from liteguard.evaluation import comparison, held_out

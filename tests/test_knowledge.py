@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import CACHE, ROOT
 
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.embedded import public_benchmarks
 from liteguard.evaluation import knowledge
 from liteguard.evaluation.answerers import Checkpoint

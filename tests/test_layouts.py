@@ -13,8 +13,7 @@ import pytest
 from conftest import ROOT, run_script
 from test_readers import collect, jsonl, read, texts, write
 
-from liteguard.config import SourceSection
-from liteguard.config_layers import build
+from liteguard.config import SourceSection, build
 from liteguard.data import exams, formats, values
 from liteguard.data.readers import Broken, LeftOut, Tally
 from liteguard.errors import UserError

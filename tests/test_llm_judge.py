@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from liteguard.config_layers import build
+from liteguard.config import build
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation import held_out, llm_judge, metrics, refusals, run
 from liteguard.evaluation.journal import Journal

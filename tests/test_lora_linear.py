@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from liteguard import models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.training import lora_linear
 
 

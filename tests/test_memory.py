@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from liteguard import memory, models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.errors import UserError, WorkError
 from liteguard.training import loop, memory_estimate, patches
 from liteguard.training.memory_terms import Precision, optimizer_states, read_shapes, stream_bytes

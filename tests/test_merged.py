@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from liteguard import machine, merged, models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.errors import WorkError
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from liteguard import checkpoints, config_layers, failures, models, records, shown, yaml_text
+from liteguard import checkpoints, failures, models, records, shown, yaml_text
+from liteguard import config as config_layers
 from liteguard.cli import parser, resolve_config
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation import comparison, results

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from liteguard import models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.errors import UserError, WorkError
 from liteguard.training import packing, patches
 from liteguard.training.tokens import TokenRows

@@ -140,7 +140,7 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
     import torch
 
     from liteguard import checkpoints, merged
-    from liteguard.config_layers import validate
+    from liteguard.config import validate
     from liteguard.training import tokens
 
     monkeypatch.chdir(pipeline)
@@ -335,7 +335,7 @@ def test_loss_reduction_is_what_the_first_step_says(pipeline, tmp_path):
     import torch
 
     from liteguard import checkpoints, merged
-    from liteguard.config_layers import validate
+    from liteguard.config import validate
     from liteguard.training import tokens
 
     command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--output")
@@ -404,7 +404,7 @@ def test_losing_the_chosen_answers_stops_stage_3(pipeline, tiny_config, tmp_path
 
     from transformers import TrainerControl
 
-    from liteguard.config_layers import build, read_yaml
+    from liteguard.config import build, read_yaml
     from liteguard.training import callbacks
     from liteguard.training.stage import plan
 
@@ -437,7 +437,7 @@ def test_every_evaluated_step_has_a_checkpoint(pipeline, tiny_config, tmp_path, 
     """Or the best of them could not be published; those of `save_steps` come on top."""
     from transformers import TrainerControl
 
-    from liteguard.config_layers import build, read_yaml
+    from liteguard.config import build, read_yaml
     from liteguard.training import callbacks
     from liteguard.training.arguments import trainer_arguments
     from liteguard.training.stage import plan

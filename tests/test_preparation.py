@@ -19,8 +19,7 @@ import pytest
 import yaml
 from conftest import CACHE, ROOT, fail, succeed
 
-from liteguard.config import DataSection, SourceSection
-from liteguard.config_layers import build
+from liteguard.config import DataSection, SourceSection, build
 from liteguard.data import (
     cleaning,
     near_duplicates,

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from liteguard import models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.errors import UserError
 from liteguard.training import tokens
 

@@ -20,8 +20,7 @@ import yaml
 from conftest import ROOT, fail, prepare, succeed
 
 from liteguard import wheels
-from liteguard.config import SourceSection
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import SourceSection, build, read_yaml
 from liteguard.data import datasets, formats, preparation, readers
 from liteguard.data.cleaning import Rules
 from liteguard.data.readers import Broken

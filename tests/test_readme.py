@@ -12,7 +12,7 @@ import yaml
 from conftest import CACHE, ROOT, fail, run_script, succeed
 
 from benchmarks.readme import blocks, documents
-from liteguard.config_layers import validate
+from liteguard.config import validate
 from liteguard.export import tflite
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,8 +13,7 @@ from conftest import ROOT
 
 from liteguard import cli
 from liteguard.checkpoints import sha256_file, write_json
-from liteguard.config import Config, VerdictSection
-from liteguard.config_layers import validate
+from liteguard.config import Config, VerdictSection, validate
 from liteguard.errors import UserError
 from liteguard.evaluation import (
     against_base,

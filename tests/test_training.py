@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from liteguard import models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.rows import balanced
 from liteguard.training import callbacks, feed, loss_head, patches, tokens
 

@@ -8,7 +8,8 @@ from argparse import Namespace
 
 import pytest
 
-from liteguard import checkpoints, cli, config_layers, models, shown
+from liteguard import checkpoints, cli, models, shown
+from liteguard import config as config_layers
 from liteguard.errors import LiteGuardError, UserError
 from liteguard.evaluation import contamination, plots, report
 from liteguard.records import Manifest, StageRecord

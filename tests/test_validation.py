@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, diseases
 
 from liteguard import machine, models
-from liteguard.config_layers import build, read_yaml
+from liteguard.config import build, read_yaml
 from liteguard.training import arguments, callbacks, loop, patches, validation
 from liteguard.training.feed import make_feed, pair_counts
 from liteguard.training.reference import precompute_reference

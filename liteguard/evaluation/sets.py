@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import checkpoints
-from liteguard.config import SET_KINDS, Config, SetSection, SourceSection
-from liteguard.config_layers import validate
+from liteguard.config import SET_KINDS, Config, SetSection, SourceSection, validate
 from liteguard.data.files import local_files
 from liteguard.data.formats import FORMATS
 from liteguard.data.readers import Broken, broken, read_rows

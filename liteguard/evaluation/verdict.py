@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import records
-from liteguard.config import VerdictSection
-from liteguard.config_layers import build, parse_setting
+from liteguard.config import VerdictSection, build, parse_setting
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation.against_base import METRICS as COMPARED
 from liteguard.evaluation.against_base import OWN, Change, changes, per_cent, share, shorter

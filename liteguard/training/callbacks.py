@@ -7,8 +7,7 @@ import time
 from typing import Any
 
 from liteguard import distributed
-from liteguard.config import TrainSection
-from liteguard.config_layers import flatten
+from liteguard.config import TrainSection, flatten
 from liteguard.errors import WorkError
 from liteguard.machine import gpu_memory_gb
 from liteguard.training import tracking

@@ -12,10 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from liteguard import shown, yaml_text
-from liteguard.config import Config, SetSection, SourceSection
+from liteguard.config.config import Config
+from liteguard.config.data import SourceSection
+from liteguard.config.measuring import SetSection
 from liteguard.errors import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 # What other tools call our keys.
 OTHER_NAMES = {
     "learning_rate": ("lr",),
