@@ -63,7 +63,7 @@ def test_without_the_embedded_folder_files_and_the_hub_still_work(tmp_path):
     assert (tmp_path / "data/own/preference/train.jsonl").is_file()
     # The hub's side: every module is there, and a model of the hub is asked for at the hub.
     code = (
-        "from liteguard import models, config_layers as c\n"
+        "from liteguard import models, config as c\n"
         "from liteguard.data import preparation, datasets\n"
         "from liteguard.evaluation import held_out, knowledge, run\n"
         "from liteguard.training import stage\n"
