@@ -125,6 +125,22 @@ def text_key(text: str) -> str:
     return " ".join(unspaced.sub(r" \1 ", not_kept.sub(" ", text)).split())
 
 
+def is_latin(text: str) -> bool:
+    """Whether at least half of the letters of a text are Latin ones (beta-blocker with a Greek beta
+    is); a text without letters is taken to be."""
+    if text.isascii():
+        return True
+    letters = [ord(letter) < 0x250 for letter in text if letter.isalpha()]
+    return 2 * sum(letters) >= len(letters)
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether at least half of the letters are of scripts that are written without blanks."""
+    if text.isascii():
+        return False
+    return 2 * len(_unicode_patterns()[2].findall(text)) > sum(map(str.isalpha, text))
+
+
 def has_words(text: str) -> bool:
     """Whether a text has letters or digits, not signs alone."""
     return any(map(str.isalnum, text))

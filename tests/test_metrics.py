@@ -129,3 +129,42 @@ def test_bleu_interval_is_of_the_corpus_score():
 )
 def test_repetition(answer, expected):
     assert metrics.repeats_itself(answer) is expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "糖尿病是一种慢性病，需要长期控制血糖。",
+        "Диабет это хроническая болезнь навсегда.",
+        "โรคเบาหวานเป็นโรคเรื้อรัง",
+    ],
+    ids=["Chinese", "Russian", "Thai"],
+)
+def test_equal_answers_in_other_scripts_are_equal_and_half_ones_are_not(text):
+    assert metrics.rouge([text], [text])["rouge1"] == [1.0]
+    assert metrics.bleu([text], [text])[0] == pytest.approx(100)
+    half = text[: len(text) // 2]
+    assert 0.3 < metrics.rouge([half], [text])["rouge1"][0] < 0.9
+    assert metrics.bleu([half], [text])[0] < 80
+    assert refusals.judge(text) == "unclear", "the rules are English"
+    assert metrics.bleu_interval([text] * 5, [text] * 5) == pytest.approx((100, 100))
+
+
+def test_english_is_scored_as_before_with_a_greek_letter_in_it():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    texts = [
+        "A β-blocker lowers the heart's rates.",
+        "The β-blockers lowered a heart rate",
+    ]
+    usual = RougeScorer(["rouge1"], use_stemmer=True).score(texts[1], texts[0])["rouge1"].fmeasure
+    assert metrics.rouge(texts[:1], texts[1:])["rouge1"] == [usual]
+    assert metrics.bleu_signature(["a b"]).split("|")[3] == "tok:13a"
+    assert metrics.bleu_signature(["糖尿病"]).split("|")[3] == "tok:zh"
+
+
+def test_texts_without_blanks_have_something_to_score():
+    text = "糖尿病是病。" * 20
+    context, target = split_text(text, 16, 64)
+    assert text.startswith(context + target) and context.endswith("。") and len(target) > 60
+    assert split_text("糖" * 10, 16, 64) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation import knowledge, sets
 from liteguard.rows import balanced, load_split
+from liteguard.text import is_unspaced
 
 # The guide's five areas and the catalogue's areas of harm in each.
 GUIDE_AREAS = {
@@ -96,12 +98,20 @@ def held_out(
     }
 
 
+_PUNCTUATION = re.compile(r"[^\w\s](?=\w)")
+
+
 def split_text(text: str, context_words: int, max_words: int) -> tuple[str, str] | None:
     """(context, target) of a text: the first words are given, the rest is scored.
 
     The cut is before a blank, where a byte-level BPE never joins tokens, so the ids of both parts
-    are those of the whole. None for a text with nothing left to score.
+    are those of the whole. In a script without blanks two characters stand for a word, and the cut
+    is behind a punctuation mark, which letters do not join either. None for a text with nothing
+    left to score.
     """
+    if is_unspaced(text):
+        mark = _PUNCTUATION.search(text, 2 * context_words)
+        return (text[: mark.end()], text[mark.end() :][: 2 * max_words]) if mark else None
     words = text.split(" ")
     if len(words) <= context_words:
         return None

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from liteguard.text import is_latin, is_unspaced, text_key
+
 
 def perplexity(sum_log_likelihood: float, tokens: int) -> float:
     """exp of the mean negative log-likelihood per token (natural log)."""
@@ -25,27 +27,50 @@ def bits_per_byte(sum_log_likelihood: float, utf8_bytes: int) -> float:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each row, with stemming (rouge-score)."""
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each row (rouge-score).
+
+    English words are stemmed. rouge-score's own tokenizer knows a to z and digits only, so texts in
+    other scripts are compared by the words of `text_key`.
+    """
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    english = DefaultTokenizer(use_stemmer=True)
+
+    class AnyScript:
+        def tokenize(self, text: str) -> list[str]:
+            return english.tokenize(text) if is_latin(text) else text_key(text).split()
 
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
+    scorer = RougeScorer(kinds, tokenizer=AnyScript())
     scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
     return {kind: [s[kind].fmeasure for s in scores] for kind in kinds}
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
     """(corpus BLEU between 0 and 100, sacrebleu's signature)."""
-    from sacrebleu.metrics import BLEU
-
-    scorer = BLEU()
+    scorer = _bleu_of(references)
     score = scorer.corpus_score(list(predictions), [list(references)]).score
     return score, str(scorer.get_signature())
 
 
-def bleu_signature() -> str:
-    """sacrebleu's signature of the scores that `bleu` gives."""
-    return bleu(["a"], ["a"])[1]
+def bleu_signature(references: Sequence[str]) -> str:
+    """sacrebleu's signature of the scores that `bleu` gives for these references."""
+    scorer = _bleu_of(references)
+    scorer.corpus_score(["a"], [["a"]])
+    return str(scorer.get_signature())
+
+
+def _bleu_of(references: Sequence[str]) -> Any:
+    """sacrebleu's BLEU with the tokenizer for the script of most references: a character is a word
+    where words are not told apart by blanks."""
+    from sacrebleu.metrics import BLEU
+
+    unspaced = [text for text in references if is_unspaced(text)]
+    if 2 * len(unspaced) <= len(references):
+        return BLEU()
+    chinese = sum("\u4e00" <= letter <= "\u9fff" for text in unspaced for letter in text)
+    return BLEU(tokenize="zh" if 2 * chinese > sum(map(len, unspaced)) else "char")
 
 
 Interval = tuple[float, float]
@@ -110,7 +135,7 @@ def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Inte
     import numpy as np
     from sacrebleu.metrics import BLEU
 
-    scorer = BLEU()
+    scorer = _bleu_of(references)
     rows = [scorer.corpus_score([p], [[r]]) for p, r in zip(predictions, references, strict=True)]
     counts = np.array([[*r.counts, *r.totals, r.sys_len, r.ref_len] for r in rows])
 

@@ -82,7 +82,7 @@ def summarise(
             rows["knowledge"], [journal.found["options"][i][0] for i in range(options)]
         ),
         **({"llm_judge": llm_judge.summarise(answers)} if journal.found["judged"] else {}),
-        "bleu_signature": metrics.bleu_signature(),
+        "bleu_signature": metrics.bleu_signature([a["reference"] for a in both if a["reference"]]),
         # Of a bundle: what its KV cache is too small for. Counted like answers that did not end,
         # and like wrong choices.
         "too_long": {
