@@ -80,7 +80,10 @@ def _refused_by_the_machine(error: BaseException) -> tuple[str, int] | None:
 
 
 def _is_unreadable(path: str) -> bool:
-    return Path(path).exists() and not os.access(path, os.R_OK)
+    try:
+        return Path(path).exists() and not os.access(path, os.R_OK)
+    except OSError:
+        return True  # in a directory that may not be entered
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:

@@ -153,8 +153,8 @@ class Manifest(BaseModel):
 
     model_type: str
     files: dict[FileName, str]  # name -> sha256
-    counts: dict[FileName, Rows]
-    sources: list[Source]
+    counts: dict[FileName, Rows] = {}
+    sources: list[Source] = []
 
 
 class Contamination(BaseModel):

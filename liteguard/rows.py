@@ -41,7 +41,7 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
     # Not splitlines: it also splits at U+2028, which JSON leaves as it is.
     for number, line in enumerate(text.split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
             if any(not isinstance(row[f], str) for f in FIELDS[part]):
                 raise ValueError(f"columns {FIELDS[part]} must be text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -81,7 +81,8 @@ def read_manifest(data_dir: Path) -> dict[str, Any]:
             f"No prepared data in {data_dir} (no manifest.json).\n"
             f"Run: python prepare_datasets.py {flags}"
         )
-    return records.read_raw(records.Manifest, path, "\nPrepare the data again.")[1]
+    found = records.read_raw(records.Manifest, path, "\nPrepare the data again.")[1]
+    return {"counts": {}, "sources": [], **found}
 
 
 def balanced(

@@ -168,6 +168,12 @@ def test_an_input_that_may_not_be_read_is_no_lack_of_disk(tmp_path, monkeypatch)
     text, code = failures.explain(system(errno.EACCES, str(path)))
     assert code == 2 and f"cannot read {path}: Permission denied" in text and "space" not in text
 
+    def closed(_):
+        raise PermissionError
+
+    monkeypatch.setattr(failures.Path, "exists", closed)  # its directory may not be entered
+    assert failures.explain(system(errno.EACCES, str(path)))[1] == 2
+
 
 def test_mistakes_of_the_program_keep_their_traceback():
     assert failures.explain(KeyError("x")) is None

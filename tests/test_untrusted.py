@@ -14,6 +14,7 @@ from liteguard.errors import LiteGuardError, UserError
 from liteguard.evaluation import contamination, plots, report
 from liteguard.records import Manifest, StageRecord
 from liteguard.rows import read_manifest
+from liteguard.runtime.container import tflite_model
 
 RECORD = {
     "stage": "domain",
@@ -253,6 +254,15 @@ def test_an_adapter_is_whole_and_no_more_than_an_adapter(folders, adapter, how, 
     model = models.load_weights(folders[0])
     with pytest.raises(LiteGuardError, match=said):
         models.open_adapter(model, adapter)
+
+
+@pytest.mark.parametrize("name", ["x.task", "x.litertlm"])
+@pytest.mark.parametrize("content", [b"", b"LITERTLM", b"LITERTLM" + b"\xff" * 100, b"PK\x05\x06"])
+def test_a_file_that_is_no_bundle(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a|damaged header|holds no|cut short"):
+        tflite_model(path)
 
 
 # --- texts of others ------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ import glob
 import mmap
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from liteguard.errors import UserError
+from liteguard.errors import UserError, first_line
 from liteguard.machine import is_alive
 
 TASK_MODEL = "TF_LITE_PREFILL_DECODE"
@@ -39,10 +40,12 @@ def tflite_model(bundle: Path) -> memoryview:
                         file.seek(member.header_offset + 26)
                         name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
                     start, size = member.header_offset + 30 + name + extra, member.file_size
-        except (zipfile.BadZipFile, KeyError) as error:
+        except (zipfile.BadZipFile, KeyError, NotImplementedError, ValueError) as error:
             raise UserError(f"{bundle} is not a .task file: {error}") from error
     if start is None or size is None:
         raise UserError(f"{bundle} holds no uncompressed prefill and decode model")
+    if size < 0 or start + size > bundle.stat().st_size:
+        raise UserError(f"{bundle} is cut short: its model reaches beyond the end of the file")
     with bundle.open("rb") as handle:
         content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     return memoryview(content)[start : start + size]
@@ -60,12 +63,15 @@ def _litertlm_section(bundle: Path) -> tuple[int | None, int | None]:
         handle.seek(litertlm_core.HEADER_END_LOCATION_BYTE_OFFSET)
         end = int.from_bytes(handle.read(8), "little")
         handle.seek(litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
-        header = handle.read(end - litertlm_core.HEADER_BEGIN_BYTE_OFFSET)
-    objects = schema.LiteRTLMMetaData.GetRootAs(header, 0).SectionMetadata()
-    for index in range(objects.ObjectsLength()):
-        section = objects.Objects(index)
-        if section.DataType() == schema.AnySectionDataType.TFLiteModel:
-            return section.BeginOffset(), section.EndOffset() - section.BeginOffset()
+        header = handle.read(max(0, min(end, bundle.stat().st_size) - handle.tell()))
+    try:
+        objects = schema.LiteRTLMMetaData.GetRootAs(header, 0).SectionMetadata()
+        for index in range(objects.ObjectsLength()):
+            section = objects.Objects(index)
+            if section.DataType() == schema.AnySectionDataType.TFLiteModel:
+                return section.BeginOffset(), section.EndOffset() - section.BeginOffset()
+    except (struct.error, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{bundle} has a damaged header ({first_line(error)})") from error
     return None, None
 
 
