@@ -11,7 +11,7 @@ import pytest
 from liteguard import checkpoints, cli, models, shown
 from liteguard import config as config_layers
 from liteguard.errors import LiteGuardError, UserError
-from liteguard.evaluation import contamination, plots, report
+from liteguard.evaluation import contamination, plots, report, verdict
 from liteguard.records import Manifest, StageRecord
 from liteguard.rows import read_manifest
 from liteguard.runtime.container import tflite_model
@@ -303,6 +303,10 @@ def test_the_model_card_escapes_whatever_it_is_given(monkeypatch):
         "labels": {"final": NASTY},
         "stages": {},
         "markdown": "| a | b |",
+        "verdict": object(),
+        "verdict_markdown": verdict.verdict_markdown(
+            verdict.Verdict(NASTY, True, reasons=[verdict.Reason(True, NASTY)])
+        ),
         "final_label": NASTY,
         "final": {"areas": {"harmful": area}, "n": {"refused_harmful": 1, "refused_benign": 1}},
         "manifest": {"counts": {NASTY: {"rows": 1, "words": 1}}},
@@ -310,7 +314,7 @@ def test_the_model_card_escapes_whatever_it_is_given(monkeypatch):
         "versions": {NASTY: NASTY},
     }
     card = report.render("model_card_template.md", facts)
-    assert "| a | b |" in card and card.count("&lt;img") == 10
+    assert "| a | b |" in card and card.count("&lt;img") == 12
     assert "<img" not in card and "](" not in card and "\x1b" not in card
     assert "\n# Title" not in card
 

@@ -70,7 +70,8 @@ def render(template: str, facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     if not is_html:
-        facts = {**facts, "markdown": Markup(facts["markdown"])}
+        made = ("markdown", "verdict_markdown")  # escaped where they are put together
+        facts = {**facts, **{name: Markup(facts[name]) for name in made if name in facts}}
     try:
         return environment.get_template(template).render(facts)
     except (TemplateError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liteguard import records
+from liteguard import records, shown
 from liteguard.config import VerdictSection, build, parse_setting
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation.against_base import METRICS as COMPARED
@@ -249,13 +249,14 @@ def verdict_text(found: Verdict) -> str:
     """The verdict for a terminal: what stands against it first."""
     lines = [f"Verdict: {found.headline}"]
     lines += [f"  {MARKS[reason.met]:3} {reason.text}" for reason in found.reasons]
-    return "\n".join(lines)
+    return shown.visible("\n".join(lines))
 
 
 def verdict_markdown(found: Verdict) -> str:
-    """The verdict for the model card."""
-    lines = [f"**{found.headline}**", ""]
-    return "\n".join([*lines, *(f"- {MARKS[r.met]}: {r.text}" for r in found.reasons)])
+    """The verdict for the model card; names of sets in it are escaped."""
+    lines = [f"**{shown.markdown(found.headline)}**", ""]
+    reasons = (f"- {MARKS[reason.met]}: {shown.markdown(reason.text)}" for reason in found.reasons)
+    return "\n".join([*lines, *reasons])
 
 
 def require_ship(found: Verdict) -> None:
