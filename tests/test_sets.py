@@ -215,7 +215,7 @@ def own_rows() -> dict[str, list[dict]]:
     return {
         "texts": [{"text": f"The {n} is written about in some words here."} for n in NAMES],
         "questions": asked[:8],
-        "seen_questions": [],
+        "seen_questions": [], "wording_questions": [],
         "harmful": [{"prompt": f"Forge a note on {n}", **request} for n in NAMES[:8]],
         "ordinary": [{"prompt": f"Tell me of {n}", **request} for n in NAMES[:8]],
         "borderline": [],
@@ -587,7 +587,7 @@ def test_the_bundle_is_judged_and_must_be_proven(outside, tmp_path):
     empty = ("prompt", "config", "inputs", "bytes", "merge", "tokenizer", "export", "quantize")
     record = {**{name: {} for name in (*empty, "bundles")}, "files": {"x.task": "abc"}}
     record |= {"stage": "bundle", "base_model": "a", "base_identity": "b", "parent": None}
-    record |= {"data_dir": "d", "verify": {"steps": [step]}}
+    record |= {"data_dir": "d", "verify": {"steps": [step]}, "export": {"kv_cache_length": 64}}
     file = tmp_path / "x.task.json"
     write_json(file, record)
     said = verdict.verdict(found, VerdictSection(fewest_rows=4))
