@@ -213,7 +213,11 @@ def test_a_terminal_of_ascii_only():
 
 def test_ctrl_c_while_libraries_are_imported():
     """Before cli.run: the package says it, from its first line on."""
-    code = "import liteguard, os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport json.tool"
+    # What a test before this one set, or a shell that started this in the background, is inherited.
+    code = (
+        "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import liteguard\nos.kill(os.getpid(), signal.SIGINT)\nimport json.tool"
+    )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == -signal.SIGINT
     assert process.stderr.strip() == "interrupted; run the same command again to go on"

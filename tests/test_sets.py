@@ -215,7 +215,8 @@ def own_rows() -> dict[str, list[dict]]:
     return {
         "texts": [{"text": f"The {n} is written about in some words here."} for n in NAMES],
         "questions": asked[:8],
-        "seen_questions": [], "wording_questions": [],
+        "seen_questions": [],
+        "wording_questions": [],
         "harmful": [{"prompt": f"Forge a note on {n}", **request} for n in NAMES[:8]],
         "ordinary": [{"prompt": f"Tell me of {n}", **request} for n in NAMES[:8]],
         "borderline": [],
