@@ -17,8 +17,10 @@ from liteguard.errors import LiteGuardError, first_line
 _AGAIN = "then run the same command again: what is finished is kept."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_SUCH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_NO_SUCH += (errno.ENXIO, errno.EEXIST, errno.ENOTEMPTY)
+_NO_SUCH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENXIO, errno.EEXIST, errno.ENOTEMPTY),
+)
 # What torch.save says instead of the system's error.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory")
@@ -39,15 +41,16 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         if told := _refused_by_the_machine(cause):
             return f"error: {told[0]}", told[1]
     # Of the error itself only: what is raised while another is handled may be a mistake of ours.
-    if told := _wrong_name(error):
-        return f"error: {told}", 2
+    if wrong := _wrong_name(error):
+        return f"error: {wrong}", 2
     return None
 
 
 def _wrong_name(error: BaseException) -> str | None:
     """What to say of a path or a text that cannot be one."""
     if isinstance(error, OSError) and error.errno in _NO_SUCH and error.filename:
-        return f"{error.filename}: {error.strerror}. Correct the path and run the command again."
+        names = " -> ".join(map(str, filter(None, (error.filename, error.filename2))))
+        return f"{names}: {error.strerror}. Correct the path and run the command again."
     if isinstance(error, UnicodeEncodeError):
         return f"a name or a text holds bytes that are not UTF-8: {ascii(error.object)[:200]}"
     return None
