@@ -58,7 +58,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def work_directory(output: Path) -> Path:
-    """The hidden sibling in which `output` is being made."""
+    """The hidden sibling in which `output` is being made.
+
+    Raises UserError for a directory that has no name of its own.
+    """
+    if output.name in ("", ".."):
+        raise UserError(f"--output {output}: name a new directory, e.g. {output / 'out'}")
     return output.with_name(f".{output.name}.partial")
 
 

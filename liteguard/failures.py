@@ -17,9 +17,9 @@ from liteguard.errors import LiteGuardError, first_line
 _AGAIN = "then run the same command again: what is finished is kept."
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_SUCH = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-    | {errno.ENXIO, errno.EEXIST, errno.ENOTEMPTY}
+_NO_SUCH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENXIO, errno.EEXIST, errno.ENOTEMPTY),
 )
 # What torch.save says instead of the system's error.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
@@ -49,7 +49,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 def _wrong_name(error: BaseException) -> str | None:
     """What to say of a path or a text that cannot be one."""
     if isinstance(error, OSError) and error.errno in _NO_SUCH and error.filename:
-        return f"{error.filename}: {error.strerror}. Correct the path and run the command again."
+        names = " -> ".join(map(str, filter(None, (error.filename, error.filename2))))
+        return f"{names}: {error.strerror}. Correct the path and run the command again."
     if isinstance(error, UnicodeEncodeError):
         return f"a name or a text holds bytes that are not UTF-8: {ascii(error.object)[:200]}"
     return None

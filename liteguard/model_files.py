@@ -36,14 +36,14 @@ def check_base(directory: str | Path, trusted: bool) -> None:
         )
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards: Any = _read(index).get("weight_map")
-        names = set(shards.values()) if _is_table(shards) else {None}
+        shards = _read(index).get("weight_map")
+        names: list[Any] = [*shards.values()] if isinstance(shards, dict) else [shards]
         if wrong := [n for n in names if not isinstance(n, str) or not _is_shard(n)]:
             raise UserError(
                 f"{index} names {wrong[0]!r}: its weights must be .safetensors files beside it. "
                 "Others are not opened."
             )
-        if missing := sorted(n for n in names if n and not (directory / n).is_file()):
+        if missing := sorted({n for n in names if not (directory / n).is_file()}):
             raise UserError(
                 f"{directory} is incomplete: {', '.join(missing[:5])} of {index.name} "
                 f"{'is' if len(missing) == 1 else 'are'} missing. Get the model again."
@@ -130,10 +130,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} cannot be used: it holds a {type(found).__name__}, no object.")
     return found
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
 def _is_shard(name: str) -> bool:

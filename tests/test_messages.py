@@ -186,6 +186,12 @@ def test_mistakes_of_the_program_keep_their_traceback():
         assert failures.explain(error) is None
 
 
+@pytest.mark.parametrize("name", [".", "/", "..", "a/.."])
+def test_an_output_has_a_name(name):
+    with pytest.raises(UserError, match="name a new directory"):
+        checkpoints.work_directory(Path(name))
+
+
 SCRIPT = "from liteguard import cli\n{}\ncli.run(main)"
 
 

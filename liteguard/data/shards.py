@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ from liteguard.data.datasets import DATASETS
 from liteguard.data.files import local_files, unreadable
 from liteguard.data.readers import Broken, Tally, hub_commit
 from liteguard.errors import WorkError
-from liteguard.machine import one_at_a_time
+from liteguard.machine import end_with_parent, one_at_a_time, starting_children
 from liteguard.rows import FIELDS, Row
 from liteguard.wheels import WHEELS
 
@@ -100,12 +99,13 @@ class Cleaner:
             # Not fork: libraries of the main process may already run threads.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                self._workers, mp_context=context, initializer=_end_with_parent
+                self._workers, mp_context=context, initializer=end_with_parent
             )
         waiting: deque[Any] = deque()
         try:
-            for chunk in (first, second):
-                waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
+            with starting_children():
+                for chunk in (first, second):
+                    waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
             for chunk in chunks:
                 waiting.append(self._pool.submit(cleaning.clean, rules, chunk))
                 if len(waiting) > 2 * self._workers:
@@ -117,18 +117,6 @@ class Cleaner:
                 "A worker process was killed while cleaning, most likely for lack of memory. "
                 "Finished sources are kept: run the same command again."
             ) from None
-
-
-def _end_with_parent() -> None:
-    """Let a worker process end when the main one is killed; it would wait for work for ever."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
