@@ -660,7 +660,7 @@ def test_every_error_of_the_system_is_one_message(tmp_path):
         (".", "Is a dir"),
     ):
         result = run_script(script, ROOT, tmp_path / name, env={**os.environ})
-        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert result.returncode == 2 and "Traceback" not in result.stderr
         assert expected in result.stderr and "Free space" not in result.stderr
 
 
