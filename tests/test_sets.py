@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fail, succeed
 
 from liteguard import cli
 from liteguard.checkpoints import sha256_file, write_json
@@ -655,7 +655,10 @@ def prepared(directory: Path, questions: list[dict], texts: list[str]) -> Path:
     rows = {
         "domain": [{"text": text} for text in texts],
         "instruction": questions,
-        "preference": [{"prompt": "Hello there?", "chosen": "Hello.", "rejected": "No."}],
+        "preference": [
+            {"prompt": f"{kind}?", "chosen": "Hello.", "rejected": "No.", "kind": kind, "area": "a"}
+            for kind in ("harmful", "ordinary")
+        ],
     }
     files = {}
     for part, found in rows.items():
@@ -703,3 +706,55 @@ def test_a_results_inputs_know_its_sets_and_not_its_limits(outside, tmp_path):
     lines(tmp_path / "nih.jsonl", [{"question": "Why?", "answer": "So."}])
     assert inputs(outside)["sets"]["nih"] != before["sets"]["nih"]
     assert inputs(outside)["sets"]["pro"] == before["sets"]["pro"]
+
+
+@pytest.fixture
+def untrained(tmp_path) -> Path:
+    """A Phi of one layer that has learnt nothing: enough to be measured."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    core.train_from_iterator(NAMES, trainer)
+    names = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|endoftext|>")
+    directory = tmp_path / "untrained"
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(directory)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 2048}
+    config = PhiConfig(vocab_size=320, num_attention_heads=2, **sizes, **ids)
+    PhiForCausalLM(config).half().save_pretrained(directory)
+    return directory
+
+
+def test_the_script_measures_outside_sets(untrained, tmp_path):
+    """From the flag to the result: drawn, answered, scored, looked for in training data, reused."""
+    rows = [{"question": f"What is the {n}?", "answer": f"It is the {n}."} for n in NAMES]
+    path = lines(tmp_path / "nih.jsonl", rows)
+    planted = {"prompt": f"So: {rows[5]['question']}", "completion": "No."}
+    data = prepared(tmp_path / "data", [planted], ["The heart is here.", "The skin is there."])
+    (tmp_path / "tiny.yaml").write_text(
+        f"extends: {ROOT}/configs/phi-2.yaml\nmodel_type: tiny\n"
+        f"model: {{name: test/tiny, path: '{untrained}'}}\n"
+        "evaluate: {knowledge_rows: 0, max_new_tokens: 8, question_rows: 24}\n"
+    )
+    command = ["--config", "tiny.yaml", "--base", "--data", data, "--sets", f"nih={path}:questions"]
+    screen = succeed(ROOT / "evaluate_model.py", *command, cwd=tmp_path)
+    assert "24 nih" in screen and "nih: ROUGE-1" in screen and "WARNING" in screen
+    result = json.loads((tmp_path / "evaluation/base.json").read_text())
+    assert result["contamination"]["measured_by_set"]["nih"] == 1
+    assert ["nih", rows[5]["question"]] in result["contamination"]["examples"]
+    assert result["sets"]["nih"]["n"]["perplexity"] == len(result["scores"]["nih"]) == 24
+    assert "reused" in succeed(ROOT / "evaluate_model.py", *command, cwd=tmp_path)
+    lines(path, rows[:20])
+    screen = succeed(ROOT / "evaluate_model.py", *command, "--dry_run", cwd=tmp_path)
+    assert "20 nih" in screen and "expected peak memory" in screen, "another file is another result"
+    message = fail(2, ROOT / "evaluate_model.py", *command, "--sets", "nih", cwd=tmp_path)
+    assert "NAME=FILE:KIND" in message
