@@ -456,8 +456,7 @@ def test_every_evaluated_step_has_a_checkpoint(pipeline, tiny_config, tmp_path, 
         guard.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), control)
         saved.append(control.should_save)
     assert saved == [False, False, True, False, False]
-    short: dict[str, dict[str, int]] = {"model": {"context_length": 64}}
-    short |= dict.fromkeys(("domain", "instruction", "safety"), {"max_length": 64})
+    short = {"model": {"context_length": 1024}}
     shorter = build([("tiny", read_yaml(tiny_config)), ("test", short)])
     other = plan("domain", shorter, tmp_path / "x", Path("data/tiny"))
     assert other.inputs["context_length"] != stage.inputs["context_length"]
