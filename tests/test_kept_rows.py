@@ -424,7 +424,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("parents", ["[one.yaml, two.yaml]", "{a: b}", "7", "true"])
 def test_extends_names_one_file(tmp_path, parents):
     (tmp_path / "own.yaml").write_text(f"extends: {parents}\n")
-    with pytest.raises(UserError, match="'extends' names one file"):
+    with pytest.raises(UserError, match="extends must be the name of another YAML file"):
         read_yaml(tmp_path / "own.yaml")
 
 
