@@ -1,9 +1,27 @@
 """LiteGuard: from a small language model to a medical assistant on a phone."""
 
+import importlib
 import sys
-from types import TracebackType
+import warnings
+from types import ModuleType, TracebackType
 
 __version__ = "0.1.0"
+# Modules that moved into folders; their old names go with the next release.
+_MOVED = {
+    **dict.fromkeys(("cleaning", "datasets", "near_questions", "preparation"), "data"),
+    **dict.fromkeys(("knowledge", "llm_judge", "metrics", "report"), "evaluation"),
+    **dict.fromkeys(("packing", "tokens", "tracking", "validation"), "training"),
+    **dict.fromkeys(("anatomy", "catalogue", "public_benchmarks"), "embedded"),
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`liteguard.metrics` for `liteguard.evaluation.metrics`, and so on."""
+    if name not in _MOVED:
+        raise AttributeError(f"module 'liteguard' has no attribute {name!r}")
+    new = f"liteguard.{_MOVED[name]}.{name}"
+    warnings.warn(f"liteguard.{name} is {new} now", DeprecationWarning, stacklevel=2)
+    return importlib.import_module(new)
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import tomllib
 from fnmatch import fnmatch
 
+import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
+
+import liteguard
+from liteguard.evaluation import metrics, refusals
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE = ROOT / "liteguard"
@@ -41,3 +45,13 @@ def test_licence_files_are_there():
     for name in PROJECT["project"]["license-files"]:
         assert (ROOT / name).is_file(), name
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_modules_keep_their_old_names_for_a_release():
+    for name, folder in liteguard._MOVED.items():
+        with pytest.warns(DeprecationWarning, match=f"liteguard.{folder}.{name} now"):
+            found = getattr(liteguard, name)
+        assert found.__name__ == f"liteguard.{folder}.{name}"
+    assert metrics.judge is refusals.judge
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = liteguard.nothing

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from liteguard.evaluation.refusals import judge as judge
 from liteguard.text import is_latin, is_unspaced, text_key
 
 
