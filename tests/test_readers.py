@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT, fail, prepare, succeed
 
 from liteguard import wheels
+from liteguard.checkpoints import sha256_file
 from liteguard.config import SourceSection, build, read_yaml
 from liteguard.data import datasets, formats, preparation, readers
 from liteguard.data.cleaning import Rules
@@ -29,7 +30,7 @@ from liteguard.data.splits import Part, trained_entities, write_part
 from liteguard.errors import UserError, WorkError
 from liteguard.rows import FIELDS, SPLITS, load_split
 from liteguard.text import normalise
-from liteguard.wheels import WHEELS, _sha256, fetch_wheel, read_member
+from liteguard.wheels import WHEELS, fetch_wheel, read_member
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -746,7 +747,7 @@ def test_a_wheel_whose_sha256_differs_is_named_and_not_used(tmp_path, monkeypatc
     monkeypatch.setattr(wheels.subprocess, "run", another_file)
     with pytest.raises(WorkError, match="not the pinned file"):
         fetch_wheel(wheel.name, tmp_path)
-    pinned = dataclasses.replace(wheel, sha256=_sha256(path))
+    pinned = dataclasses.replace(wheel, sha256=sha256_file(path))
     monkeypatch.setitem(WHEELS, wheel.name, pinned)
     assert fetch_wheel(wheel.name, tmp_path) == path
 
@@ -755,7 +756,7 @@ def test_a_wheel_that_two_commands_need_at_once_is_downloaded_once(tmp_path, mon
     """The second waits, then finds it: neither removes what the other is writing."""
     wheel = WHEELS["gnuhealth-genetics-uniprot"]
     name = f"gnuhealth_genetics_uniprot-{wheel.version}-py3-none-any.whl"
-    digest = _sha256(_zip(tmp_path / name, "data.xml"))
+    digest = sha256_file(_zip(tmp_path / name, "data.xml"))
     monkeypatch.setitem(WHEELS, wheel.name, dataclasses.replace(wheel, sha256=digest))
     downloads = []
 

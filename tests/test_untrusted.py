@@ -7,6 +7,7 @@ import shutil
 from argparse import Namespace
 
 import pytest
+from conftest import STAGE_RECORD
 
 from liteguard import checkpoints, cli, models, shown
 from liteguard import config as config_layers
@@ -16,17 +17,7 @@ from liteguard.records import Manifest, StageRecord
 from liteguard.rows import read_manifest
 from liteguard.runtime.container import tflite_model
 
-RECORD = {
-    "stage": "domain",
-    "base_model": "a/base",
-    "base_identity": "commit:1",
-    "data_dir": "data/x",
-    "parent": None,
-    "prompt": {},
-    "config": {},
-    "inputs": {},
-    "files": {},
-}
+RECORD = {**STAGE_RECORD, "inputs": {}, "files": {}}
 JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "AWS_SECRET_ACCESS_KEY"}
 NASTY = "<img src=x onerror=f()> [go](javascript:f()) | *b* `c` $x_1$\n\n# Title \x1b]0;owned\x07"
 
