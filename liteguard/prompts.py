@@ -8,7 +8,13 @@ and deployed with another answers differently, and nothing would say so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# A question and its answer; None where the model is to answer.
+Turn = tuple[str, str | None]
 
 
 class Prompt(BaseModel):
@@ -17,6 +23,8 @@ class Prompt(BaseModel):
     The whole text of one exchange is
     ``[system_prefix + system + system_suffix] + user_prefix + QUESTION + user_suffix
     + model_prefix + ANSWER + end_token``; the system block is left out when `system` is empty.
+    Further exchanges follow after `turn_separator`, each without a system block. A conversation may
+    bring a system text of its own, which takes the place of `system`.
     Nothing else (no BOS, no blank) is ever added.
     """
 
@@ -45,38 +53,74 @@ class Prompt(BaseModel):
         return self
 
     @property
+    def has_system_slot(self) -> bool:
+        """Whether a conversation's own system text has a place: something around it, or a text
+        that it replaces. Without one nothing would tell it from the question."""
+        return bool(self.system_prefix or self.system_suffix or self.system)
+
+    @property
     def system_block(self) -> str:
-        """The rendered system turn, or an empty string."""
-        return f"{self.system_prefix}{self.system}{self.system_suffix}" if self.system else ""
+        """The rendered system turn of this prompt, or an empty string."""
+        return self.render_system(None)
+
+    def render_system(self, system: str | None) -> str:
+        """The rendered system turn: with `system`, or with the prompt's own text for None.
+
+        An empty string without a text, and without a place for one (`has_system_slot`).
+        """
+        text = system or self.system
+        if not text or not self.has_system_slot:
+            return ""
+        return f"{self.system_prefix}{text}{self.system_suffix}"
 
     @property
     def stop_tokens(self) -> list[str]:
         """Tokens at which generation ends; the first is the one training supervises."""
         return list(dict.fromkeys([self.end_token, self.document_end_token]))
 
-    def render_question(self, question: str) -> str:
-        """Text up to and including the point where the model starts to answer."""
-        return (
-            f"{self.system_block}{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}"
-        )
+    def segments(self, turns: Sequence[Turn], system: str | None = None) -> list[str]:
+        """The text of a conversation in pieces: what is given, an answer, what is given, ...
+
+        Every answer is a piece of its own, with its end token, because a device tokenizes what it
+        is given apart from what it wrote. A last answer of None is left open.
+        """
+        found = []
+        before = self.render_system(system)
+        for question, answer in turns:
+            found.append(
+                f"{before}{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}"
+            )
+            found += [] if answer is None else [self.render_answer(answer)]
+            before = self.turn_separator
+        return found
+
+    def render_conversation(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        """Text of several (question, answer) turns; a last answer of None is left open."""
+        return "".join(self.segments(turns, system))
+
+    def render_question(
+        self, question: str, history: Sequence[Sequence[str]] = (), system: str | None = None
+    ) -> str:
+        """Text up to and including the point where the model starts to answer.
+
+        history: (question, answer) of earlier exchanges.
+        """
+        earlier: list[Turn] = [(asked, answer) for asked, answer in history]
+        return self.render_conversation([*earlier, (question, None)], system)
+
+    def render_row(self, row: Mapping[str, Any]) -> str:
+        """`render_question` of a prepared row, given its history and its own system text."""
+        return self.render_question(row["prompt"], row.get("history", ()), row.get("system"))
 
     def render_answer(self, answer: str) -> str:
         """Text that the model is trained to write: the answer and its end token."""
         return f"{answer}{self.end_token}"
 
-    def render_conversation(self, turns: list[tuple[str, str | None]]) -> str:
-        """Text of several (question, answer) turns; a last answer of None is left open."""
-        parts = [self.system_block]
-        for index, (question, answer) in enumerate(turns):
-            parts.append(self.turn_separator if index else "")
-            parts.append(f"{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}")
-            if answer is not None:
-                parts.append(self.render_answer(answer))
-        return "".join(parts)
-
     def chat_template(self) -> str:
         """Jinja chat template that renders `messages` exactly as `render_conversation` does.
 
+        A first message of the system takes the place of `system`; without a place for it
+        (`has_system_slot`) it is left out, as preparation leaves it out of the training data.
         Transformers passes a message's content as text, LiteRT-LM as a list of parts: both are
         read. (Most models' own templates join content with "+" and fail on the device.)
         """
@@ -91,10 +135,13 @@ class Prompt(BaseModel):
                 "{% endfor %}{% endif %}"
             )
 
-        return (
+        system = (
             "{% if messages[0]['role'] == 'system' %}"
             f"{literal(self.system_prefix)}{content('messages[0]')}{literal(self.system_suffix)}"
             f"{{% else %}}{literal(self.system_block)}{{% endif %}}"
+        )
+        return (
+            f"{system if self.has_system_slot else ''}"
             "{% for message in messages %}"
             "{% if message['role'] == 'user' %}"
             f"{literal(self.user_prefix)}{content('message')}{literal(self.user_suffix)}"

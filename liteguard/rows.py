@@ -1,15 +1,25 @@
-"""Prepared rows: their columns, splits and manifest, and how a few are taken of each kind."""
+"""Prepared rows: their columns, splits and manifest, and how a few are taken of each kind.
+
+A row of a conversation of several turns has the last question and answer in its columns and what
+came before in `history`: [[question, answer], ...]. `untrained` lists those of the history whose
+answers are context and not learnt from; of a preference row none are. `system` is a system text of
+its own, in place of the prompt's. Rows of one exchange have none of these.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from liteguard import records
 from liteguard.config import available_configs
 from liteguard.errors import UserError
+
+if TYPE_CHECKING:
+    from liteguard.prompts import Prompt
 
 SPLITS = ("test", "validation", "train")
 Row = dict[str, Any]
@@ -18,6 +28,52 @@ FIELDS = {
     "instruction": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
 }
+
+
+# Columns of rows that are more than a question and its answer.
+CONVERSATION = ("history", "untrained", "system")
+
+
+def check_conversation(row: Row, part: str) -> None:
+    """Raise ValueError unless the columns of CONVERSATION that a row has are as they must be."""
+    history, untrained = row.get("history", []), row.get("untrained", [])
+    if part == "domain":
+        raise ValueError("a text has no history, no untrained answers and no system text")
+    if not (
+        isinstance(history, list)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+        and all(isinstance(text, str) and text for pair in history for text in pair)
+        and ("history" not in row or history)
+    ):
+        raise ValueError("history must be a list of [question, answer], both texts")
+    turns = range(len(history)) if part == "instruction" else ()
+    if not (isinstance(untrained, list) and all(type(n) is int and n in turns for n in untrained)):
+        raise ValueError("untrained must be positions in the history of a row with an answer")
+    if "system" in row and not (isinstance(row["system"], str) and row["system"]):
+        raise ValueError("system must be a text")
+
+
+def questions(row: Row) -> list[str]:
+    """What the user says in a row, turn by turn; the last one is the question to be answered."""
+    return [*(question for question, _ in row.get("history", ())), row["prompt"]]
+
+
+def conversation_text(row: Row) -> str:
+    """The question of a row with what was said before it, for a person or a judge to read."""
+    turns = (f"User: {q}\nAssistant: {a}\n" for q, a in row.get("history", ()))
+    before = f"System: {row['system']}\n" if "system" in row else ""
+    before += "".join(turns)
+    return f"{before}User: {row['prompt']}" if before else row["prompt"]
+
+
+def check_system_texts(rows: Iterable[Row], prompt: Prompt) -> None:
+    """Raise UserError where rows have a system text and the prompt has no place for one."""
+    if not prompt.has_system_slot and any("system" in row for row in rows):
+        raise UserError(
+            "The prepared data have rows with a system text of their own, and the prompt has no "
+            "place for it: it was changed since.\nSet prompt.system_prefix and system_suffix as "
+            "they were, or prepare the data again: python prepare_datasets.py --overwrite"
+        )
 
 
 def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
@@ -44,6 +100,8 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
             row = json.loads(line.decode("utf-8"))
             if any(not isinstance(row[f], str) for f in FIELDS[part]):
                 raise ValueError(f"columns {FIELDS[part]} must be text")
+            if not row.keys().isdisjoint(CONVERSATION):
+                check_conversation(row, part)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}. {again(manifest)}") from None
         rows.append(row)

@@ -57,6 +57,8 @@ class Prepared:
 
     def __init__(self, directory: Path, **files: list[Row]) -> None:
         self.directory = directory
+        self.values: dict[str, object] = {}  # of other sections
+        directory.mkdir(exist_ok=True)
         files.setdefault("domain", [{"text": words(n, 20)} for n in range(90)])
         files.setdefault(
             "instruction", [{"prompt": words(n), "completion": words(n + 500)} for n in range(90)]
@@ -82,7 +84,7 @@ class Prepared:
             self.data["instruction"][0] |= {"columns": columns, "dataset": "prompt_completion"}
 
     def run(self, **data: object) -> Prepared:
-        values = {"model_type": "own", "data": self.data | data}
+        values = {"model_type": "own", "data": self.data | data, **self.values}
         self.config = build([("test", values)])
         self.config.evaluate.knowledge_rows = 0
         preparation.check_sources(self.config)

@@ -14,7 +14,7 @@ from conftest import ROOT, run_script
 from test_readers import collect, jsonl, read, texts, write
 
 from liteguard.config import SourceSection, build
-from liteguard.data import exams, formats, values
+from liteguard.data import conversations, exams, formats, values
 from liteguard.data.readers import Broken, LeftOut, Tally
 from liteguard.errors import UserError
 
@@ -116,14 +116,16 @@ def test_alpaca_tasks_on_one_text_are_all_kept_on_one_side(tmp_path):
         assert set(counts.values()) == {3} and not any("about" in row for row in found)
 
 
-def test_an_alpaca_row_with_a_history_needs_it_and_is_left_out(tmp_path):
+def test_an_alpaca_row_keeps_its_history_and_its_system_text(tmp_path):
     row = {"instruction": "And now?", "input": "", "output": "Twice a day.", "system": "Be brief."}
     history = [["How much?", "One."]]
-    found, _ = one(tmp_path, "alpaca", {**row, "history": history})
-    assert isinstance(found, LeftOut) and found.reason == "more than one exchange: not used yet"
+    found, notes = one(tmp_path, "alpaca", {**row, "history": history})
+    assert found["history"] == history and found["system"] == "Be brief."
+    assert notes == {formats.CONVERSATIONS: 1, conversations.SYSTEM: 1}
     found, notes = one(tmp_path, "alpaca", {**row, "history": []})
-    assert found["prompt"] == "And now?"
-    assert notes == {"rows with a system turn, which is left out": 1}
+    assert found["prompt"] == "And now?" and "history" not in found
+    found, _ = one(tmp_path, "alpaca", {**row, "history": [["How much?"]]})
+    assert isinstance(found, Broken) and found.reason == "history is no list of [question, answer]"
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -165,9 +167,7 @@ LEFT_OUT = [
 
 @pytest.mark.parametrize(("turns", "reason"), LEFT_OUT)
 @pytest.mark.parametrize("dataset", ["messages", "sharegpt"])
-def test_what_one_question_and_its_answer_cannot_hold_is_left_out_by_name(
-    tmp_path, dataset, turns, reason
-):
+def test_what_cannot_be_rendered_is_left_out_by_name(tmp_path, dataset, turns, reason):
     column = {"messages": "messages", "sharegpt": "conversations"}[dataset]
     found, _ = one(tmp_path, dataset, {column: turns})
     assert isinstance(found, LeftOut) and found.reason.startswith(reason), found
@@ -181,7 +181,7 @@ def test_left_out_rows_are_counted_and_are_no_broken_ones(tmp_path):
     ]
     path = jsonl(tmp_path / "x.jsonl", rows)
     _, (entry,) = collect("instruction", {"dataset": "messages", "path": str(path)})
-    assert entry["dropped"]["an answer by tools: not used yet"] == 3
+    assert entry["dropped"]["an answer by tools: cannot be rendered"] == 3
     assert sum(entry["dropped"].values()) >= len(LEFT_OUT) and entry["rows_kept"] > 50
     source = SourceSection(dataset="messages", path=str(path))
     tally = Tally(formats.formatted(source, tmp_path), source)
@@ -217,18 +217,24 @@ def test_sharegpt_with_tools_and_a_system_column_says_so(tmp_path):
     row = {"conversations": said("human: Hi?", "gpt: Hello."), "system": "Be kind.", "tools": "[1]"}
     found, notes = one(tmp_path, "sharegpt", row)
     assert found["prompt"] == "Hi?" and notes == {
-        "rows with a system turn, which is left out": 1,
-        "rows with tools, which are left out": 1,
+        conversations.SYSTEM: 1,
+        conversations.TOOLS: 1,
     }
 
 
-def test_a_given_completion_is_trained_on_or_nothing(tmp_path):
+def test_a_given_completion_is_trained_on_and_what_came_before_is_context(tmp_path):
     earlier = said("user: What is flu?", "assistant: An infection.", "user: And a cold?")
     row = {"prompt": earlier, "completion": said("assistant: A milder one.")}
-    found, _ = one(tmp_path, "prompt_completion", row)
-    assert isinstance(found, LeftOut) and found.reason == "more than one exchange: not used yet"
+    for completion in (row["completion"], "A milder one."):
+        found, _ = one(tmp_path, "prompt_completion", {**row, "completion": completion})
+        assert (found["prompt"], found["completion"]) == ("And a cold?", "A milder one.")
+        assert found["history"] == [["What is flu?", "An infection."]]
+        assert found["untrained"] == [0]
     row["prompt"] = earlier[:1]
-    assert one(tmp_path, "prompt_completion", row)[0]["completion"] == "A milder one."
+    found, _ = one(tmp_path, "prompt_completion", row)
+    assert found["completion"] == "A milder one." and "history" not in found
+    row["prompt"] = earlier[:2]
+    assert one(tmp_path, "prompt_completion", row)[0].reason == "the last message is not the user's"
 
 
 # --- preferences ----------------------------------------------------------------------------------
@@ -259,16 +265,37 @@ def test_every_layout_of_pairs_is_read_and_recognised(tmp_path, row):
     assert not any("column" in what for what in notes), notes
 
 
-def test_a_pair_that_needs_its_context_is_left_out(tmp_path):
+def test_a_pair_keeps_its_context(tmp_path):
     earlier = said("user: What is flu?", f"assistant: {YES}", "user: And a cold?")
+    before = f"\n\nHuman: What is flu?\n\nAssistant: {YES}\n\nHuman: And a cold?\n\nAssistant: "
+    whole = {"chosen": earlier + said("assistant: A."), "rejected": earlier + said("assistant: B.")}
     for row in (
-        {"prompt": earlier, "chosen": "A milder one.", "rejected": NO},
-        {"chosen": earlier + said("assistant: A."), "rejected": earlier + said("assistant: B.")},
-        {"chosen": f"\n\nHuman: A?\n\nAssistant: {YES}\n\nHuman: B?\n\nAssistant: {NO}",
-         "rejected": f"\n\nHuman: A?\n\nAssistant: {YES}\n\nHuman: B?\n\nAssistant: {YES}"},
+        {"prompt": earlier, "chosen": "A.", "rejected": "B."},
+        {"prompt": earlier, **whole},
+        {"prompt": "And a cold?", **whole},
+        {"prompt": "What is flu?", **whole},
+        whole,
+        {"chosen": f"{before}A.", "rejected": f"{before}B."},
+    ):
+        found, _ = one(tmp_path, "preference", row)
+        assert found["history"] == [["What is flu?", YES]]
+        assert (found["prompt"], found["chosen"], found["rejected"]) == ("And a cold?", "A.", "B.")
+
+
+def test_pairs_that_are_no_answers_to_one_question_are_left_out(tmp_path):
+    asked = said("user: What is flu?")
+    other = [*asked, *said(f"assistant: {NO}", "user: And a cold?", "assistant: B.")]
+    whole = [*asked, *said(f"assistant: {YES}", "user: And a cold?", "assistant: A.")]
+    unwanted = [*asked, {"role": "assistant", "content": YES, "weight": 0}]
+    for row, reason in (
+        ({"chosen": whole, "rejected": other}, "chosen and rejected part before"),
+        ({"prompt": "What is mumps?", "chosen": whole, "rejected": whole}, "the prompt is not the"),
+        ({"chosen": unwanted, "rejected": [*asked, *said("assistant: B.")]}, "an answer with weig"),
+        ({"prompt": [*asked, CALL, *said("tool: 3", "user: So?")], "chosen": YES, "rejected": NO},
+         "an answer by tools"),
     ):  # fmt: skip
         found, _ = one(tmp_path, "preference", row)
-        assert isinstance(found, LeftOut) and found.reason == "more than one exchange: not used yet"
+        assert isinstance(found, LeftOut) and found.reason.startswith(reason), found
 
 
 # --- not for training -----------------------------------------------------------------------------

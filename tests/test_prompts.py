@@ -44,21 +44,22 @@ def test_chat_template_renders_what_training_sees(name):
     assert one == prompt.render_question("What is asthma?")
 
 
-def prepared(directory, part: str, rows: list[dict]):
-    """A data directory whose train split of one part holds `rows`."""
+def prepared(directory, part: str, rows: list[dict], split: str = "train"):
+    """A data directory with one split of one part, which holds `rows`."""
     (directory / part).mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (directory / f"{part}/train.jsonl").write_text(text)
+    (directory / f"{part}/{split}.jsonl").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    manifest = {"model_type": "phi2", "files": {f"{part}/train.jsonl": digest}}
+    manifest = {"model_type": "phi2", "files": {f"{part}/{split}.jsonl": digest}}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
 
 
-def answers(tokenizer, tmp_path, rows, **section):
+def answers(tokenizer, tmp_path, rows, prompt=None, **section):
     """(ids, labels) of instruction rows, as lists."""
     cache = {"cache_dir": str(tmp_path / "cache")}
-    c = config("phi-2.yaml", data=cache, instruction=section)
+    own = {"prompt": prompt.model_dump()} if prompt else {}
+    c = config("phi-2.yaml", data=cache, instruction=section, **own)
     found = tokens.answers(tokenizer, prepared(tmp_path, "instruction", rows), "train", c)
     return [tuple(array.tolist() for array in found.row(i)) for i in range(len(found))]
 
@@ -77,7 +78,8 @@ def test_mask_token_by_token(tokenizer, tmp_path):
 
 def test_truncation_cuts_the_question_never_the_end_token(tokenizer, tmp_path):
     long = {**ORGAN, "prompt": "word " * 200}
-    [(ids, labels)] = answers(tokenizer, tmp_path, [long], max_length=30)
+    # Of more than one row in a hundred it is an error, see test_conversations.py.
+    ids, labels = answers(tokenizer, tmp_path, [*[ORGAN] * 99, long], max_length=30)[-1]
     assert len(ids) == 30 and labels[0] == -100
     assert labels[-1] == tokenizer.eos_token_id == ids[-1]
     assert tokenizer.decode(ids).endswith("Output:\nIt is an organ.<|endoftext|>")

@@ -22,7 +22,7 @@ from conftest import ROOT, fail, prepare, succeed
 from liteguard import wheels
 from liteguard.checkpoints import sha256_file
 from liteguard.config import SourceSection, build, read_yaml
-from liteguard.data import datasets, formats, preparation, readers
+from liteguard.data import conversations, datasets, formats, preparation, readers
 from liteguard.data.cleaning import Rules
 from liteguard.data.readers import Broken
 from liteguard.data.shards import Cleaner, _limited, clean_source
@@ -440,7 +440,7 @@ def test_preference_formats(tmp_path, row):
     assert found == {"prompt": "What is flu?", "chosen": "An infection.", "rejected": "No idea."}
 
 
-def test_what_a_format_leaves_out_is_counted(tmp_path):
+def test_what_a_format_does_with_turns_is_counted(tmp_path):
     rows = [
         {"messages": [USER, REPLY]},
         {"messages": [SYSTEM, USER, REPLY]},
@@ -450,8 +450,8 @@ def test_what_a_format_leaves_out_is_counted(tmp_path):
     found = formats.formatted(SourceSection(dataset="messages", path=str(path)), tmp_path)
     assert len(list(found)) == 3
     assert found.notes == {
-        "rows with a system turn, which is left out": 2,
-        "rows with more turns than a question and its answer: those are not used yet": 1,
+        conversations.SYSTEM: 2,
+        formats.CONVERSATIONS: 1,
     }
 
 

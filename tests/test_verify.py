@@ -11,8 +11,9 @@ from conftest import ROOT, fail, succeed
 from liteguard.config import RECIPES, Config, VerifySection
 from liteguard.errors import UserError, WorkError
 from liteguard.export import measured, merge, quantization, silence, tflite, tokenizer, verify
-from liteguard.export.bundle import write_task
+from liteguard.export.bundle import write_litertlm, write_task
 from liteguard.prompts import Prompt
+from liteguard.runtime.bundle import Bundle
 from liteguard.runtime.container import tflite_model
 from liteguard.runtime.workers import BundleWorkers
 
@@ -393,6 +394,35 @@ def test_the_bundle_ends_the_answers_that_the_model_ends(merged, own, passes, tm
         with pytest.raises(WorkError, match="step 'stops' left"):
             verify.check_stops(*run)
     assert any("itself ends" in line for line in said) is (merged < 6 and passes)
+
+
+def test_the_runtime_is_given_what_training_renders_of_a_conversation(parts, tmp_path):
+    """History and system text as an app hands them over; every id is counted in the cache."""
+    slot = {"system_prefix": "System: ", "system_suffix": "\n"}
+    prompt = parts["config"].prompt.model_copy(update=slot)
+    path = tmp_path / "own.litertlm"
+    write_litertlm(parts["tflite"], parts["merged"], prompt, path, 128)
+    history = [["What is the heart?", "It is an organ."], ["Is it a muscle?", "Yes."]]
+    row = {"prompt": "And the lung?", "history": history, "system": "Be brief."}
+    messages = [
+        {"role": role, "content": text}
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    with Bundle(path) as device:
+        given = prompt.render_row(row)
+        with device._engine.create_conversation(
+            messages=messages, system_message=row["system"], sampler_config=device._greedy
+        ) as conversation:
+            assert conversation.render_message_to_string(row["prompt"]) == given
+            answer = conversation.send_message(row["prompt"]).to_json()["content"][0]["text"]
+            tokens = conversation.token_count
+        # What training tokenizes piece by piece, the device reads as a whole.
+        turns = [*map(tuple, history), (row["prompt"], None)]
+        ids = [i for piece in prompt.segments(turns, "Be brief.") for i in device.tokenize(piece)]
+        assert ids == device.tokenize(given)
+        assert ids == own_tokenizer(parts["merged"]).encode(given, add_special_tokens=False).ids
+        assert tokens == len(ids) + len(device.tokenize(answer)) + 1  # and the end token
 
 
 def test_limits_follow_the_merged_models_own_answers():

@@ -20,9 +20,9 @@ import numpy as np
 
 from liteguard.data import near_questions
 from liteguard.data.near_duplicates import PERMUTATIONS, sign_pairs, sign_texts
-from liteguard.data.overlap import OVERLAP_WORDS, index_texts
+from liteguard.data.overlap import OVERLAP_WORDS, SHORTEST_WINDOW, index_texts
 from liteguard.data.words import key_number, windows, word_numbers
-from liteguard.rows import FIELDS, SPLITS, Row
+from liteguard.rows import FIELDS, SPLITS, Row, questions
 from liteguard.text import has_words, match_key, normalise, pieces, text_key, unit
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Rules:
     evaluation_index: str | None = None
     # A JSON file: `match_key` of a name -> entity, the same for all names of one disease.
     entity_names: str | None = None
+    # Whether the prompt has a place for a row's own system text (`Prompt.has_system_slot`).
+    system_slot: bool = False
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Chunk:
 FIXED, NAMED, NAMELESS = range(3)
 # Name -> (dtype, columns): what is kept beside the JSON lines of a source. `ngrams` has one entry
 # per window of 13 words instead of one per row, `asked` one per word of a question of up to 40
-# words.
+# words. The questions of a conversation count as one there, and so do its answers. `turns` is how
+# many it has, 0 of a single exchange; `turn_keys` has its opening (`opening`), then each of its
+# questions; `turn_words` and `turn_asked` are `asked`, question by question.
 ARRAYS: dict[str, tuple[type, int]] = {
     "bytes": (np.int64, 1),
     "exact": (np.uint64, 2),
@@ -79,7 +83,13 @@ ARRAYS: dict[str, tuple[type, int]] = {
     "digest": (np.uint32, PERMUTATIONS),
     "ngrams": (np.uint64, 1),
     "asked": (np.uint64, 1),
+    "turns": (np.uint16, 1),
+    "turn_keys": (np.uint64, 1),
+    "turn_words": (np.uint8, 1),
+    "turn_asked": (np.uint64, 1),
 }
+# Those that do not have an entry per row.
+RAGGED = ("ngrams", "asked", "turn_keys", "turn_words", "turn_asked")
 
 
 def is_language(text: str, language: str) -> bool:
@@ -118,7 +128,8 @@ def draw_split(entity: str, data: DataSection, tiered_questions: bool = False) -
 def reason_to_drop(row: Row, rules: Rules) -> str | None:
     """Why a normalised row cannot be used, or None."""
     fields, data = FIELDS[rules.part], rules.data
-    if not all(has_words(row[f]) for f in fields):
+    earlier = [text for pair in row.get("history", ()) for text in pair]
+    if not all(map(has_words, (*(row[f] for f in fields), *earlier))):
         return "empty"
     # What is to be learnt: the text, the answer, the chosen answer.
     answer = row["chosen"] if rules.part == "preference" else row[fields[-1]]
@@ -126,14 +137,37 @@ def reason_to_drop(row: Row, rules: Rules) -> str | None:
     shortest = data.min_characters if rules.part == "domain" else data.answer_min_characters
     if len(answer) < shortest:
         return "too short"
-    if sum(len(row[f]) for f in fields) > data.max_characters:
+    texts = (*(row[f] for f in fields), *earlier, row.get("system", ""))
+    if sum(map(len, texts)) > data.max_characters:
         return "too long"
     if rules.part == "preference" and row["chosen"] == row["rejected"]:
         return "chosen equals rejected"
     # The answer, not the question: questions are short and full of names.
-    if data.language and not is_language(answer, data.language):
+    learnt = [answer, *_trained_answers(row, rules.part)]
+    if data.language and not all(is_language(text, data.language) for text in learnt):
         return f"not {data.language}"
     return None
+
+
+def _trained_answers(row: Row, part: str) -> list[str]:
+    """Earlier answers that are learnt from as well."""
+    if part == "preference":
+        return []
+    untrained = row.get("untrained", ())
+    return [pair[1] for n, pair in enumerate(row.get("history", ())) if n not in untrained]
+
+
+def opening(row: Row) -> str:
+    """What tells a conversation from others: its first questions, of six words at least.
+
+    Many begin with "Hello doctor", and that is no reason to keep them together.
+    """
+    text = ""
+    for question in questions(row):
+        text = f"{text} {question}" if text else question
+        if len(text_key(text).split()) >= SHORTEST_WINDOW:
+            break
+    return text
 
 
 @functools.lru_cache(maxsize=2)
@@ -150,7 +184,8 @@ def _name_entity(row: Row, rules: Rules) -> int:
         named = entity_names(rules.entity_names).get(named, named)
     # Tasks on one text ("Summarise ...", "List the drugs of ...") are on one side as well.
     about = match_key(normalise(row.pop("about", "")))
-    row["entity"] = named or about or match_key(row[FIELDS[rules.part][0]])
+    subject = row["text"] if rules.part == "domain" else opening(row)
+    row["entity"] = named or about or match_key(subject)
     # "train or validation": drawn among these, where a source brings its own test split.
     own = row.get("split")
     if own in SPLITS:
@@ -167,6 +202,11 @@ def _normalised(found: Any, rules: Rules) -> Iterator[tuple[int, Row]]:
     """(what the split is drawn by, clean row) of a row: several of a long text, cut in pieces."""
     fields = FIELDS[rules.part]
     row = {**found, **{f: normalise(found[f]) for f in fields}}
+    if "history" in row:
+        row["history"] = [[normalise(text) for text in pair] for pair in row["history"]]
+    system = normalise(row.pop("system", ""))
+    if system and rules.system_slot:
+        row["system"] = system
     for label in ("kind", "area"):
         if row.get(label):
             row[label] = normalise(str(row[label]))
@@ -220,9 +260,15 @@ class _Columns:
     def add(self, row: Row, naming: int) -> bytes:
         """Take a row in; returns its line."""
         source, data, fields = self._rules.source, self._rules.data, FIELDS[self._rules.part]
-        keys = [text_key(row[f]) for f in fields]
+        texts = [row[f] for f in fields]
+        history = row.get("history", ())
+        if history:  # the questions of a conversation are one, and so are its answers
+            texts[0] = " ".join(questions(row))
+            texts[1:] = [" ".join([*(answer for _, answer in history), own]) for own in texts[1:]]
+        keys = [text_key(text) for text in texts]
         split = row.pop("split")
-        if source.opening_tokens and unit(f"opening{row[fields[0]]}") < source.opening_share:
+        opens = source.opening_tokens and not history
+        if opens and unit(f"opening{row[fields[0]]}") < source.opening_share:
             row["opening_tokens"] = source.opening_tokens
         row["dataset"] = source.dataset
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
@@ -230,8 +276,12 @@ class _Columns:
         self._words.append(words)
         # A rejected answer is no text to learn from, and often shared by many rows.
         self._text_numbers.append([key_number(key) for key in keys[:2]])
-        exact = hashlib.blake2b("\x1f".join(keys).encode(), digest_size=16).digest()
-        order = hashlib.sha256(f"{data.seed}{row[fields[0]]}".encode()).digest()
+        whole = keys
+        if history or "system" in row:
+            turns = [text_key(text) for pair in history for text in pair]
+            whole = [*keys, "\x1e".join(turns), row.get("system", "")]
+        exact = hashlib.blake2b("\x1f".join(whole).encode(), digest_size=16).digest()
+        order = hashlib.sha256(f"{data.seed}{texts[0]}".encode()).digest()
         for name, value in {
             "bytes": len(line),
             "exact": np.frombuffer(exact, "<u8"),
@@ -242,9 +292,22 @@ class _Columns:
             "naming": naming,
             "words": sum(map(len, words[:2])),
             "question_words": len(words[0]),
+            "turns": len(history) + 1 if history else 0,
         }.items():
             self._values[name].append(value)
+        if history:
+            self._add_turns(row)
         return line
+
+    def _add_turns(self, row: Row) -> None:
+        """Take in the questions of a conversation, each by itself."""
+        keys = [text_key(question) for question in questions(row)]
+        self._values["turn_keys"] += map(key_number, (text_key(opening(row)), *keys))
+        for key in keys:
+            words = word_numbers(key.split())
+            kept = words if len(words) <= near_questions.MAX_ASKED else words[:0]
+            self._values["turn_words"].append(len(kept))
+            self._values["turn_asked"] += kept.tolist()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of ARRAYS."""
@@ -253,16 +316,16 @@ class _Columns:
         found: dict[str, np.ndarray] = {
             name: np.array(values, ARRAYS[name][0])
             for name, values in self._values.items()
-            if values
+            if values or name in RAGGED
         }
-        questions = [words[0] for words in self._words]
+        first = [words[0] for words in self._words]
         if self._rules.part == "domain":
             asked: list[np.ndarray] = []
-            found["digest"] = sign_texts(questions)
+            found["digest"] = sign_texts(first)
         else:
-            asked = [words for words in questions if len(words) <= near_questions.MAX_ASKED]
+            asked = [words for words in first if len(words) <= near_questions.MAX_ASKED]
             answers = [np.concatenate(words[1:]) for words in self._words]
-            found["digest"] = sign_pairs(questions, answers)
+            found["digest"] = sign_pairs(first, answers)
         found["asked"] = np.concatenate([np.empty(0, np.uint64), *asked])
         return found | self._overlaps(found["words"].astype(np.int64))
 
@@ -289,6 +352,11 @@ class _Columns:
             for column in zip(*self._text_numbers, strict=True):
                 whole = index.find_texts(np.array(column, np.uint64))
                 overlap = np.where(overlap == 0, whole, overlap)
+            turns = np.array(self._values["turns"], np.int64)
+            of_turn = np.repeat(np.arange(len(turns)), turns + (turns > 0))
+            found = index.find_texts(np.array(self._values["turn_keys"], np.uint64))
+            hits = np.flatnonzero((found > 0) & (overlap[of_turn] == 0))[::-1]
+            overlap[of_turn[hits]] = found[hits]
         return {"ngrams": ngrams, "overlap": overlap}
 
 

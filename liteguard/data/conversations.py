@@ -1,8 +1,7 @@
-"""Lists of messages: what of them is one question and its answer, and what is left out, by name.
+"""Lists of messages: which exchanges they are, and what is left out, by name.
 
-A model on a device is asked one question at a time, and the prompt object renders one: of a longer
-conversation the first exchange is used, because it needs nothing before it. An answer that does
-need earlier turns is left out."""
+The prompt object renders a system text, then questions and answers in turn. A conversation is used
+up to the first turn that is something else: a tool, a system text in the middle."""
 
 from __future__ import annotations
 
@@ -25,10 +24,13 @@ _TEXT_KEYS = frozenset(("role", "from", "content", "value"))
 _CALLS = frozenset(("tool_calls", "function_call", "function_calls"))
 # Of a message or a row: false, or 0, means that it is not to be trained on.
 FLAGS = ("weight", "train", "training", "trainable", "loss")
-EARLIER = "more than one exchange: not used yet"
-SYSTEM = "rows with a system turn, which is left out"
+SYSTEM = "rows with a system text of their own"
+NO_SLOT = "rows with a system text, which is left out: the prompt has no place for it"
 TOOLS = "rows with tools, which are left out"
-_LATER = "rows with more turns than a question and its answer: those are not used yet"
+_BY_TOOLS = "an answer by tools: cannot be rendered"
+_ASSISTANT_FIRST = "begins with the assistant's turn: cannot be rendered"
+_SYSTEM_LATER = "a system turn after the first question: cannot be rendered"
+_UNTRAINED = "an answer with weight 0: not for training"
 
 
 class NotForTraining(ValueError):
@@ -110,72 +112,138 @@ def _joined_parts(parts: list[Any]) -> str:
     return "\n".join(texts)
 
 
-def _spoken(found: list[Turn], notes: Counter[str]) -> list[Turn]:
-    spoken = [turn for turn in found if turn.role != "system"]
-    if len(spoken) < len(found):
-        notes[SYSTEM] += 1
-    return spoken
+class Exchange(NamedTuple):
+    """A question and its answer, as found; whether the answer is to be learnt from."""
+
+    question: Any
+    answer: Any
+    trained: bool
 
 
-def exchange(found: list[Turn], notes: Counter[str]) -> Row:
-    """The first question and its answer; messages in a row by one side are one.
+class Conversation(NamedTuple):
+    """What of some messages can be rendered, and why it stops where it does ("" at the end).
 
-    Raises NotForTraining when the answer is not to be trained on, calls a tool, or needs a turn
-    that comes before the question; ValueError when there is none.
+    `system` and `asked`, a last question without an answer, are None where there is none.
     """
-    spoken = _spoken(found, notes)
-    roles = [turn.role for turn in spoken]
-    if roles[:1] == ["assistant"]:
-        raise NotForTraining("begins with the assistant's turn: not used yet")
-    asked = next((n for n, role in enumerate(roles) if role != "user"), len(roles))
-    end = next((n for n in range(asked, len(roles)) if roles[n] != "assistant"), len(roles))
-    answers = spoken[asked:end]
-    if "tool" in roles[asked : end + 1] or any(turn.calls for turn in answers):
-        raise NotForTraining("an answer by tools: not used yet")
-    if not asked or not answers:
+
+    system: Any
+    exchanges: list[Exchange]
+    asked: Any
+    stop: str = ""
+
+    @property
+    def history(self) -> list[list[Any]]:
+        """Questions and answers, as rows hold them."""
+        return [[exchange.question, exchange.answer] for exchange in self.exchanges]
+
+
+def read(found: list[Turn], notes: Counter[str], system: Any = None) -> Conversation:
+    """Messages as exchanges; those in a row by one side are one. `system`: a text given beside."""
+    roles = [turn.role for turn in found]
+    begin = next((n for n, role in enumerate(roles) if role != "system"), len(roles))
+    texts = [given(text) for text in (system, *(turn.text for turn in found[:begin]))]
+    texts = [text for text in texts if text is not None]
+    system = texts[0] if len(set(map(str, texts))) == 1 else _lines(texts) if texts else None
+    exchanges: list[Exchange] = []
+    while begin < len(roles):
+        asked = _end(roles, begin, "user")
+        end = _end(roles, asked, "assistant")
+        answers = found[asked:end]
+        follows = roles[end] if end < len(roles) else ""
+        if follows == "tool" or any(turn.calls for turn in answers):
+            return Conversation(system, exchanges, None, _BY_TOOLS)
+        if asked == begin and answers:
+            return Conversation(system, exchanges, None, _ASSISTANT_FIRST)
+        if follows and not answers:
+            return Conversation(system, exchanges, None, _SYSTEM_LATER)
+        question = _joined(found[begin:asked], "user", notes)
+        if not answers:
+            return Conversation(system, exchanges, question)
+        answer = _joined(answers, "assistant", notes)
+        exchanges.append(Exchange(question, answer, all(turn.trained for turn in answers)))
+        begin = end
+    return Conversation(system, exchanges, None)
+
+
+def _end(roles: list[str], begin: int, role: str) -> int:
+    """Where the turns by `role` end that begin at `begin`."""
+    return next((n for n in range(begin, len(roles)) if roles[n] != role), len(roles))
+
+
+def row_of(found: list[Turn], notes: Counter[str], system: Any = None) -> Row:
+    """The row of a conversation up to its last answer that is to be learnt from.
+
+    Raises NotForTraining when nothing of it can be rendered, or no answer is to be learnt from;
+    ValueError when there is no answer.
+    """
+    conversation = read(found, notes, system)
+    exchanges = conversation.exchanges
+    trained = [n for n, exchange in enumerate(exchanges) if exchange.trained]
+    if not exchanges and not conversation.stop:
         raise ValueError("no user turn with an assistant's answer")
-    if not all(turn.trained for turn in answers):
-        raise NotForTraining("an answer with weight 0: not for training")
-    if end < len(roles):
-        notes[_LATER] += 1
+    if not trained:
+        raise NotForTraining(conversation.stop or _UNTRAINED)
+    if conversation.stop:
+        notes[f"rows that are used up to {conversation.stop}"] += 1
+    if conversation.asked is not None:
+        notes["rows that end with a question, which is left out"] += 1
+    exchanges = exchanges[: trained[-1] + 1]
+    question, answer, _ = exchanges.pop()
+    untrained = [n for n, exchange in enumerate(exchanges) if not exchange.trained]
+    if untrained:
+        notes["rows with earlier answers that are context and not learnt from"] += 1
     return {
-        "prompt": _joined(spoken[:asked], "user", notes),
-        "completion": _joined(answers, "assistant", notes),
+        "prompt": question,
+        "completion": answer,
+        **beside(Conversation(conversation.system, exchanges, None)),
+        **({"untrained": untrained} if untrained else {}),
     }
 
 
-def question(found: list[Turn], notes: Counter[str]) -> Any:
-    """The text of a prompt that is a list of messages, all by the user but for a system turn."""
-    spoken = _spoken(found, notes)
-    if not spoken or spoken[-1].role != "user":
+def question(found: list[Turn], notes: Counter[str], system: Any = None) -> Conversation:
+    """A prompt that is a list of messages: it ends with a question, and all of it is needed."""
+    conversation = read(found, notes, system)
+    if conversation.stop:
+        raise NotForTraining(conversation.stop)
+    if conversation.asked is None:
         raise ValueError("the last message is not the user's")
-    if any(turn.role != "user" for turn in spoken):
-        raise NotForTraining(EARLIER)
-    return _joined(spoken, "user", notes)
+    return conversation
+
+
+def beside(conversation: Conversation) -> Row:
+    """`history` and `system` of a row, where there are any."""
+    history = {"history": conversation.history} if conversation.exchanges else {}
+    return history | ({} if conversation.system is None else {"system": conversation.system})
 
 
 def _joined(found: list[Turn], role: str, notes: Counter[str]) -> Any:
     if len(found) == 1:
         return found[0].text
     notes[f"rows with several {role} turns in a row, taken as one"] += 1
-    texts = [turn.text for turn in found]
+    return _lines([turn.text for turn in found])
+
+
+def _lines(texts: list[Any]) -> str | None:
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
-def last_answer(value: Any, notes: Counter[str]) -> tuple[Any, Any]:
-    """(question or None, answer) of a chosen or rejected cell: a text, or messages.
+def last_answer(value: Any, notes: Counter[str]) -> tuple[Conversation | None, Any]:
+    """(what was said before or None, answer) of a chosen or rejected cell: a text, or messages.
 
     Messages may begin with the prompt; what comes before the answer is the question.
     """
     if not is_conversation(value):
         return None, value
-    spoken = _spoken(turns(value, notes), notes)
-    if not spoken or spoken[-1].role != "assistant":
+    found = turns(value, notes)
+    if not found or found[-1].role != "assistant":
         raise ValueError("the last message is not the assistant's")
-    answer = spoken.pop()
+    answer = found.pop()
     if answer.calls:
-        raise NotForTraining("an answer by tools: not used yet")
-    return (question(spoken, notes) if spoken else None), answer.text
+        raise NotForTraining(_BY_TOOLS)
+    if not answer.trained:
+        raise NotForTraining(_UNTRAINED)
+    before = any(turn.role != "system" for turn in found)
+    return (question(found, notes) if before else None), answer.text
 
 
 # A dialogue in one text, as in the first published preference data of that kind.

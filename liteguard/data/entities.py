@@ -18,7 +18,7 @@ from liteguard.config import DataSection
 from liteguard.data.cleaning import NAMED, NAMELESS, draw_split, entity_names
 from liteguard.data.splits import Lines, Part
 from liteguard.data.words import key_number
-from liteguard.rows import FIELDS, SPLITS
+from liteguard.rows import FIELDS, SPLITS, questions
 from liteguard.text import match_key
 from liteguard.wheels import WHEELS, cached_wheel
 
@@ -120,8 +120,13 @@ def _given_names(parts: list[Part]) -> dict[str, str]:
 
 
 def _first_text(line: str, field: str) -> str:
-    """A row's question or text; it comes first in the line, so the rest need not be read."""
+    """A row's question or text; it comes first in the line, so the rest need not be read.
+
+    Of a conversation all questions.
+    """
     begin = f'{{"{field}": "'
+    if field == "prompt" and '"history": [[' in line:
+        return " ".join(questions(json.loads(line)))
     if line.startswith(begin):
         return json.decoder.scanstring(line, len(begin))[0]  # type: ignore[attr-defined]
     return json.loads(line)[field]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.config import SourceSection
-from liteguard.data.conversations import NotForTraining
+from liteguard.data.conversations import SYSTEM, NotForTraining
 from liteguard.data.files import SPLIT_NAMES, files_and_splits
 from liteguard.data.layouts import FORMATS, Format
 from liteguard.data.readers import (
@@ -29,6 +29,7 @@ from liteguard.data.values import NO_TEXT, given, mended, says_yes
 from liteguard.errors import UserError
 from liteguard.rows import FIELDS, SPLITS, Row
 
+CONVERSATIONS = "conversations of several turns"
 # Beside the columns of a format, rows may have these; `columns:` of a source can name them too.
 _LABELS = ("entity", "kind", "area", "split")
 # Columns whose false value says: not for training. `label` says it in rows with one answer each
@@ -177,15 +178,34 @@ def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | 
         return broken(place, str(error), row)
     for field in FIELDS[layout.part]:
         value = made[field]
-        if not isinstance(value, str) or (len(value) < 12 and value.strip() in NO_TEXT):
+        if not _is_text(value):
             return broken(place, "missing or not text", f"{field} is {value!r} in {row}")
         made[field] = mended(value, notes)
+    if history := made.get("history"):
+        if not all(_is_text(text) for pair in history for text in pair):
+            return broken(place, "an earlier turn is missing or not text", row)
+        made["history"] = [[mended(text, notes) for text in pair] for pair in history]
+        notes[CONVERSATIONS] += 1
+    if "system" in made:
+        if not isinstance(made["system"], str):
+            return broken(place, "the system text is not text", row)
+        made["system"] = mended(made["system"], notes)
+        notes[SYSTEM] += 1
     for label in (*layout.defaults, "entity"):
         value = given(row.get(label))
         made[label] = layout.defaults.get(label) if value is None else str(value)
-    if not all(value is None or _is_unicode(value) for value in made.values()):
+    if not all(_is_unicode(text) for text in _texts(made)):
         return broken(place, "not UTF-8", row)
     return made
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and (len(value) >= 12 or value.strip() not in NO_TEXT)
+
+
+def _texts(made: Row) -> Iterator[str]:
+    yield from (value for value in made.values() if isinstance(value, str))
+    yield from (text for pair in made.get("history", ()) for text in pair)
 
 
 def _is_unicode(text: str) -> bool:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from liteguard.data.conversations import (
-    EARLIER,
-    SYSTEM,
     TOOLS,
+    Conversation,
     NotForTraining,
+    beside,
     dialogue,
-    exchange,
     is_conversation,
     last_answer,
     question,
+    row_of,
     turns,
 )
 from liteguard.data.values import given
@@ -74,51 +74,66 @@ def about(row: Row, prompt: Any) -> Row:
 
 
 def alpaca(row: Row, notes: Counter[str]) -> Row:
-    """Columns instruction, output and maybe input, system, history (earlier exchanges)."""
-    if given(row.get("history")):
-        raise NotForTraining(EARLIER)
-    _count_settings(row, notes)
+    """Columns instruction, output and maybe input, system, history (earlier exchanges).
+
+    The answers of the history are learnt from as well.
+    """
+    _count_tools(row, notes)
     prompt = asked(row.get("instruction"), row.get("input"), notes)
-    return {"prompt": prompt, "completion": row.get("output"), **about(row, prompt)}
+    made = {"prompt": prompt, "completion": row.get("output"), **about(row, prompt)}
+    if history := given(row.get("history")):
+        if not isinstance(history, list) or not all(_is_exchange(pair) for pair in history):
+            raise ValueError("history is no list of [question, answer]")
+        made["history"] = [list(pair) for pair in history]
+    return made | _system(row)
 
 
-def _count_settings(row: Row, notes: Counter[str]) -> None:
+def _is_exchange(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2
+
+
+def _system(row: Row) -> Row:
+    system = given(row.get("system"))
+    return {} if system is None else {"system": system}
+
+
+def _count_tools(row: Row, notes: Counter[str]) -> None:
     """Counts what a row says beside its turns, and what no prompt of ours can hold."""
-    if given(row.get("system")):
-        notes[SYSTEM] += 1
     if given(row.get("tools")):
         notes[TOOLS] += 1
 
 
 def messages(row: Row, notes: Counter[str]) -> Row:
-    """A column `messages`: a list of {role, content}. See `conversations.exchange`."""
-    _count_settings(row, notes)
-    return exchange(turns(row.get("messages"), notes), notes)
+    """A column `messages`: a list of {role, content}. See `conversations.row_of`."""
+    _count_tools(row, notes)
+    return row_of(turns(row.get("messages"), notes), notes, row.get("system"))
 
 
 def sharegpt(row: Row, notes: Counter[str]) -> Row:
-    """A column `conversations`: a list of {from, value}. See `conversations.exchange`."""
-    _count_settings(row, notes)
-    return exchange(turns(row.get("conversations"), notes), notes)
+    """A column `conversations`: a list of {from, value}. See `conversations.row_of`."""
+    _count_tools(row, notes)
+    return row_of(turns(row.get("conversations"), notes), notes, row.get("system"))
 
 
 def prompt_completion(row: Row, notes: Counter[str]) -> Row:
-    """Columns prompt, completion; texts, or messages."""
+    """Columns prompt, completion; texts, or messages.
+
+    What is learnt from is the completion; answers in the prompt are context.
+    """
     prompt, completion = row.get("prompt"), row.get("completion")
-    _count_settings(row, notes)
+    _count_tools(row, notes)
     if not is_conversation(prompt) and not is_conversation(completion):
-        return {"prompt": prompt, "completion": completion}
-    answers = completion
+        return {"prompt": prompt, "completion": completion, **_system(row)}
     if not is_conversation(completion):
-        answers = [{"role": "assistant", "content": completion}]
-    found = turns(answers, notes)
+        completion = [{"role": "assistant", "content": completion}]
+    found = turns(completion, notes)
     if not found or found[-1].role != "assistant":
         raise ValueError("the last message is not the assistant's")
-    if is_conversation(prompt):
-        before = turns(prompt, notes)
-        question(before, Counter())  # by the user alone: what a completion answers
-        return exchange([*before, *found], notes)
-    return exchange([*turns({"role": "user", "content": prompt}, notes), *found], notes)
+    if not is_conversation(prompt):
+        prompt = {"role": "user", "content": prompt}
+    before = [turn._replace(trained=False) for turn in turns(prompt, notes)]
+    question(before, Counter())  # ends with what the completion answers
+    return row_of([*before, *found], notes, row.get("system"))
 
 
 def preference(row: Row, notes: Counter[str]) -> Row:
@@ -127,7 +142,7 @@ def preference(row: Row, notes: Counter[str]) -> Row:
     Messages of the answers may begin with the prompt, or be all there is (an implicit prompt); a
     text that both answers begin with and that is the prompt is cut off.
     """
-    _count_settings(row, notes)
+    _count_tools(row, notes)
     chosen, rejected = row.get("chosen"), row.get("rejected")
     prompt = row.get("prompt")
     if "prompt" not in row:
@@ -136,17 +151,19 @@ def preference(row: Row, notes: Counter[str]) -> Row:
         else:
             prompt = row.get("conversations")
             chosen, rejected = dialogue(chosen) or chosen, dialogue(rejected) or rejected
+    given_before = None
     if is_conversation(prompt):
-        prompt = question(turns(prompt, notes), notes)
+        given_before = question(turns(prompt, notes), notes)
+        prompt = given_before.asked
     before, chosen = last_answer(chosen, notes)
     other, rejected = last_answer(rejected, Counter())
-    if before is not None and other is not None and before != other:
-        raise ValueError("chosen and rejected answer different questions")
-    implicit = before if before is not None else other
-    if prompt is None:
-        prompt = implicit
-    elif implicit is not None and _plain(implicit) != _plain(prompt):
+    if before and other and _said(before) != _said(other):
+        raise NotForTraining("chosen and rejected part before their last answers")
+    before = before or other
+    if before and not _fits(before, prompt, given_before):
         raise NotForTraining("the prompt is not the question of the answers: not used")
+    context = before or given_before
+    prompt = context.asked if context else prompt
     if (
         all(isinstance(text, str) for text in (prompt, chosen, rejected))
         and prompt
@@ -155,8 +172,25 @@ def preference(row: Row, notes: Counter[str]) -> Row:
     ):
         notes["rows whose answers began with the prompt, which is cut off"] += 1
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    text = {} if "prompt" in row else about(row, prompt)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **text}
+    made = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    made |= {} if "prompt" in row else about(row, prompt)
+    own = beside(context) if context else {}
+    return made | own | (_system(row) if "system" not in own else {})
+
+
+def _fits(before: Conversation, prompt: Any, context: Conversation | None) -> bool:
+    """Whether what stands before an answer is what the prompt says: all of it, or where the prompt
+    is a text its last question, or the first one, which begins the conversation."""
+    if context:
+        return _said(before) == _said(context)
+    first = before.exchanges[0].question if before.exchanges else before.asked
+    return prompt is None or _plain(prompt) in (_plain(before.asked), _plain(first))
+
+
+def _said(conversation: Conversation) -> list[str]:
+    """Every turn but the system's."""
+    pairs = [text for pair in conversation.history for text in pair]
+    return [_plain(text) for text in (*pairs, conversation.asked)]
 
 
 def _plain(text: Any) -> str:

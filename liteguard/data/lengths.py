@@ -36,6 +36,8 @@ def table(manifest: dict[str, Any]) -> str:
     lines += ["", f"{'file':32}{'rows':>10}{'entities':>10}{'words':>13}"]
     for name, entry in manifest["counts"].items():
         lines.append(f"{name:32}{entry['rows']:10,}{entry['entities']:10,}{entry['words']:13,}")
+        if "conversations" in entry:
+            lines.append(f"{'':4}{entry['conversations']:,} conversations of several turns")
         if "tiers" in entry:
             wording = entry["tiers"]["held-out wording"]
             lines.append(
@@ -131,8 +133,7 @@ def token_lengths(config: Config, tokenizer: Any, data_dir: Path, part: str) -> 
                 texts.append((row["text"] + prompt.document_end_token,))
             else:
                 answers = [row[field] for field in FIELDS[part][1:]]
-                question = prompt.render_question(row["prompt"])
-                texts.append((question, *map(prompt.render_answer, answers)))
+                texts.append((prompt.render_row(row), *map(prompt.render_answer, answers)))
             if len(texts) == BATCH:
                 flush()
     flush()

@@ -160,6 +160,7 @@ def plan(config: Config) -> dict[str, Any]:
         "model_type": config.model_type,
         "code": code_version(),
         "disease names": _disease_names(config),
+        "place for system texts in the prompt": config.prompt.has_system_slot,
         **{f"data.{key}": value for key, value in settings.items()},
         **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
     }
@@ -182,10 +183,11 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
     data = config.data
     names = names_file(Path(data.cache_dir), _disease_names(config), code_version())
     known = [str(path) if path else None for path in (index_path, names)]
+    slot = config.prompt.has_system_slot
     with Cleaner() as cleaner:
         shards = {
             name: [
-                clean_source(Rules(name, source, data, *known), cleaner)
+                clean_source(Rules(name, source, data, *known, slot), cleaner)
                 for source in getattr(data, name)
             ]
             for name in FIELDS

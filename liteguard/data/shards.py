@@ -26,6 +26,7 @@ from liteguard import checkpoints
 from liteguard.config import SourceSection
 from liteguard.data import cleaning
 from liteguard.data.cleaning import ARRAYS, Chunk, Rules
+from liteguard.data.conversations import NO_SLOT, SYSTEM
 from liteguard.data.datasets import DATASETS
 from liteguard.data.files import local_files, unreadable
 from liteguard.data.readers import Broken, Tally, hub_commit
@@ -37,7 +38,7 @@ from liteguard.wheels import WHEELS
 CHUNK_ROWS = 2_000
 # To be raised by whoever changes which rows come out of the same input: prepared data and the cache
 # of older versions are then made again. tests/test_preparation.py holds it to the code.
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 INFO = "info.json"
 CACHE_DAYS = 14
 
@@ -183,6 +184,7 @@ def clean_source(
             "code": code_version(),
             "evaluation": Path(index).stem if index else None,
             "names": Path(rules.entity_names).stem if rules.entity_names else None,
+            "system": rules.system_slot,
             **source_inputs(source),
             **own_settings,
             **split_settings,
@@ -269,6 +271,8 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
         for file in files.values():
             file.close()
     tally.check()
+    if not rules.system_slot and SYSTEM in tally.notes:
+        tally.notes[NO_SLOT] = tally.notes.pop(SYSTEM)
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     info = {
         "read": read,

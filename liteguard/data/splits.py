@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from liteguard.data import cleaning, near_duplicates, near_questions
-from liteguard.data.cleaning import ARRAYS, FIXED, NAMELESS
+from liteguard.data.cleaning import ARRAYS, FIXED, NAMELESS, RAGGED
 from liteguard.data.overlap import (
     OVERLAP_WORDS,
     OverlapIndex,
@@ -52,7 +52,7 @@ class Part:
     @classmethod
     def join(cls, name: str, shards: list[Shard]) -> Part:
         """Everything but the signatures, word windows and questions, which are large."""
-        wanted = [n for n in ARRAYS if n not in ("digest", "ngrams", "asked", "bytes")]
+        wanted = [n for n in ARRAYS if n not in ("digest", "bytes", *RAGGED)]
         arrays = {n: np.concatenate([s.array(n) for s in shards]) for n in wanted}
         sizes = [s.info["kept"] for s in shards]
         shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
@@ -69,6 +69,15 @@ class Part:
         """Where a shard's rows are in the joined arrays."""
         start = sum(shard.info["kept"] for shard in self.shards[:number])
         return slice(start, start + self.shards[number].info["kept"])
+
+
+def turn_rows(part: Part, number: int, openings: bool) -> np.ndarray:
+    """The row of its shard that each question of the shard's conversations is from.
+
+    `openings`: as in `turn_keys`, where the opening comes first.
+    """
+    turns = part.arrays["turns"][part.of_shard(number)].astype(np.int64)
+    return np.repeat(np.arange(len(turns)), turns + (openings * (turns > 0)))
 
 
 class _Signatures:
@@ -220,6 +229,11 @@ def drop_overlaps(
                 # Windows of the question come first.
                 counts = ngram_counts(part.arrays["question_words"][rows])
                 questions.append(part.arrays["question"][rows][held_out])
+                # Of a conversation its opening, too: what follows may be asked anywhere ("Why?").
+                of_turn = turn_rows(part, number, openings=True)
+                first = np.diff(of_turn, prepend=-1) > 0
+                opened = shard.array("turn_keys")[first & held_out[of_turn]]
+                questions.append(opened)
             ngrams = shard.array("ngrams")
             spans = zip(starts[held_out], counts[held_out], strict=True)
             picked += [ngrams[start : start + count] for start, count in spans if count]
@@ -237,6 +251,8 @@ def drop_overlaps(
             counts = ngram_counts(part.arrays["words"][rows])
             overlap = row_overlaps(lookup, shard.array("ngrams"), counts)
             overlap |= np.isin(part.arrays["question"][rows], whole)
+            asked_again = np.isin(shard.array("turn_keys"), whole)
+            overlap[turn_rows(part, number, openings=True)[asked_again]] = True
             overlap &= (part.arrays["split"][rows] != test) & (part.reason[rows] == "")
             part.reason[rows][overlap] = f"overlaps {OWN_TEST}"
     drop_near_questions(parts, index, similarity)
@@ -290,6 +306,7 @@ def drop_near_questions(
         sizes = near_questions.asked_counts(part.arrays["question_words"][rows])
         ends = np.cumsum(sizes)
         reason, training = part.reason[rows], part.arrays["split"][rows] != test
+        in_turns = _near_turns(part, number, known)
         for start in range(0, len(sizes), near_questions.ROWS):
             block = slice(start, start + near_questions.ROWS)
             first, last = ends[start] - sizes[start], ends[block][-1]
@@ -297,10 +314,26 @@ def drop_near_questions(
             words = asked[first:last][np.repeat(left, sizes[block])]
             found = np.zeros(len(left), np.int64)
             found[left] = known.find(words, sizes[block][left])
+            found = np.where(found > 0, found, in_turns[block])
             # A test row may resemble another test row, but no evaluation set.
-            wanted = (found > 0) & (training[block] | (found < len(names)))
+            wanted = left & (found > 0) & (training[block] | (found < len(names)))
             for row in np.flatnonzero(wanted):
                 reason[start + row] = f"resembles a question of {names[found[row] - 1]}"
+
+
+def _near_turns(part: Part, number: int, known: near_questions.HeldOut) -> np.ndarray:
+    """`HeldOut.find` for every row of a shard, by the single questions of conversations."""
+    of_turn = turn_rows(part, number, openings=False)
+    words, sizes = (part.shards[number].array(name) for name in ("turn_asked", "turn_words"))
+    sizes = sizes.astype(np.int64)
+    ends = np.cumsum(sizes)
+    result = np.zeros(part.shards[number].info["kept"], np.int64)
+    for start in range(0, len(sizes), near_questions.ROWS):
+        block = slice(start, start + near_questions.ROWS)
+        own = words[ends[start] - sizes[start] : ends[block][-1]]
+        found = known.find(own, sizes[block])
+        result[of_turn[block][found > 0]] = found[found > 0]
+    return result
 
 
 def mix(part: Part, rows: np.ndarray) -> np.ndarray:
@@ -378,6 +411,8 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
             "entities": len(np.unique(part.arrays["entity"][rows])),
             "words": int(part.arrays["words"][rows].sum()),
         }
+        if conversations := int((part.arrays["turns"][rows] > 0).sum()):
+            counts[name]["conversations"] = conversations
         if (own >= 0).any():
             numbers = [int((own == tier).sum()) for tier in range(len(TIERS))]
             counts[name]["tiers"] = dict(zip(TIERS, numbers, strict=True))

@@ -10,7 +10,7 @@ from liteguard import checkpoints
 from liteguard.data import overlap
 from liteguard.errors import UserError
 from liteguard.records import Made
-from liteguard.rows import FIELDS, load_split, read_manifest
+from liteguard.rows import FIELDS, load_split, questions, read_manifest
 from liteguard.text import text_key
 
 # What of its data a stage trains on.
@@ -63,6 +63,11 @@ def train_files(data_dir: Path) -> dict[str, str]:
     return {name: digest for name, digest in files.items() if name.endswith("train.jsonl")}
 
 
+def _named(row: dict[str, Any]) -> str:
+    """What a held-out row is looked for by: its text, or all its questions."""
+    return row.get("text") or " ".join(questions(row))
+
+
 def contamination(
     rows: dict[str, list[dict[str, Any]]],
     measured: dict[str, list[dict[str, Any]]],
@@ -70,7 +75,8 @@ def contamination(
 ) -> dict[str, Any]:
     """Which held-out rows stand in training data, by the rules of preparation.
 
-    A question is contaminated when a training row has the same one, or 13 words in a row of it; a
+    A question is contaminated when a training row has the same one, or 13 words in a row of it, in
+    any turn (of a held-out conversation all questions together are looked for); a
     domain text when a training text does (answers are made from texts about the same diseases, so
     they are not compared). A question of a public benchmark or of an outside set also when a
     training row holds the whole of it, from 6 words on, or 13 words of the abstract or the
@@ -95,7 +101,7 @@ def contamination(
     for number, (name, row) in enumerate(held):
         of_others = name == "knowledge" or "measured_as" in row
         shortest = overlap.SHORTEST_WINDOW if of_others else overlap.OVERLAP_WORDS
-        parts = [row.get("text") or row["prompt"], row.get("context")]
+        parts = [_named(row), row.get("context")]
         parts += [row.get("completion")] if "measured_as" in row else []
         for text in filter(None, parts):
             key = text_key(text)
@@ -116,16 +122,20 @@ def contamination(
             words = []
             for row in load_split(directory, part, "train"):
                 training_rows += 1
-                keys = [text_key(row[field]) for field in fields[:2]]
-                hit.update(exact.get(keys[0], ()))
+                asked = [row["text"]] if part == "domain" else questions(row)
+                answered = [answer for _, answer in row.get("history", ())]
+                answered += [row[field] for field in fields[1:2]]
+                keys = [text_key(text) for text in (*asked, *answered)]
+                wholes = {text_key(" ".join(asked)), *keys[: len(asked)]}
+                hit.update(number for key in wholes for number in exact.get(key, ()))
                 for key in keys:
                     words += [*key.split(), ""]
             numbers = overlap.word_numbers(words)
             for (is_text, size), (hashes, origin) in known.items():
                 if part == "domain" or not is_text:
                     hit.update(origin[np.isin(hashes, overlap.windows(numbers, size))].tolist())
-    hits = [(name, row.get("text") or row["prompt"]) for name, row in map(held.__getitem__, hit)]
-    used = {(name, r.get("text") or r["prompt"]) for name, own in measured.items() for r in own}
+    hits = [(name, _named(row)) for name, row in map(held.__getitem__, hit)]
+    used = {(name, _named(row)) for name, own in measured.items() for row in own}
     hits.sort(key=lambda entry: (entry not in used, entry))
     return {
         "rows": len(held),

@@ -9,7 +9,7 @@ from typing import Any
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation import knowledge, sets
-from liteguard.rows import balanced, load_split
+from liteguard.rows import balanced, check_system_texts, load_split
 from liteguard.text import is_unspaced
 
 # The guide's five areas and the catalogue's areas of harm in each.
@@ -48,6 +48,8 @@ def held_out(
     "knowledge" are tier 3: questions of public benchmarks. The sets of `evaluate.sets` come last,
     each under its name.
 
+    A conversation is asked its last question, after all that was said before.
+
     `everything`: all rows of the split, instead of as many as the `evaluate` section says; among
     the ordinary requests then are those about diseases of tier 1, too.
     """
@@ -73,6 +75,8 @@ def held_out(
     for row in load_split(data_dir, "instruction", section.split):
         if row.get("kind") != "refusal":
             questions[_SETS.get(str(row.get("tier")), "questions")].append(row)
+    asked = [row for own in (*questions.values(), *by_kind.values()) for row in own]
+    check_system_texts(asked, config.prompt)
     texts = load_split(data_dir, "domain", section.split)
     if everything:
         return {
@@ -140,12 +144,13 @@ def scored(
 
 
 def answer_pair(config: Config, row: dict[str, Any]) -> tuple[str, str]:
-    """(question as it is asked, reference answer): cut as texts are; a whole one has its end."""
+    """(question as it is asked, after its history, reference answer): cut as texts are; a whole
+    one has its end."""
     words = row["completion"].split(" ")
     kept = words[: config.evaluate.max_text_tokens // 2]
     whole = len(kept) == len(words)
     target = config.prompt.render_answer(row["completion"]) if whole else " ".join(kept)
-    return config.prompt.render_question(row["prompt"]), target
+    return config.prompt.render_row(row), target
 
 
 def _text_pairs(config: Config, texts: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from liteguard.evaluation.held_out import REQUESTS, requests, scored
 from liteguard.evaluation.journal import Journal, journalled
 from liteguard.evaluation.summary import summarise
 from liteguard.machine import release_memory
+from liteguard.rows import conversation_text
 
 
 def journal_of(output: Path, label: str, inputs: dict[str, Any]) -> Journal:
@@ -51,7 +52,7 @@ def collect(
         "scores": [pair for _, pair in scored(config, rows)],
         "options": knowledge.pairs(rows["knowledge"]),
     }
-    prompts = [config.prompt.render_question(row["prompt"]) for _, row in requests(rows)]
+    prompts = [config.prompt.render_row(row) for _, row in requests(rows)]
     totals = {**{part: len(found) for part, found in pairs.items()}, "answers": len(prompts)}
     todo = {
         part: [i for i in range(total) if i not in journal.found[part]]
@@ -118,7 +119,7 @@ def ask_judge(config: Config, rows: dict[str, list[dict[str, Any]]], journal: Jo
     if section is None:
         return
     asked = {
-        index: row["prompt"]
+        index: conversation_text(row)
         for index, (name, row) in enumerate(requests(rows))
         if name in REQUESTS and index not in journal.found["judged"]
     }

@@ -17,7 +17,7 @@ from liteguard.data.files import local_files
 from liteguard.data.formats import FORMATS
 from liteguard.data.readers import Broken, broken, read_rows
 from liteguard.errors import UserError
-from liteguard.rows import Row
+from liteguard.rows import Row, conversation_text
 from liteguard.text import normalise, unit
 
 REQUEST_KINDS = ("harmful", "ordinary", "borderline")
@@ -73,7 +73,8 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
     """
     found: dict[str, list[Row]] = {}
     for section in config.evaluate.sets:
-        rows = sorted(_read(section, say=not everything), key=lambda row: unit(_text(row)))
+        slot = config.prompt.has_system_slot
+        rows = sorted(_read(section, slot, say=not everything), key=lambda row: unit(_text(row)))
         by_kind: dict[str, list[Row]] = {}
         for row in rows:
             by_kind.setdefault(row["measured_as"], []).append(row)
@@ -131,13 +132,14 @@ def _wanted(config: Config, section: SetSection, kind: str) -> int:
 
 
 def _text(row: Row) -> str:
-    return f"{row.get('text') or row['prompt']}\x1f{row.get('completion', '')}"
+    before = conversation_text(row) if "prompt" in row else row["text"]
+    return f"{before}\x1f{row.get('completion', '')}"
 
 
-def _read(section: SetSection, say: bool) -> list[Row]:
+def _read(section: SetSection, system_slot: bool, say: bool) -> list[Row]:
     """The usable rows of a set's file, each text once."""
     _exists(section)
-    made = list(_made(section))
+    made = list(_made(section, system_slot))
     bad = [row for row in made if isinstance(row, Broken)]
     rows = {_text(row): row for row in made if not isinstance(row, Broken)}
     unanswered = [text for text in rows if section.kind == "questions" and text.endswith("\x1f")]
@@ -156,8 +158,11 @@ def _read(section: SetSection, say: bool) -> list[Row]:
     return list(rows.values())
 
 
-def _made(section: SetSection) -> Iterator[Row | Broken]:
-    """Every row of a set's file as it is measured, or what is wrong with it."""
+def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
+    """Every row of a set's file as it is measured, or what is wrong with it.
+
+    `system_slot`: whether the prompt has a place for a row's own system text.
+    """
     file = Path(section.path).name
     placed = list(read_rows(_source(section)))
     first = next(((p, row) for p, row in placed if not isinstance(row, Broken)), None)
@@ -175,10 +180,17 @@ def _made(section: SetSection) -> Iterator[Row | Broken]:
         except ValueError as error:
             yield broken(place, str(error), found)
             continue
-        if not all(isinstance(value, str) for value in made.values()):
+        history, system = made.pop("history", []), made.pop("system", "")
+        made.pop("untrained", None)
+        said = [text for pair in history for text in pair]
+        if not all(isinstance(value, str) for value in (*made.values(), *said, system)):
             yield broken(place, "missing or not text", found)
             continue
         made = {name: normalise(value) for name, value in made.items()}
+        if history:
+            made["history"] = [[normalise(text) for text in pair] for pair in history]
+        if system_slot and normalise(system):
+            made["system"] = normalise(system)
         if not (made.get("text") or made.get("prompt")):
             yield broken(place, "empty", found)
             continue
@@ -237,12 +249,12 @@ def _fields(kind: str, row: Row) -> Row:
         return FORMATS["prompt_completion"].row(
             {**row, "completion": "" if row["completion"] is None else row["completion"]}, Counter()
         )
-    # Of a conversation that ends with an answer the first question, else the last message.
+    # Of a conversation the last question, after what was said before it.
     try:
         made = FORMATS["prompt_completion"].row({"prompt": given, "completion": ""}, Counter())
     except ValueError:
         made = FORMATS["messages"].row({"messages": given}, Counter())
-    return {"prompt": made["prompt"]}
+    return {name: made[name] for name in ("prompt", "history", "system") if name in made}
 
 
 def _labelled(section: SetSection, place: str, row: Row, contrasts: bool) -> str:

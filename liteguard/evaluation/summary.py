@@ -134,6 +134,7 @@ def given_answers(rows: dict[str, list[dict[str, Any]]], journal: Journal) -> li
                 "kind": row.get("kind"),
                 "area": row.get("area"),
                 "prompt": row["prompt"],
+                **{name: row[name] for name in ("history", "system") if name in row},
                 "answer": given["text"],
                 "tokens": given["tokens"],
                 "stopped": given["stopped"],

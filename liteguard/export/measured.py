@@ -23,7 +23,7 @@ from liteguard.evaluation.held_out import REQUESTS, split_text
 from liteguard.evaluation.journal import Journal, journalled
 from liteguard.export.silence import Silence
 from liteguard.prompts import Prompt
-from liteguard.rows import load_split
+from liteguard.rows import CONVERSATION, check_system_texts, conversation_text, load_split
 from liteguard.runtime.bundle import Answer
 from liteguard.runtime.workers import BundleWorkers
 
@@ -48,10 +48,17 @@ class Samples:
     requests: list[str]  # harmful, ordinary and borderline ones
     texts: list[str]  # for the tokenizers only: many
     limit: int  # tokens of an answer
+    # Question -> what was said before it, as the prompt renders both.
+    rendered: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def asked(self) -> list[str]:
         return self.questions + self.requests
+
+    def render(self, prompt: Prompt, index: int) -> str:
+        """What the model is given to answer question or request `index`."""
+        text = self.asked[index]
+        return self.rendered.get(text) or prompt.render_question(text)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -98,27 +105,45 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
     lengths = sorted(count(prompt.render_answer(row["completion"])) for row in rows[:1000])
     limit = min(lengths[3 * len(lengths) // 4], section.max_new_tokens, room // 2)
     # The prompt, the answer and half as much again must fit the cache.
-    asked = [
-        row["prompt"]
-        for row in balanced(rows, "kind", 4 * section.questions)
-        if count(prompt.render_question(row["prompt"])) + 2 * limit <= room
-    ]
-    kinds = [[r["prompt"] for r in preferences if r.get("kind") == kind] for kind in REQUESTS]
+    check_system_texts([*rows, *preferences], prompt)
+
+    def fits(row: dict[str, Any], answer: int) -> bool:
+        return count(prompt.render_row(row)) + answer <= room
+
+    asked = balanced(rows, "kind", 4 * section.questions)
+    fitting = [row for row in asked if fits(row, 2 * limit)]
+    # The first one is also asked by itself, and in a conversation of three turns.
+    first = next((row for row in fitting if "history" not in row), {"prompt": rows[0]["prompt"]})
+    questions = {conversation_text(row): row for row in [first, *fitting]}
+    usable = [r for r in preferences if "history" not in r or fits(r, 2 * REQUEST_TOKENS)]
+    kinds = [[row for row in usable if row.get("kind") == kind] for kind in REQUESTS]
     share = -(-section.requests // len(REQUESTS))
-    requests = [text for kind in kinds for text in dict.fromkeys(kind[:share])]
+    requests = {conversation_text(row): row for kind in kinds for row in kind[:share]}
     texts = [text for row in rows for text in (row["prompt"], row["completion"])] + documents
     texts += [text for row in preferences for text in (row["prompt"], row["chosen"])]
+    texts += [text for row in (*rows, *preferences) for text in _earlier(row)]
     return Samples(
         pairs=[
             pair
             for pair in itertools.islice(_pairs(config, data_dir), MOST_PAIRS)
             if count(pair[0]) + count(pair[1]) < room
         ],
-        questions=(asked or [rows[0]["prompt"]])[: section.questions],
-        requests=requests[: section.requests],
+        questions=list(questions)[: section.questions],
+        requests=list(requests)[: section.requests],
         texts=list(dict.fromkeys(texts))[: section.tokenizer_texts],
         limit=max(limit, 8),
+        rendered={
+            text: prompt.render_row(row)
+            for text, row in (questions | requests).items()
+            if not row.keys().isdisjoint(CONVERSATION)
+        },
     )
+
+
+def _earlier(row: dict[str, Any]) -> list[str]:
+    """What was said before a row's question, and its system text."""
+    said = [text for pair in row.get("history", ()) for text in pair]
+    return said + ([row["system"]] if "system" in row else [])
 
 
 def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
@@ -133,7 +158,7 @@ def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
         cut = row["completion"].split(" ")[:words]
         whole = " ".join(cut) == row["completion"]
         target = prompt.render_answer(row["completion"]) if whole else " ".join(cut)
-        return prompt.render_question(row["prompt"]), target
+        return prompt.render_row(row), target
 
     for split in ("test", "validation", "train"):
         found = (
@@ -240,7 +265,7 @@ def _answers(
     def answers() -> Iterator[tuple[int, dict[str, Any], int]]:
         done = 0
         for part in filter(None, ordered):
-            asked = [prompt.render_question(samples.asked[i]) for i in part]
+            asked = [samples.render(prompt, i) for i in part]
             for place, a in generate(asked, [limits[i] for i in part]):
                 answer = {"text": a.text.strip(), "tokens": a.tokens, "stopped": a.stopped}
                 yield done + place, answer, a.tokens

@@ -12,32 +12,41 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from liteguard import checkpoints, distributed, models
 from liteguard.config import Config, SafetySection
 from liteguard.errors import UserError
-from liteguard.rows import balanced, load_split, read_manifest
+from liteguard.prompts import Prompt, Turn
+from liteguard.rows import balanced, check_system_texts, load_split, read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
 
-ARRAYS = ("ids", "starts", "ends", "prompts")
+ARRAYS = ("ids", "starts", "ends", "prompts", "hidden", "cut")
+# What a row lost to the length limit: nothing, its oldest exchanges, the beginning of its question.
+WHOLE, SHORTER, BEHEADED = range(3)
+# Of the rows, so many may lose the beginning of their question, or have no room for their answer.
+MOST_LOST = 0.01
 
 
 @dataclass(frozen=True)
 class TokenRows:
     """Tokenized examples: row i is `ids[starts[i]:ends[i]]`, its first `prompts[i]` ids a prompt.
 
-    ids: uint32, shape (tokens,); starts, ends, prompts: int64, shape (rows,).
+    ids: uint32, shape (tokens,); starts, ends, prompts: int64, shape (rows,). hidden: bool, shape
+    (tokens,), ids after the prompt that are no targets either, as the later questions of a
+    conversation; empty where there are none. cut: uint8, shape (rows,), as WHOLE; or empty.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     prompts: np.ndarray
+    hidden: np.ndarray | tuple[()] = ()
+    cut: np.ndarray | tuple[()] = ()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -53,20 +62,45 @@ class TokenRows:
         predicts."""
         import numpy as np
 
-        return self.lengths - np.maximum(self.prompts, 1)
+        found = self.lengths - np.maximum(self.prompts, 1)
+        if len(self.hidden):
+            spans = zip(self.starts, self.ends, strict=True)
+            hidden = (np.count_nonzero(self.hidden[start:end]) for start, end in spans)
+            found = found - np.fromiter(hidden, np.int64, len(self))
+        return found
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, labels) of one row, both int64; labels are -100 on the prompt."""
+        """(ids, labels) of one row, both int64; labels are -100 on all that is no target."""
         import numpy as np
 
-        ids = np.asarray(self.ids[self.starts[index] : self.ends[index]], np.int64)
+        own = slice(self.starts[index], self.ends[index])
+        ids = np.asarray(self.ids[own], np.int64)
         labels = ids.copy()
         labels[: self.prompts[index]] = -100
+        if len(self.hidden):
+            labels[np.asarray(self.hidden[own])] = -100
         return ids, labels
+
+    def pick(self, rows: Any) -> TokenRows:
+        """Some of the rows: a slice, or an array as numpy takes it."""
+        import numpy as np
+
+        found = {name: np.asarray(getattr(self, name))[rows] for name in ARRAYS[1:4]}
+        return replace(self, **found, cut=np.asarray(self.cut)[rows] if len(self.cut) else ())
 
     def first(self, count: int) -> TokenRows:
         """The first `count` rows."""
-        return TokenRows(self.ids, self.starts[:count], self.ends[:count], self.prompts[:count])
+        return self.pick(slice(count))
+
+
+class Tokenized(NamedTuple):
+    """One row: its ids, how many of them are the prompt, and of the others which are no targets
+    (one flag per id of the row, or none), and what the length limit took, as WHOLE."""
+
+    ids: list[int]
+    prompt: int
+    hidden: list[bool] | tuple[()] = ()
+    cut: int = WHOLE
 
 
 @distributed.main_first
@@ -80,9 +114,9 @@ def documents(tokenizer: Any, data_dir: Path, split: str, config: Config) -> Tok
 
     end = config.prompt.document_end_token
 
-    def tokenize(rows: list[dict]) -> Iterator[tuple[list[int], int]]:
+    def tokenize(rows: list[dict]) -> Iterator[Tokenized]:
         ids = tokenizer([row["text"] + end for row in rows], add_special_tokens=False)["input_ids"]
-        return ((row, 0) for row in ids)
+        return (Tokenized(row, 0) for row in ids)
 
     whole = _cached(tokenizer, data_dir, f"domain/{split}.jsonl", config, tokenize, {"end": end})
     size = min(config.domain.max_length, config.model.context_length)
@@ -99,31 +133,25 @@ def documents(tokenizer: Any, data_dir: Path, split: str, config: Config) -> Tok
 def answers(
     tokenizer: Any, data_dir: Path, split: str, config: Config, limit: int | None = None
 ) -> TokenRows:
-    """The first `limit` questions and answers of a split; only answer and end token are targets.
+    """The first `limit` conversations of a split; only answers and end tokens are targets.
 
-    A pair that is longer than `instruction.max_length` loses the beginning of its question, never
-    the end of its answer. A row with `opening_tokens` stops after so many tokens of its answer, and
-    nothing claims that it ends there. More than 1 % of rows without room for their answer is an
-    error.
+    A conversation is one row: every answer in it is a target but those that it lists as
+    `untrained`. One that is longer than `instruction.max_length` loses its oldest exchanges, then
+    the beginning of its last question, never the end of its answer. A row with `opening_tokens`
+    stops after so many tokens of its answer, and nothing claims that it ends there. More than 1 %
+    of rows without the beginning of their question, or without room for their answer, is an error.
     """
     prompt = config.prompt
     length = min(config.instruction.max_length, config.model.context_length)
 
-    def tokenize(rows: list[dict]) -> Iterator[tuple[list[int], int]]:
+    def tokenize(rows: list[dict]) -> Iterator[Tokenized]:
+        check_system_texts(rows, prompt)
         # A question is tokenized apart from its answer, as the device sees it.
-        before, after = (
-            tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for texts in (
-                [prompt.render_question(row["prompt"]) for row in rows],
-                [prompt.render_answer(row["completion"]) for row in rows],
-            )
-        )
-        for row, question, answer in zip(rows, before, after, strict=True):
-            answer = answer[: row.get("opening_tokens")]
-            question = question[max(len(question) + len(answer) - length, 0) :]
-            # An answer that leaves no room for a single token of its question is dropped below.
-            fits = len(answer) < length
-            yield (question + answer, len(question)) if fits else ([], 0)
+        texts = [prompt.segments(_turns(row), row.get("system")) for row in rows]
+        flat = tokenizer(list(itertools.chain(*texts)), add_special_tokens=False)["input_ids"]
+        pieces = iter(flat)
+        for row, own in zip(rows, texts, strict=True):
+            yield _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
 
     settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit}
     name = f"instruction/{split}.jsonl"
@@ -133,16 +161,58 @@ def answers(
         f"instruction {split}",
         f"an answer longer than instruction.max_length = {length} tokens. Raise it or shorten the "
         "answers",
+        f"instruction.max_length = {length} tokens",
     )
 
 
-def _with_targets(rows: TokenRows, name: str, cause: str = "no token to train on") -> TokenRows:
-    """`rows` less those without a supervised token; more than 1 % of them is an error."""
+def _turns(row: dict, left_out: int = 0) -> list[Turn]:
+    """The exchanges of an instruction row, without the oldest `left_out`."""
+    earlier: list[Turn] = [(question, answer) for question, answer in row.get("history", ())]
+    return [*earlier[left_out:], (row["prompt"], row["completion"])]
+
+
+def _fitted(
+    tokenizer: Any, prompt: Prompt, row: dict, pieces: list[list[int]], length: int
+) -> Tokenized:
+    """An instruction row in at most `length` ids; no id where its answer leaves no room.
+
+    pieces: ids of its `Prompt.segments`.
+    """
+    pieces[-1] = pieces[-1][: row.get("opening_tokens")]
+    exchanges, left_out = len(pieces) // 2, 0
+    while sum(map(len, pieces)) > length and left_out < exchanges - 1:
+        left_out += 1
+        first, _ = prompt.segments(_turns(row, left_out)[:1], row.get("system"))
+        pieces = [models.encode(tokenizer, first), *pieces[3:]]
+    cut = SHORTER if left_out else WHOLE
+    over = sum(map(len, pieces)) - length
+    if over > 0:  # of one exchange, after all
+        cut, pieces[0] = BEHEADED, pieces[0][over:]
+        # An answer that leaves no room for a single token of its question is dropped.
+        if not pieces[0]:
+            return Tokenized([], 0)
+    ids = list(itertools.chain(*pieces))
+    if len(pieces) == 2:
+        return Tokenized(ids, len(pieces[0]), (), cut)
+    context = {2 * (n - left_out) + 1 for n in row.get("untrained", ())}
+    hidden = [
+        n > 0 and (n % 2 == 0 or n in context) for n, piece in enumerate(pieces) for _ in piece
+    ]
+    return Tokenized(ids, len(pieces[0]), hidden, cut)
+
+
+def _with_targets(
+    rows: TokenRows, name: str, cause: str = "no token to train on", limit: str = ""
+) -> TokenRows:
+    """`rows` less those without a supervised token; more than 1 % of them is an error.
+
+    So are more than 1 % that lost the beginning of their question to `limit`; fewer are said.
+    """
     import numpy as np
 
     usable = rows.supervised > 0
     lost = len(rows) - int(usable.sum())
-    if not len(rows) or lost > 0.01 * len(rows):
+    if not len(rows) or lost > MOST_LOST * len(rows):
         raise UserError(
             f"{lost} of {len(rows)} {name} rows have {cause}."
             if len(rows)
@@ -150,9 +220,17 @@ def _with_targets(rows: TokenRows, name: str, cause: str = "no token to train on
         )
     if lost:
         print(f"{name}: {lost} of {len(rows)} rows dropped ({cause})")
-    return TokenRows(
-        rows.ids, *(np.asarray(a)[usable] for a in (rows.starts, rows.ends, rows.prompts))
-    )
+    beheaded, shorter = (int((np.asarray(rows.cut) == kind).sum()) for kind in (BEHEADED, SHORTER))
+    if beheaded > MOST_LOST * len(rows):
+        raise UserError(
+            f"{beheaded} of {len(rows)} {name} rows would lose the beginning of their question: "
+            f"they are longer than {limit}. Raise it, or leave long rows out: set "
+            "data.max_characters and prepare the data again."
+        )
+    for count, what in ((beheaded, "the beginning of their question"), (shorter, "old exchanges")):
+        if count:
+            print(f"{name}: {count} of {len(rows)} rows lose {what}: longer than {limit}")
+    return rows if not lost else rows.pick(usable)
 
 
 def _cached(
@@ -173,6 +251,7 @@ def _cached(
             "rows": read_manifest(data_dir)["files"].get(name),
             "name": name,
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "arrays": ARRAYS,
             **settings,
         }
     )
@@ -180,21 +259,26 @@ def _cached(
     if not directory.is_dir():
         part, split = name.removesuffix(".jsonl").split("/")
         rows = load_split(data_dir, part, split)[:limit]
-        ids, lengths, prompts = [], [], []
+        ids, hidden, lengths, prompts, cut = [], [], [], [], []
         with tqdm(total=len(rows), desc=f"tokenizing {part}", unit=" rows", disable=None) as bar:
             for start in range(0, len(rows), 1_000):
                 found = list(tokenize(rows[start : start + 1_000]))
-                flat = itertools.chain.from_iterable(row for row, _ in found)
-                ids.append(np.fromiter(flat, np.uint32))
-                lengths += [len(row) for row, _ in found]
-                prompts += [count for _, count in found]
+                ids.append(np.fromiter(itertools.chain(*(row.ids for row in found)), np.uint32))
+                unseen = (row.hidden or itertools.repeat(False, len(row.ids)) for row in found)
+                hidden.append(np.fromiter(itertools.chain(*unseen), bool))
+                lengths += [len(row.ids) for row in found]
+                prompts += [row.prompt for row in found]
+                cut += [row.cut for row in found]
                 bar.update(len(found))
         ends = np.cumsum(lengths, dtype=np.int64)
+        flags = np.concatenate([np.zeros(0, bool), *hidden])
         arrays: dict[str, np.ndarray] = {
-            "ids": np.concatenate(ids) if ids else np.zeros(0, np.uint32),
+            "ids": np.concatenate([np.zeros(0, np.uint32), *ids]),
             "starts": ends - np.array(lengths, np.int64),
             "ends": ends,
             "prompts": np.array(prompts, np.int64),
+            "hidden": flags if flags.any() else flags[:0],
+            "cut": np.array(cut, np.uint8),
         }
         # Two runs may make the same arrays at once: each in its own place, the first one stays.
         staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
@@ -243,22 +327,31 @@ def render_preferences(
     """Up to `limit` pairs as rendered text (prompt, chosen, rejected), kinds taking turns by
     `weights`; prints the mixture.
 
-    Pairs longer than `safety.max_length` are left out, because the trainer would cut the end of
-    their answers; more than 1 % of them is an error. sources: see `datasets.source_titles`.
+    What was said before is part of the prompt; the oldest exchanges go where it is too long. Pairs
+    that are longer than `safety.max_length` even so are left out, because the trainer would cut the
+    end of their answers; more than 1 % of them is an error. sources: see `datasets.source_titles`.
     """
     length = min(config.safety.max_length, config.model.context_length)
     prompt = config.prompt
-    kept, used, lost = [], [], 0
+    check_system_texts(rows, prompt)
+    kept, used, lost, shorter = [], [], 0, 0
     for row in balanced(rows, "kind", len(rows), weights):
         rendered = {
-            "prompt": prompt.render_question(row["prompt"]),
+            "prompt": prompt.render_row(row),
             "chosen": prompt.render_answer(row["chosen"]),
             "rejected": prompt.render_answer(row["rejected"]),
         }
         ids = {key: len(models.encode(tokenizer, text)) for key, text in rendered.items()}
-        if ids["prompt"] + max(ids["chosen"], ids["rejected"]) > length:
+        room = length - max(ids["chosen"], ids["rejected"])
+        history = row.get("history", [])
+        while ids["prompt"] > room and history:
+            history = history[1:]
+            rendered["prompt"] = prompt.render_question(row["prompt"], history, row.get("system"))
+            ids["prompt"] = len(models.encode(tokenizer, rendered["prompt"]))
+        if ids["prompt"] > room:
             lost += 1
             continue
+        shorter += len(history) < len(row.get("history", []))
         kept.append(rendered)
         used.append(row)
         if len(kept) == limit:
@@ -267,6 +360,11 @@ def render_preferences(
         raise UserError(
             f"{lost} of {lost + len(kept)} {part} preference pairs are longer than "
             f"safety.max_length = {length} tokens. Raise it or shorten the answers."
+        )
+    if shorter:
+        print(
+            f"{part}: {shorter} of {len(kept)} pairs lose old exchanges: longer than "
+            f"safety.max_length = {length} tokens"
         )
     print(f"{part} pairs: {mixture(used, rows, sources)}")
     return kept
