@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 from test_kept_rows import Prepared, words
 from test_layouts import CALL, one, said
 from test_prompts import answers, config, prepared
 from test_readers import jsonl
+from test_sets import read as read_set
 
 from liteguard import models
 from liteguard.data import conversations, formats
 from liteguard.data.readers import LeftOut
 from liteguard.errors import UserError
-from liteguard.evaluation import held_out
+from liteguard.evaluation import held_out, run, summary
+from liteguard.evaluation.answerers import Generated
 from liteguard.evaluation.contamination import contamination
+from liteguard.evaluation.journal import Journal
 from liteguard.export import measured
 from liteguard.prompts import Prompt
-from liteguard.rows import load_split
+from liteguard.rows import load_split, questions
 from liteguard.training import tokens
 
 SLOT = Prompt(system_prefix="System: ", system_suffix="\n")
@@ -103,16 +107,16 @@ def test_a_last_question_without_an_answer_is_left_out_by_name(tmp_path):
 def test_a_system_text_is_kept_where_the_prompt_has_a_place_for_it(tmp_path):
     rows = [{"messages": said("system: Be brief.", f"user: {words(n)}", f"assistant: {words(n+9)}")}
             for n in range(90)]  # fmt: skip
-    run = Prepared(tmp_path, instruction=rows).run()
-    assert not any("system" in row for row in run.rows("instruction"))
-    notes = [entry["notes"] for entry in run.manifest["sources"] if entry["part"] == "instruction"]
+    made = Prepared(tmp_path, instruction=rows).run()
+    assert not any("system" in row for row in made.rows("instruction"))
+    notes = [entry["notes"] for entry in made.manifest["sources"] if entry["part"] == "instruction"]
     assert notes == [{conversations.NO_SLOT: 90}]
-    run.values = {"prompt": {"system_prefix": "System: ", "system_suffix": "\n"}}
-    found = run.run().rows("instruction")
+    made.values = {"prompt": {"system_prefix": "System: ", "system_suffix": "\n"}}
+    found = made.run().rows("instruction")
     assert found and all(row["system"] == "Be brief." for row in found)
     # Training with a prompt without a place for it would lose it in silence.
     with pytest.raises(UserError, match="no place for it"):
-        held_out.held_out(config("phi-2.yaml", evaluate={"knowledge_rows": 0}), run.output)
+        held_out.held_out(config("phi-2.yaml", evaluate={"knowledge_rows": 0}), made.output)
 
 
 # --- one text and one mask ------------------------------------------------------------------------
@@ -248,18 +252,18 @@ def talks(*extra: dict) -> list[dict]:
 
 
 def test_a_conversation_is_in_one_split_and_copies_are_found_by_all_turns(tmp_path):
-    other_middle = talk(10, 77_000)
+    same_opening = [talk(10, 77_000 + 10 * n) for n in range(7)]
     again = {"messages": talk(20, 5020)["messages"]}
-    run = Prepared(tmp_path, instruction=talks(other_middle, again)).run()
-    rows = run.rows("instruction")
-    assert [d["reason"] for d in run.dropped()].count("duplicate") == 1
-    # Another conversation that opens with the same question is no copy, and is in the same split.
+    made = Prepared(tmp_path, instruction=talks(*same_opening, again)).run()
+    rows = made.rows("instruction")
+    assert [d["reason"] for d in made.dropped()].count("duplicate") == 1
+    # Conversations that open with the same question are no copies, and are in the same split.
     opening = [row for row in rows if row["history"][0][0] == f"{words(10)}?"]
-    assert len(opening) == 2 and len({row["in"] for row in opening}) == 1
-    counted = [run.manifest["counts"][f"instruction/{s}.jsonl"] for s in ("train", "test")]
+    assert len(opening) == 8 and len({row["in"] for row in opening}) == 1
+    counted = [made.manifest["counts"][f"instruction/{s}.jsonl"] for s in ("train", "test")]
     assert all(entry["conversations"] == entry["rows"] for entry in counted)
     for split in ("train", "validation", "test"):
-        assert load_split(run.output, "instruction", split)
+        assert load_split(made.output, "instruction", split)
 
 
 def test_greetings_do_not_keep_conversations_together(tmp_path):
@@ -273,32 +277,24 @@ def test_greetings_do_not_keep_conversations_together(tmp_path):
     assert all(found[split] > 5 for split in ("train", "validation", "test")), found
 
 
-@pytest.mark.parametrize("turn", ["first", "last"])
+@pytest.mark.parametrize("turn", ["first", "last", "inside"])
 def test_a_test_question_in_any_turn_is_kept_out_of_training(tmp_path, turn):
     """The held-out questions are rows of one exchange; a conversation asks each of them again."""
-    singles = [{"messages": talk(n * 10)["messages"]} for n in range(1, 120)]
+    long = [f"{words(n)}?" for n in range(120)]
     short = [f"Is sign {words(n, 2)} bad?" for n in range(60)]
-    singles += [{"messages": said(f"user: {q}", f"assistant: {words(7)}")} for q in short]
-    held = {
-        row["prompt"]
-        for row in Prepared(tmp_path, instruction=singles).run().rows("instruction", "test")
-    }
-    assert held & set(short) and held - set(short)
-    asked = sorted({m["messages"][0]["content"] for m in singles})
-    again = []
-    for n, question in enumerate(asked):
-        two = [
-            *said(f"user: {question}", f"assistant: {words(n + 9000)}"),
-            *talk(n + 40_000)["messages"],
-        ]
-        again.append({"messages": two if turn == "first" else two[2:] + two[:2]})
-    run = Prepared(tmp_path / "b", instruction=singles + again).run(question_similarity=None)
-    held = {row["prompt"] for row in run.rows("instruction", "test") if "history" not in row}
-    trained = run.rows("instruction", "train")
-    said_again = {
-        q for row in trained for q in [*(h[0] for h in row.get("history", [])), row["prompt"]]
-    }
-    assert held and not held & said_again
+    singles, again = [], []
+    for n, question in enumerate([*long, *(short if turn != "inside" else [])]):
+        singles.append({"messages": said(f"user: {question}", f"assistant: {words(n + 700)}")})
+        asked = f"Say this, please: {question} Thank you." if turn == "inside" else question
+        two = said(f"user: {asked}", f"assistant: {words(n + 9000)}")
+        rest = talk(n + 40_000)["messages"]
+        again.append({"messages": rest + two if turn == "last" else two + rest})
+    made = Prepared(tmp_path, instruction=singles + again).run(question_similarity=None)
+    held = {row["prompt"] for row in made.rows("instruction", "test") if "history" not in row}
+    assert held & set(long) and (turn == "inside" or held & set(short))
+    trained = made.rows("instruction", "train")
+    turns = [text for row in trained for text in questions(row)]
+    assert not [text for text in turns if any(question in text for question in held)]
     assert any("history" in row for row in trained)
 
 
@@ -314,8 +310,8 @@ def test_an_exam_question_in_an_early_turn_is_found(tmp_path):
         }
         for n, q in enumerate(exam)
     ]
-    run = Prepared(tmp_path, instruction=talks(*asking)).run(decontaminate=[str(path)])
-    assert [d["reason"] for d in run.dropped()].count(f"overlaps {path}") == 2
+    made = Prepared(tmp_path, instruction=talks(*asking)).run(decontaminate=[str(path)])
+    assert [d["reason"] for d in made.dropped()].count(f"overlaps {path}") == 2
 
 
 def test_a_near_paraphrase_of_an_exam_question_in_an_early_turn_is_found(tmp_path):
@@ -324,11 +320,11 @@ def test_a_near_paraphrase_of_an_exam_question_in_an_early_turn_is_found(tmp_pat
     near = said(
         "user: Which drug relieves zorbitis of the right quandle fastest?", "assistant: So."
     )
-    run = Prepared(
+    made = Prepared(
         tmp_path, instruction=talks({"messages": [*near, *talk(60_000, 61_000)["messages"]]})
     )
-    run.run(decontaminate=[str(path)], question_similarity=0.6)
-    assert [d["reason"] for d in run.dropped()].count(f"resembles a question of {path}") == 1
+    made.run(decontaminate=[str(path)], question_similarity=0.6)
+    assert [d["reason"] for d in made.dropped()].count(f"resembles a question of {path}") == 1
 
 
 def test_what_is_too_long_or_in_another_language_is_seen_in_any_turn(tmp_path):
@@ -342,8 +338,8 @@ def test_what_is_too_long_or_in_another_language_is_seen_in_any_turn(tmp_path):
         {"messages": said(f"user: {'Why? ' * 900}", "assistant: So.", *end)},
         {"messages": said("user: ...", "assistant: So.", *end)},
     ]
-    run = Prepared(tmp_path, instruction=talks(*rows)).run(language="en", max_characters=3000)
-    lost = Counter(d["reason"] for d in run.dropped())
+    made = Prepared(tmp_path, instruction=talks(*rows)).run(language="en", max_characters=3000)
+    lost = Counter(d["reason"] for d in made.dropped())
     assert (lost["not en"] >= 1, lost["too long"], lost["empty"]) == (True, 1, 1)
 
 
@@ -426,3 +422,39 @@ def test_a_bundle_is_proven_on_rows_with_a_history(tokenizer, tmp_path):
     assert shown == [SLOT.render_question("What is it?"), whole, asked_why]
     assert (whole, f"{ROW['completion']}<|endoftext|>") in samples.pairs
     assert {TURNS[0][0], TURNS[1][1]} <= set(samples.texts)
+
+
+class Recorder:
+    """An answerer that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def generate(self, prompts, max_new_tokens):
+        self.given += prompts
+        return ((n, Generated("It is.", 3, True)) for n in range(len(prompts)))
+
+    def peak_rss_gb(self) -> float:
+        return 0.1
+
+
+def test_answers_are_generated_after_the_history(tmp_path):
+    settings = config("phi-2.yaml", prompt=SLOT.model_dump())
+    row = {**ROW, "system": "Be brief.", "kind": "question"}
+    rows = {name: [] for name in ("texts", "knowledge", *held_out.TIERS, *held_out.REQUESTS)}
+    rows["questions"] = [row]
+    model = Recorder()
+    with Journal(tmp_path / "x.jsonl", {}) as journal:
+        run.collect(lambda: nullcontext(model), settings, rows, journal)
+        (answer,) = summary.given_answers(rows, journal)
+    assert model.given == [SLOT.render_conversation([*TURNS[:2], (TURNS[2][0], None)], "Be brief.")]
+    assert (answer["history"], answer["system"]) == (ROW["history"], "Be brief.")
+
+
+def test_an_outside_set_of_conversations_is_measured_on_their_last_turn(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", [{"messages": said("system: Be brief.") + SAID}])
+    found = read_set(path, "questions")["x"][0]
+    assert {name: found[name] for name in ROW} == ROW and "system" not in found
+    found = read_set(jsonl(path, [{"messages": SAID[:5]}]), "ordinary")["x"][0]
+    assert (found["prompt"], found["history"]) == (ROW["prompt"], ROW["history"])
+    assert "completion" not in found

@@ -379,6 +379,12 @@ MORE = [
     {"role": "assistant", "content": "A milder one."},
 ]
 ASKED = {"prompt": "What is flu?", "completion": "An infection."}
+TALK = {
+    "prompt": "And a cold?",
+    "completion": "A milder one.",
+    "history": [["What is flu?", "An infection."]],
+    "system": SYSTEM["content"],
+}
 
 
 def shared(*turns: dict) -> list[dict]:
@@ -391,10 +397,14 @@ def shared(*turns: dict) -> list[dict]:
     ("dataset", "row", "expected"),
     [
         ("messages", {"messages": [USER, REPLY]}, ASKED),
-        ("messages", {"messages": [SYSTEM, USER, REPLY, *MORE]}, ASKED),
-        ("sharegpt", {"conversations": shared(SYSTEM, USER, REPLY, *MORE)}, ASKED),
+        ("messages", {"messages": [SYSTEM, USER, REPLY, *MORE]}, TALK),
+        ("sharegpt", {"conversations": shared(SYSTEM, USER, REPLY, *MORE)}, TALK),
         ("prompt_completion", ASKED, ASKED),
-        ("prompt_completion", {"prompt": [SYSTEM, USER], "completion": [REPLY]}, ASKED),
+        (
+            "prompt_completion",
+            {"prompt": [SYSTEM, USER], "completion": [REPLY]},
+            {**ASKED, "system": SYSTEM["content"]},
+        ),
         (
             "alpaca",
             {"instruction": "What is flu?", "input": None, "output": "An infection."},

@@ -182,12 +182,12 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
     index_path = evaluation_index(config, evaluation_inputs(config))
     data = config.data
     names = names_file(Path(data.cache_dir), _disease_names(config), code_version())
-    known = [str(path) if path else None for path in (index_path, names)]
+    index_name, names_name = (str(path) if path else None for path in (index_path, names))
     slot = config.prompt.has_system_slot
     with Cleaner() as cleaner:
         shards = {
             name: [
-                clean_source(Rules(name, source, data, *known, slot), cleaner)
+                clean_source(Rules(name, source, data, index_name, names_name, slot), cleaner)
                 for source in getattr(data, name)
             ]
             for name in FIELDS

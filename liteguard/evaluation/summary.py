@@ -127,6 +127,7 @@ def given_answers(rows: dict[str, list[dict[str, Any]]], journal: Journal) -> li
         given = journal.found["answers"][index]
         verdict = refusals.judge(given["text"])
         judged = journal.found["judged"].get(index)
+        before: dict[str, Any] = {key: row[key] for key in ("history", "system") if key in row}
         answers.append(
             {
                 **({"llm_verdict": judged["verdict"]} if judged else {}),
@@ -134,7 +135,7 @@ def given_answers(rows: dict[str, list[dict[str, Any]]], journal: Journal) -> li
                 "kind": row.get("kind"),
                 "area": row.get("area"),
                 "prompt": row["prompt"],
-                **{name: row[name] for name in ("history", "system") if name in row},
+                **before,
                 "answer": given["text"],
                 "tokens": given["tokens"],
                 "stopped": given["stopped"],
