@@ -162,6 +162,8 @@ def opening(row: Row) -> str:
 
     Many begin with "Hello doctor", and that is no reason to keep them together.
     """
+    if "history" not in row:
+        return row["prompt"]
     text = ""
     for question in questions(row):
         text = f"{text} {question}" if text else question
