@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liteguard import records, registry
+from liteguard import records, registry, writing
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation import contamination, sets
@@ -74,7 +74,11 @@ def evaluate_fewer(config: Config, limit: int) -> Config:
 
 
 def reuse(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """An earlier result for the same inputs; None where the file holds anything else."""
+    """An earlier result for the same inputs; None where the file holds anything else.
+
+    Raises UserError for what is no file.
+    """
+    writing.require_file(file)
     try:
         _, earlier = records.read_raw(Result, file)
     except UserError:

@@ -304,6 +304,7 @@ def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) ->
         config_sources=config.sources,
         metrics=metrics,
         processes=distributed.world_size(),
+        lora={name: getattr(model.peft_config["default"], name) for name in ("r", "lora_alpha")},
         versions=library_versions(),
         wall_s=round(time.time() - stage.started, 1),
         peak_rss_gb=machine.peak_rss_gb(),
