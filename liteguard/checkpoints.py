@@ -1,9 +1,9 @@
 """Stage directories: complete or not there, self-describing, in the right order.
 
-A stage works in a hidden sibling (`.NAME.partial`). What it makes is gathered in a directory of its
-own there, `stage.json` last, and that directory gets the final name in one rename: before it nothing
-of the interrupted work is touched, after it the work is deleted. `stage.json` holds what the next
-stage needs; nothing is guessed from names.
+A stage works in a hidden sibling (`.NAME.partial`). What it makes is gathered in a directory of
+its own there, `stage.json` last, and that directory gets the final name in one rename: before it
+nothing of the interrupted work is touched, after it the work is deleted. `stage.json` holds what
+the next stage needs; nothing is guessed from names.
 """
 
 from __future__ import annotations

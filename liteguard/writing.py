@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     own = f".{os.getpid()}" if shared else ""
     beside = path.with_name(f".{path.name}{own}.partial")
     remove(beside)
+    if shared:
+        _forget(path)
     try:
         yield beside
         flush(beside)
@@ -48,19 +52,27 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def _forget(path: Path) -> None:
+    """Delete what processes that were killed a day ago or earlier left of a shared `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                remove(left)
+
+
+def write_text(path: Path, text: str, shared: bool = False) -> None:
     """Write text so that `path` is either the old or the complete new file."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), shared)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, shared: bool = False) -> None:
     """Write JSON so that `path` is either the old or the complete new file."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", shared)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, shared: bool = False) -> None:
     """Write a file so that `path` is either the old or the complete new one."""
-    with replacing(path) as beside, beside.open("xb") as file:
+    with replacing(path, shared) as beside, beside.open("xb") as file:
         file.write(content)
 
 

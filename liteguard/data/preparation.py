@@ -9,7 +9,6 @@ the texts are copied line by line.
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +206,7 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
     for part in parts:
         warn_of_wordings(part.name, counts[f"{part.name}/test.jsonl"])
     forget_old_sources(Path(data.cache_dir))
-    (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
+    checkpoints.write_text(work / "NOTICE.md", notice(entries))
     return {
         "model_type": config.model_type,
         "counts": counts,
