@@ -179,6 +179,11 @@ def require_same(
     not needed here.
     """
     if base is not None and _is_other_base(record.base_identity, base):
+        if record.base_identity.partition("+")[0] == base.partition("+")[0]:
+            raise UserError(
+                f"{path} was trained on {name} with another config.json than it has now: the same "
+                "weights compute something else. Put the old one back, or train again from stage 1."
+            )
         raise UserError(
             f"{path} was trained on another base model ({record.base_model}, "
             f"{record.base_identity[:24]}...) than this configuration names ({name}, "

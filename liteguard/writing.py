@@ -34,9 +34,16 @@ _AT_HERE = -100  # AT_FDCWD in fcntl.h
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A place beside `path` for a file or a directory, which gets that name when the block ends.
 
-    An error leaves what was there before. `shared`: other processes may be making the same at this
-    moment (a cache without a lock), each in a place of its own; the last one stays.
+    An error leaves what was there before. Raises UserError for a link, a pipe or a device.
+
+    shared: other processes may be making the same at this moment (a cache without a lock), each in
+    a place of its own; the last one stays.
     """
+    if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise UserError(
+            f"{path} is a link, a pipe or a device, and would be replaced by a file: it is left as "
+            "it is. Name another place."
+        )
     own = f".{os.getpid()}" if shared else ""
     beside = path.with_name(f".{path.name}{own}.partial")
     remove(beside)

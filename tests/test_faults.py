@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from killing import every_kill
 
+from benchmarks.kill_points import every_kill
 from liteguard import checkpoints, machine, writing
 from liteguard.errors import UserError
 from liteguard.evaluation.journal import Journal

@@ -405,7 +405,7 @@ def _export_child(arguments: dict[str, Any]) -> str:
 
 def _child(arguments: dict[str, Any]) -> None:
     """The work, in the child process; writes result.json into the output folder at the end."""
-
+    machine.die_with_parent()
     folder = Path(arguments["output_dir"])
     if arguments["task"] == "export":
         file = _export_child(arguments)
