@@ -14,15 +14,17 @@ silence, 0 lost, 0 hangs.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,14 @@ def measured(place: Path) -> Any:
 
 
 def converted(place: Path) -> Any:
-    return digests(place, ("out.task", "out.deploy.json"))
+    """The members of the bundle, and what an app is told of it, whose hashes are of the file."""
+    told = json.loads((place / "out.deploy.json").read_text())
+    record = json.loads((place / "out.task.json").read_text())
+    whole = record["files"] == digests(place, ("out.task",))
+    whole &= told.pop("bundles")["out.task"]["sha256"] == record["files"]["out.task"]
+    with zipfile.ZipFile(place / "out.task") as file:
+        members = {name: hashlib.sha256(file.read(name)).hexdigest() for name in file.namelist()}
+    return whole, members, told
 
 
 @dataclass
@@ -181,7 +190,7 @@ class Killing:
     result: Callable[[Path], Any]
     setup: Callable[[Path], None] = lambda place: None
     begin: str = ""
-    keeps: tuple[str, ...] = ()
+    every: int = 1  # of the kills, one of so many
 
 
 def killed_run(case: Killing, place: Path, changes: int | None, log: Path) -> Done:
@@ -193,7 +202,8 @@ def kill(case: Killing, world: World, every: int, tally: Tally) -> None:
     place, kept, log = (world.place / f"{case.name}-{n}" for n in ("kill", "kept", "log"))
     place.mkdir()
     command = [str(part).replace("PLACE", str(place)) for part in case.command]
-    case = Killing(case.name, [*command], case.result, case.setup, case.begin, case.keeps)
+    case = replace(case, command=[*command])
+    every *= case.every
     case.setup(place)
     done = killed_run(case, place, None, log)
     if done.code != 0:
@@ -253,9 +263,10 @@ def survived(case: Killing, place: Path, done: Done, wanted: Any) -> tuple[str, 
 
 def kills(world: World, with_bundle: bool) -> Iterator[Killing]:
     out = Path("PLACE/out")
-    yield Killing("prepare", world.prepare(out, Path("PLACE/cache")), prepared)
-    for stage in ("domain", "instruction", "safety"):
-        yield Killing(stage, world.train(stage, out), trained, begin="/result")
+    yield Killing("prepare", world.prepare(out, Path("PLACE/cache")), prepared, every=3)
+    # All stages publish with the same lines.
+    for stage, every in (("domain", 1), ("instruction", 3), ("safety", 3)):
+        yield Killing(stage, world.train(stage, out), trained, begin="/result", every=every)
 
     def older(place: Path) -> None:
         shutil.copytree(world.place / "older", place / "out")

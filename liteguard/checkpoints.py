@@ -210,6 +210,9 @@ def _is_other_base(recorded: str, found: str) -> bool:
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Human-readable differences between two flat mappings of inputs."""
+    bases = old.get("base"), new.get("base")
+    if all(isinstance(base, str) for base in bases) and not _is_other_base(*map(str, bases)):
+        new = {**new, "base": bases[0]}
     return [
         f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted({*old, *new})

@@ -205,7 +205,8 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         if size <= _WHOLE:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            while block := file.read(1 << 20):
+                digest.update(block)
         else:
             digest.update(str(path.stat().st_mtime_ns).encode())
             for number in range(_BLOCKS):

@@ -105,6 +105,8 @@ def test_another_configuration_is_another_base_model(tmp_path):
     # A checkpoint of version 0.1 has the weights' hash alone.
     older = record.model_copy(update={"base_identity": identity.partition("+")[0]})
     checkpoints.require_same(tmp_path, older, Prompt(), changed, "a/base")
+    assert not checkpoints.describe_changes({"base": older.base_identity}, {"base": changed})
+    assert checkpoints.describe_changes({"base": identity}, {"base": changed})
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha"])

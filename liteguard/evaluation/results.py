@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liteguard import records, registry, writing
+from liteguard import checkpoints, records, registry, writing
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation import contamination, sets
@@ -83,7 +83,8 @@ def reuse(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         _, earlier = records.read_raw(Result, file)
     except UserError:
         return None
-    return earlier if earlier["inputs"] == json.loads(json.dumps(inputs)) else None
+    changes = checkpoints.describe_changes(earlier["inputs"], json.loads(json.dumps(inputs)))
+    return None if changes else earlier
 
 
 def inputs_of(

@@ -202,9 +202,9 @@ def _cached(
             staging.mkdir()
             for array, values in arrays.items():
                 np.save(staging / f"{array}.npy", values)
-            found = {"data": str(data_dir), "file": name}
-            found["fingerprints"] = writing.fingerprints(staging)
-            checkpoints.write_json(staging / ABOUT, found)
+            prints = writing.fingerprints(staging)
+            about = {"data": str(data_dir), "file": name, "fingerprints": prints}
+            checkpoints.write_json(staging / ABOUT, about)
     return TokenRows(
         *(np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
     )
