@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from benchmarks.kill_points import every_kill
 from liteguard import checkpoints, machine, writing
+from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation.journal import Journal
 from liteguard.export import outputs
 from liteguard.records import BundleRecord
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import fault_inputs  # noqa: E402
 
 INPUTS = {"stage": "domain", "rate": 2}
 FILES = ["adapter_model.safetensors", "adapter_config.json", "parts/table.json"]
@@ -266,3 +272,20 @@ def test_what_a_bundle_cannot_replace_is_refused_before_the_work(tmp_path, name)
         with pytest.raises(UserError, match="was not written by LiteGuard"):
             outputs.check(bundles)
         assert (tmp_path / name).read_text() == '{"my": "notes"}'
+
+
+def test_no_setting_takes_a_value_of_another_type(tmp_path):
+    """Every setting of the schema; of the 1,500 wrong values of the whole matrix one in 24."""
+    cases = [
+        (name, value)
+        for name, kind in fault_inputs.fields(Config)
+        for value in fault_inputs.wrong_values(kind)
+    ]
+    assert len(cases) > 800
+    path, accepted = tmp_path / "wrong.yaml", []
+    for name, value in cases[::24]:
+        path.write_text(fault_inputs.HEAD + fault_inputs._yaml(name, value))
+        done = fault_inputs._resolve(path)
+        if (done.code, done.traceback) != (2, False):
+            accepted.append((name, value[:20], done.err[:200]))
+    assert not accepted
