@@ -75,6 +75,10 @@ def claim(output: Path) -> None:
         raise UserError(
             f"{work} is a symbolic link, and left as it is: remove it, or choose another --output."
         )
+    if work.exists() and not work.is_dir():
+        raise UserError(
+            f"{work} is a file, and left as it is: remove it, or choose another --output."
+        )
     machine.claim(output.with_name(f".{output.name}.lock"), str(output))
 
 
