@@ -95,7 +95,6 @@ class World:
             place / "instruction_checkpoint",
         )
         self.final, self.evaluation = place / "final_checkpoint", place / "evaluation"
-        self.bundle = place / "tiny.task"
 
     def own(self, *command: str | Path) -> list[str | Path]:
         return [*command, "--set", f"data.cache_dir={self.cache}"]
@@ -120,7 +119,7 @@ class World:
         flags = ("--output", output, "--verify", "none", "--quantize", "int8")
         return self.own("compress_model.py", "--input", self.final, *flags)
 
-    def make(self, with_bundle: bool) -> None:
+    def make(self) -> None:
         tiny_world.make_model(self.model)
         tiny_world.make_sources(self.place / "sources")
         tiny_world.make_config(self.config, self.model, self.place / "sources")
@@ -128,7 +127,6 @@ class World:
         for stage, output in (("domain", self.domain), ("instruction", self.instruction)):
             steps.append(self.train(stage, output))
         steps += [self.train("safety", self.final), self.evaluate(self.evaluation)]
-        steps += [self.compress(self.bundle)] if with_bundle else []
         for step in steps:
             done = Running(self.place, *step).wait(600)
             if done.code != 0:
@@ -285,13 +283,9 @@ def kills(world: World, with_bundle: bool) -> Iterator[Killing]:
         place = world.place / "first"
         place.mkdir()
         command = world.compress(place / "out.task")
-        # Killed where publishing begins.
-        run(place, *command, before=lambda: die_after(None, place, world.place / "first.log"))
-        lines = (world.place / "first.log").read_text().splitlines()
-        begin = next(n for n, line in enumerate(lines) if "out.task.json" in line)
-        shutil.rmtree(place)
-        place.mkdir()
-        run(place, *command, before=lambda: die_after(begin, place, world.place / "first.log"))
+        # Killed where publishing begins: every kill starts from there.
+        at = {"at": "out.task.json", "log": world.place / "first.log"}
+        Running(place, *command, before=lambda: die_after(None, place, **at)).wait(600)
         shutil.copytree(place / ".out.task.partial", world.place / "converted")
         yield Killing("compress", world.compress(Path("PLACE/out.task")), converted, finished)
 
@@ -364,6 +358,19 @@ def limits(world: World, tally: Tally) -> None:
             tally.refused("limits", f"{name}, read-only", done, (1,))
 
 
+def write(path: Path, tally: Tally, quick: bool, seconds: dict[str, float], place: Path) -> None:
+    """The numbers of the parts that were done, `seconds` by part, as JSON."""
+    report = {
+        "quick": quick,
+        "counts": {part: dict(found) for part, found in tally.counts.items()},
+        "all": {kind: sum(found[kind] for found in tally.counts.values()) for kind in KINDS},
+        "bad": [line.replace(str(place), "WORK") for line in tally.bad],
+        "seconds": seconds,
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -381,7 +388,7 @@ def main() -> None:
     place.chmod(0o755)
     world = World(place)
     try:
-        world.make(not args.no_bundle)
+        world.make()
         work: dict[str, Callable[[], None]] = {
             "inputs": lambda: fault_inputs.all_inputs(world, tally),
             "pairs": lambda: pairs(world, tally, 1 if args.quick else 3),
@@ -402,18 +409,9 @@ def main() -> None:
                 seconds[part] = round(time.monotonic() - begin, 1)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    print(f"\n{tally.table()}\n\n{time.monotonic() - started:.0f} s; {len(tally.bad)} bad")
-    if args.json:
-        report = {
-            "quick": args.quick,
-            "parts": parts,
-            "counts": {part: dict(found) for part, found in tally.counts.items()},
-            "all": {kind: sum(c[kind] for c in tally.counts.values()) for kind in KINDS},
-            "bad": [line.replace(str(place), "WORK") for line in tally.bad],
-            "seconds": seconds,
-        }
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        print(f"\n{tally.table()}\n\n{time.monotonic() - started:.0f} s; {len(tally.bad)} bad")
+        if args.json:
+            write(Path(args.json), tally, args.quick, seconds, place)
     sys.exit(bool(tally.bad))
 
 

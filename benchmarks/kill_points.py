@@ -93,11 +93,11 @@ def every_kill(place: Path, begin: Callable[[], object], work: Callable[[], obje
     raise AssertionError("there is no end to the changes")
 
 
-def die_after(changes: int | None, place: Path, log: Path) -> None:
+def die_after(changes: int | None, place: Path, log: Path, at: str | None = None) -> None:
     """From now on this process is killed (SIGKILL) before the change that follows so many.
 
-    None: it is not killed. Every change below `place` is written to `log`, a line each. What other
-    processes change does not count.
+    None: it is not killed, or before the first change whose text holds `at`. Every change below
+    `place` is written to `log`, a line each. What other processes change does not count.
     """
     own, seen = os.getpid(), 0
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
@@ -107,7 +107,7 @@ def die_after(changes: int | None, place: Path, log: Path) -> None:
         found = change(event, arguments, str(place)) if os.getpid() == own else None
         if found is None:
             return
-        if seen == changes:
+        if seen == changes or (at is not None and at in found):
             os.kill(own, signal.SIGKILL)
         seen += 1
         os.write(sink, f"{found}\n".encode("utf-8", "replace"))

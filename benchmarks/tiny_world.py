@@ -165,7 +165,7 @@ class Running:
         if self.pid == 0:
             _be(cwd, [str(part) for part in command], self.logs, before)
 
-    def wait(self, limit: float = 120.0) -> Done:
+    def wait(self, limit: float = 300.0) -> Done:
         """How it ended; killed, with all that it started, after so many seconds."""
         code: int | None = None
         while True:
