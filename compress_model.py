@@ -70,6 +70,7 @@ def main() -> None:
     from liteguard.export import bundle, measured, outputs, tflite
     from liteguard.export.conversion import Conversion
 
+    outputs.check(bundles)
     base, revision, architecture = models.model_config(config)
     identity = models.base_identity(base, revision)
     checkpoints.require_same(source, record, config.prompt, identity, config.model.name)
@@ -100,7 +101,8 @@ def main() -> None:
             "dry run: nothing written"
         )
         return
-    if not args.overwrite and outputs.reuse(bundles, inputs):
+    published = outputs.finish_publishing(output, inputs)
+    if published or (not args.overwrite and outputs.reuse(bundles, inputs)):
         print(f"{output} is finished and was made from the same inputs: reused")
         return
     tflite.require_resources(*needed)

@@ -126,6 +126,7 @@ def main() -> None:
     for label, target in targets.items():
         file = output / f"{label}.json"
         if not args.overwrite and (earlier := results.reuse(file, inputs[label])):
+            run.drop_journal(output, label, inputs[label])
             print(f"{label}: {file} is up to date: reused")
             found[label] = earlier
             continue

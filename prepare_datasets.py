@@ -15,7 +15,6 @@ reuses a finished directory; after a change or an interruption, the sources that
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path
 
 from liteguard import checkpoints, cli
@@ -66,9 +65,7 @@ def main() -> None:
 
     # 3. Work
     # Nothing goes on from what was half written; finished sources are in the cache.
-    checkpoints.claim(output)
-    shutil.rmtree(checkpoints.work_directory(output), ignore_errors=True)
-    work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json")
+    work = checkpoints.open_work(output, inputs, args.overwrite, "manifest.json", resumable=False)
     if work is None:
         print(f"{output} is finished and was made from the same inputs: reused")
     else:

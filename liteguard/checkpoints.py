@@ -1,8 +1,9 @@
 """Stage directories: complete or not there, self-describing, in the right order.
 
-A stage works in a hidden sibling (`.NAME.partial`), writes `stage.json` last and renames the whole
-directory to its final name, so a directory that has the final name is finished. `stage.json` holds
-what the next stage needs; nothing is guessed from names.
+A stage works in a hidden sibling (`.NAME.partial`). What it makes is gathered in a directory of
+its own there, `stage.json` last, and that directory gets the final name in one rename: before it
+nothing of the interrupted work is touched, after it the work is deleted. `stage.json` holds what
+the next stage needs; nothing is guessed from names.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liteguard import machine, records
+from liteguard import machine, records, writing
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord, Made, StageRecord
+from liteguard.writing import write_json as write_json
+from liteguard.writing import write_text as write_text
 
 RECORD = "stage.json"
 INPUTS = "inputs.json"
+# In a work directory: what will be published, and once that is whole, the sha256 of its record.
+RESULT, PUBLISHING = "result", "publishing.json"
+# What a finished output may get besides: prepare_datasets.py --report writes these.
+MADE_LATER = ("report.json", "lengths.png")
 # stage -> (the stage it continues, the script that makes it, its default output)
 STAGES: dict[str, tuple[str | None, str, str]] = {
     "domain": (None, "train_domain.py", "domain_checkpoint"),
@@ -31,7 +37,8 @@ STAGES: dict[str, tuple[str | None, str, str]] = {
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
+    """Hex sha256 of a file, read in blocks; UserError for a pipe or a device, which may not end."""
+    writing.require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -42,28 +49,18 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` is either the old or the complete new file."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text so that `path` is either the old or the complete new file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def work_directory(output: Path) -> Path:
     """The hidden sibling in which `output` is being made.
 
-    Raises UserError for a directory that has no name of its own.
+    Raises UserError for a directory that has no name of its own, or too long a one.
     """
     if output.name in ("", ".."):
         raise UserError(f"--output {output}: name a new directory, e.g. {output / 'out'}")
+    if (size := len(os.fsencode(output.name))) > writing.LONGEST_NAME:
+        raise UserError(
+            f"--output {output.name[:40]}...: a name of {size} bytes. Up to {writing.LONGEST_NAME} "
+            "are allowed."
+        )
     return output.with_name(f".{output.name}.partial")
 
 
@@ -77,6 +74,10 @@ def claim(output: Path) -> None:
     if work.is_symlink():
         raise UserError(
             f"{work} is a symbolic link, and left as it is: remove it, or choose another --output."
+        )
+    if work.exists() and not work.is_dir():
+        raise UserError(
+            f"{work} is a file, and left as it is: remove it, or choose another --output."
         )
     machine.claim(output.with_name(f".{output.name}.lock"), str(output))
 
@@ -126,6 +127,7 @@ def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> Sta
                 f"{file} is not the file that {RECORD} describes (sha256 differs: truncated or "
                 f"changed).{advice}"
             )
+    _check_adapter(path, record, advice)
     if wanted and record.stage not in wanted:
         raise UserError(
             f"{path} is the result of the {record.stage!r} stage, but a "
@@ -133,6 +135,26 @@ def read_stage(path: Path, expected: str | tuple[str, ...] | None = None) -> Sta
             f"domain -> instruction -> safety.{advice}"
         )
     return record
+
+
+def _check_adapter(path: Path, record: StageRecord, advice: str) -> None:
+    """Raise UserError where the adapter's strength is not the one that it was trained with.
+
+    Its configuration may have been edited together with its sha256; alpha scales all that was
+    learned.
+    """
+    file = path / "adapter_config.json"
+    if not record.lora or file.name not in record.files:
+        return
+    found = read_dict(file)
+    if found is None:
+        raise UserError(f"{file} cannot be used: it is no JSON object.{advice}")
+    if changes := describe_changes(record.lora, {key: found.get(key) for key in record.lora}):
+        raise UserError(
+            f"{file} is not what {RECORD} says that the adapter was trained with:\n"
+            + "\n".join(changes)
+            + advice
+        )
 
 
 def read_bundle(bundle: Path) -> BundleRecord:
@@ -160,7 +182,12 @@ def require_same(
     base: the identity of the base model called `name` (`models.base_identity`); None where it is
     not needed here.
     """
-    if base is not None and record.base_identity != base:
+    if base is not None and _is_other_base(record.base_identity, base):
+        if record.base_identity.partition("+")[0] == base.partition("+")[0]:
+            raise UserError(
+                f"{path} was trained on {name} with another config.json than it has now: the same "
+                "weights compute something else. Put the old one back, or train again from stage 1."
+            )
         raise UserError(
             f"{path} was trained on another base model ({record.base_model}, "
             f"{record.base_identity[:24]}...) than this configuration names ({name}, "
@@ -176,8 +203,20 @@ def require_same(
         )
 
 
+def _is_other_base(recorded: str, found: str) -> bool:
+    """Whether two identities name different bases; see `models.base_identity`.
+
+    Records of version 0.1 do not know the base's configuration, so that it is not compared.
+    """
+    without_configuration = "+" not in recorded
+    return recorded != (found.partition("+")[0] if without_configuration else found)
+
+
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Human-readable differences between two flat mappings of inputs."""
+    bases = old.get("base"), new.get("base")
+    if all(isinstance(base, str) for base in bases) and not _is_other_base(*map(str, bases)):
+        new = {**new, "base": bases[0]}
     return [
         f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted({*old, *new})
@@ -196,6 +235,8 @@ def check_output(output: Path, inputs: Mapping[str, Any], record: str = RECORD) 
         problem = f"{place} is a file, and a directory is needed there"
     elif output.is_symlink():
         problem = f"{output} is a symbolic link"
+    elif output.exists() and writing.is_mount(output):
+        problem = f"{output} is a mount point, which cannot be replaced by a finished directory"
     elif output.resolve() in (here, *here.parents):
         problem = f"{output} is the directory that you are in, or one above it"
     elif output.exists() and any(output.iterdir()) and not _is_ours(output, inputs, record):
@@ -219,42 +260,41 @@ def _is_ours(output: Path, inputs: Mapping[str, Any], record: str) -> bool:
 
 
 def open_work(
-    output: Path, inputs: dict[str, Any], overwrite: bool = False, record: str = RECORD
+    output: Path,
+    inputs: dict[str, Any],
+    overwrite: bool = False,
+    record: str = RECORD,
+    resumable: bool = True,
 ) -> Path | None:
     """Prepare to make `output` from `inputs`; None when it is already finished from the same.
 
     The work directory may hold interrupted work from the same inputs, to be resumed, with
     `overwrite` as well: that replaces a finished output, and interrupted work of other inputs.
+    Work that was interrupted in its last moment, when only the rename was left, is finished here.
     Raises UserError, naming what changed, when either is there without it.
+
+    resumable: whether interrupted work is gone on from; else it is deleted.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
     check_output(output, inputs, record)
     claim(output)
+    writing.bring_back(output)
     work = work_directory(output)
+    published = finish_publishing(work, output)
     begun = begun_from(work)
-    if begun is None or (overwrite and begun != inputs):
+    if begun is None or not resumable or (overwrite and begun != inputs):
         # Without its inputs nobody knows what it was the work of: a kill while it was deleted.
-        shutil.rmtree(work, ignore_errors=True)
+        writing.remove(work)
         begun = None
-    if not overwrite and output.exists() and (output / record).exists():
-        try:
-            finished = json.loads((output / record).read_text(encoding="utf-8"))
-            changes = describe_changes(finished["inputs"], inputs)
-            whole = all(sha256_file(output / n) == d for n, d in finished["files"].items())
-        except (ValueError, KeyError, TypeError, OSError):
-            whole, changes = False, []
-        if not whole:
-            raise UserError(
-                f"{output} is damaged: its files are not those that {record} describes.\n"
-                "Choose another --output, or pass --overwrite to make it again."
-            )
-        if not changes:
+    if not (overwrite and not published) and (output / record).exists():
+        if not (changes := _changes(output, inputs, record)):
             return None
-        raise UserError(
-            f"{output} was made from other inputs:\n"
-            + "\n".join(changes)
-            + "\nChoose another --output, or pass --overwrite to replace it."
-        )
+        if not overwrite:
+            raise UserError(
+                f"{output} was made from other inputs:\n"
+                + "\n".join(changes)
+                + "\nChoose another --output, or pass --overwrite to replace it."
+            )
     if begun is not None:
         changes = describe_changes(begun, inputs)
         if changes:
@@ -263,50 +303,113 @@ def open_work(
                 + "\n".join(changes)
                 + "\nPut the old values back, or pass --overwrite to start again."
             )
+    if overwrite:
+        _keep_strangers(output, record)
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / INPUTS, inputs)
     return work
 
 
+def _changes(output: Path, inputs: dict[str, Any], record: str) -> list[str]:
+    """What of a finished output's inputs is not as in `inputs`; UserError where it is damaged."""
+    try:
+        finished = json.loads((output / record).read_text(encoding="utf-8"))
+        whole = all(sha256_file(output / n) == d for n, d in finished["files"].items())
+        changes = describe_changes(finished["inputs"], inputs)
+    except (ValueError, KeyError, TypeError, OSError, UserError):
+        whole, changes = False, []
+    if not whole:
+        raise UserError(
+            f"{output} is damaged: its files are not those that {record} describes.\n"
+            "Choose another --output, or pass --overwrite to make it again."
+        )
+    return changes
+
+
+def _keep_strangers(output: Path, record: str) -> None:
+    """Raise UserError where a directory that will be replaced holds somebody else's files."""
+    try:
+        files = json.loads((output / record).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return
+    known = {record, *files, *MADE_LATER}
+    found = [path for path in output.rglob("*") if not path.is_dir() or path.is_symlink()]
+    others = sorted({str(path.relative_to(output)) for path in found} - known)
+    if others:
+        raise UserError(
+            f"{output} would be replaced, and holds files that were not made by this command: "
+            f"{', '.join(others[:5])}. Move them away, or choose another --output."
+        )
+
+
 def begun_from(work: Path) -> dict[str, Any] | None:
     """The inputs of interrupted work; None where they are not known."""
+    return read_dict(work / INPUTS)
+
+
+def read_dict(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none."""
     try:
-        begun = json.loads((work / INPUTS).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    return begun if isinstance(begun, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def publish(
     work: Path, output: Path, record: dict[str, Any], files: list[str], name: str = RECORD
 ) -> None:
-    """Write the record (last) into `work`, drop everything not in `files`, rename to `output`.
+    """Gather `files` and the record (last) of `work` in one directory and rename that to `output`.
 
     `files` are names inside `work`; their sha256 goes into the record. An older `output` is
-    replaced only here, when its successor is complete.
+    replaced by that rename, and the rest of `work` deleted after it: killed before, the same
+    command goes on from what is there; killed after, it deletes what is left
+    (`finish_publishing`).
     """
     missing = [file for file in files if not (work / file).is_file()]
     if missing:
         raise WorkError(f"{work} lacks {', '.join(missing)}; nothing was published.")
     inputs = json.loads((work / INPUTS).read_text(encoding="utf-8"))
-    keep = set(files)
-    for entry in work.iterdir():
-        if entry.name in keep:
-            continue
-        if entry.is_dir() and any(file.startswith(f"{entry.name}/") for file in keep):
-            continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     digests = {file: sha256_file(work / file) for file in sorted(files)}
-    write_json(work / name, {**record, "inputs": inputs, "files": digests})
-    if output.exists():
-        discarded = output.with_name(f".{output.name}.replaced")
-        shutil.rmtree(discarded, ignore_errors=True)
-        os.replace(output, discarded)
-        os.replace(work, output)
-        shutil.rmtree(discarded, ignore_errors=True)
-    else:
-        os.replace(work, output)
-    descriptor = os.open(output.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    result = work / RESULT
+    writing.remove(result)
+    for file in files:
+        (result / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work / file, result / file)
+    write_json(result / name, {**record, "inputs": inputs, "files": digests})
+    writing.flush(result)
+    write_json(work / PUBLISHING, {"name": name, "sha256": sha256_file(result / name)})
+    finish_publishing(work, output)
     machine.release(output.with_name(f".{output.name}.lock"))
+
+
+def finish_publishing(work: Path, output: Path) -> bool:
+    """Rename what `publish` has gathered in `work`, if a kill has not let it, and delete the rest.
+
+    Returns whether `output` is what was gathered there.
+    """
+    decided = read_dict(work / PUBLISHING)
+    if decided is None:
+        return False
+
+    def is_it(directory: Path) -> bool:
+        path = directory / str(decided.get("name"))
+        return path.is_file() and sha256_file(path) == decided.get("sha256")
+
+    if not is_it(output):
+        if not is_it(work / RESULT):
+            return False
+        writing.put(work / RESULT, output)
+    drop_work(work)
+    return True
+
+
+def drop_work(work: Path) -> None:
+    """Delete a work directory whose result is published.
+
+    What says that it is goes last: the rest may be large, and a kill leaves some of it.
+    """
+    last = [work / INPUTS, work / PUBLISHING]
+    for path in [*(path for path in work.iterdir() if path not in last), *last]:
+        writing.remove(path)
+    work.rmdir()

@@ -261,6 +261,19 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def die_with_parent() -> None:
+    """Let this process, a program of its own, be killed when the one that started it ends.
+
+    A killed parent cannot stop what it has started: a conversion would go on for minutes, and write
+    into a directory that the next run works in.
+    """
+    parent = os.getppid()
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG in linux/prctl.h
+    if os.getppid() != parent:  # it has ended before that
+        os._exit(1)
+
+
 def is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)

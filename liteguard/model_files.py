@@ -28,6 +28,9 @@ TRUST = "--set model.trust_remote_code=true"
 def check_base(directory: str | Path, trusted: bool) -> None:
     """Raise UserError for a base model whose files point out of it or need code of their own."""
     directory = Path(directory)
+    for path in directory.iterdir():
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise UserError(f"{path} is a pipe or a device: a model is made of files.")
     config = _read(directory / CONFIG)
     if (directory / ADAPTER_CONFIG).exists():
         raise UserError(

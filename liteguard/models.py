@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import distributed, hub, machine, model_files, registry
-from liteguard.checkpoints import sha256_file, sha256_json
+from liteguard.checkpoints import read_dict, sha256_file, sha256_json
 from liteguard.errors import UserError, WorkError
 
 if TYPE_CHECKING:
@@ -147,14 +147,24 @@ def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(directory, config.prompt, loaded.vocab_size, revision, trusted)
 
 
+# Of a config.json: who wrote it, and what the project sets itself.
+_SAY_NOTHING = {"transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+
+
 def base_identity(directory: str, commit: str | None) -> str:
-    """A hash that tells two base models apart: the hub commit, or the local weights' sha256."""
+    """What tells two base models apart: the hub commit, or sha256 of the local weights + config.
+
+    config.json counts less what says nothing of the numbers: rotation, norms and heads are in it.
+    """
     if commit:
         return f"commit:{commit}"
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory} holds no .safetensors file (pickled weights are not loaded).")
-    return f"sha256:{sha256_json({file.name: sha256_file(file) for file in files})}"
+    found = read_dict(Path(directory) / "config.json") or {}
+    meaning = {k: v for k, v in found.items() if k not in _SAY_NOTHING and not k.startswith("_")}
+    weights = sha256_json({file.name: sha256_file(file) for file in files})
+    return f"sha256:{weights}+{sha256_json(meaning)[:16]}"
 
 
 def load_weights(directory: str | Path, **options: Any) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from liteguard import writing
 from liteguard.errors import UserError, first_line
 from liteguard.prompts import Prompt
 
@@ -73,6 +74,7 @@ class StageRecord(Made):
     config_sources: dict[str, str] = {}  # section.key -> the file or flag that it came from
     metrics: dict[str, Any] = {}
     processes: int = 1
+    lora: dict[str, int] = {}  # the adapter's r and lora_alpha
     versions: dict[str, str] = {}
     wall_s: float = 0.0
     peak_rss_gb: float = 0.0  # GB of 10^9 bytes, as every *_gb
@@ -342,6 +344,7 @@ def read(kind: type[Read], path: Path, advice: str = "") -> Read:
 
 def read_raw(kind: type[Read], path: Path, advice: str = "") -> tuple[Read, dict[str, Any]]:
     """(record, the same as the file has it); see `read`."""
+    writing.require_file(path)
     try:
         text = path.read_text(encoding="utf-8")
         record = kind.model_validate_json(text)

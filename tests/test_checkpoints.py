@@ -216,6 +216,10 @@ def test_links_in_the_place_of_work_and_lock_are_not_followed(tmp_path):
     (tmp_path / ".out.partial").symlink_to(victim)
     with pytest.raises(UserError, match=r"\.out\.partial is a symbolic link"):
         checkpoints.open_work(tmp_path / "out", {"stage": "domain"})
+    (tmp_path / ".file.partial").write_text("mine")
+    with pytest.raises(UserError, match=r"\.file\.partial is a file"):
+        checkpoints.open_work(tmp_path / "file", {"stage": "domain"})
+    assert (tmp_path / ".file.partial").read_text() == "mine"
     (tmp_path / ".other.lock").symlink_to(victim / "thesis.txt")
     with pytest.raises(OSError, match="symbolic link"):
         checkpoints.open_work(tmp_path / "other", {"stage": "domain"})

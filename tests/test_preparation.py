@@ -847,11 +847,16 @@ def test_kill_9_at_any_point_leaves_nothing_that_looks_finished(project):
 
 def test_a_damaged_cache_is_not_used(project):
     project.run("one")
-    path = next((project.directory / "cache/sources").glob("domain-*/rows.jsonl"))
-    path.write_bytes(path.read_bytes()[:-100])
-    assert project.run("two").count("from the cache") == 2
-    first, second = (project.directory / n / "domain/train.jsonl" for n in ("one", "two"))
-    assert first.read_bytes() == second.read_bytes()
+    cut = next((project.directory / "cache/sources").glob("domain-*/rows.jsonl"))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    edited = next((project.directory / "cache/sources").glob("instruction-*/order.bin"))
+    content = bytearray(edited.read_bytes())
+    content[7] ^= 1  # the size stays
+    edited.write_bytes(content)
+    assert project.run("two").count("from the cache") == 1
+    for part in ("domain", "instruction"):
+        first, second = (project.directory / n / f"{part}/train.jsonl" for n in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_line_that_an_error_proposes_is_what_the_next_run_needs(project):

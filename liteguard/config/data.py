@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import math
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -17,6 +19,7 @@ from pydantic import (
 )
 
 LARGEST = 10**12  # no number here can be meant to be larger
+_DIGITS = re.compile(r"\s*[-+]?[0-9_]{14,}\s*")
 
 
 class Section(BaseModel):
@@ -31,8 +34,13 @@ class Section(BaseModel):
             raise ValueError(
                 "a value is needed, not true or false (YAML reads yes, no, on and off as these)"
             )
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and abs(value) > LARGEST:
+        number = value
+        if isinstance(value, str) and str not in (wanted, *get_args(wanted)):
+            # YAML leaves a long number, and 1e300, as text, which pydantic reads as a number.
+            with contextlib.suppress(ValueError):
+                number = LARGEST + 1 if _DIGITS.fullmatch(value) else float(value)
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if is_number and math.isfinite(number) and abs(number) > LARGEST:
             raise ValueError(f"larger than {LARGEST:.0e}, which cannot be meant")
         return value
 

@@ -7,7 +7,6 @@ row is about. A row that names nothing can only be kept apart by its wording.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,10 +47,7 @@ def names_file(cache_dir: Path, wheels: dict[str, str], code: dict[str, str]) ->
     path = cache_dir / "entities" / f"{key[:32]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may share a cache: each writes a file of its own.
-        staging = path.with_name(f".{path.stem}.{os.getpid()}.partial")
-        checkpoints.write_json(staging, registry.ENTITIES[1](cache_dir))
-        os.replace(staging, path)
+        checkpoints.write_json(path, registry.ENTITIES[1](cache_dir), shared=True)
     return path
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, registry
+from liteguard import checkpoints, registry, writing
 from liteguard.config import SourceSection
 from liteguard.data.conversations import is_conversation, turns
 from liteguard.data.files import kind, open_data, unreadable
@@ -158,15 +157,13 @@ def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
     report = path.with_suffix(".json")
     if not path.exists() or not report.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may share a cache: each writes a file of its own.
-        staging = path.with_name(f".{path.stem}.{os.getpid()}.partial.npz")
         found: dict[str, str] = {}
         index = OverlapIndex.build(evaluation_texts(config, found))
         if empty := set(sets) - set(index.names):
             raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")
-        index.save(staging)
-        checkpoints.write_json(report, found)
-        os.replace(staging, path)
+        checkpoints.write_json(report, found, shared=True)
+        with writing.replacing(path, shared=True) as beside:
+            index.save(beside)
     for name, what in evaluation_report(path).items():
         print(f"  kept apart from {name}: {what}")
     return path

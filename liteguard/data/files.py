@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from liteguard import writing
 from liteguard.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def files_and_splits(source: SourceSection) -> dict[Path, str | None]:
     if not path.exists():
         raise UserError(f"Data file {path} does not exist (dataset {source.dataset!r}).")
     files, skipped = ([path], []) if not path.is_dir() else _files_below(path)
+    for file in files:
+        writing.require_file(file)
     if skipped:
         names = [str(file.relative_to(path)) for file in skipped]
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""

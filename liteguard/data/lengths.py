@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from liteguard import checkpoints, models
+from liteguard import checkpoints, models, writing
 from liteguard.rows import FIELDS
 
 if TYPE_CHECKING:
@@ -188,7 +187,6 @@ def draw(lengths: dict[str, np.ndarray], limits: dict[str, int], path: Path) -> 
         axis.set(title=f"{part} ({len(counts):,} rows)", xlabel="tokens", ylabel="rows")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    staging = path.with_name(f".{path.name}.partial")
-    figure.savefig(staging, dpi=110, format="png")
+    with writing.replacing(path) as beside:
+        figure.savefig(beside, dpi=110, format="png")
     pyplot.close(figure)
-    os.replace(staging, path)

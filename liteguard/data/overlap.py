@@ -92,7 +92,8 @@ class OverlapIndex:
     def save(self, path: Path) -> None:
         """As .npz (without pickle)."""
         arrays: dict[str, Any] = {"names": np.array(self.names, dtype=np.str_), **self.arrays}
-        np.savez(path, **arrays)
+        with path.open("xb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> OverlapIndex:

@@ -9,12 +9,11 @@ the texts are copied line by line.
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import hub, registry
+from liteguard import checkpoints, hub, registry
 from liteguard.data.cleaning import Rules
 from liteguard.data.datasets import DATASETS
 from liteguard.data.entities import guess_entities, known_names, names_file
@@ -143,9 +142,9 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
 def follow_earlier_run(output: Path) -> None:
     """Let finished data be compared with, and reused at, the hub commits they were made from."""
     try:
-        inputs = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["inputs"]
+        inputs = (checkpoints.read_dict(output / "manifest.json") or {})["inputs"]
         found = [value for value in inputs.values() if isinstance(value, dict)]
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (KeyError, AttributeError):
         return
     for source in found:
         if source.get("hub") and source.get("commit"):
@@ -209,7 +208,7 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
     for part in parts:
         warn_of_wordings(part.name, counts[f"{part.name}/test.jsonl"])
     forget_old_sources(Path(data.cache_dir))
-    (work / "NOTICE.md").write_text(notice(entries), encoding="utf-8")
+    checkpoints.write_text(work / "NOTICE.md", notice(entries))
     return {
         "model_type": config.model_type,
         "counts": counts,

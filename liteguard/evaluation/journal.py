@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+
+from liteguard import writing
 
 
 class Journal:
@@ -36,8 +39,10 @@ class Journal:
         self.seconds = dict.fromkeys(self.PARTS, 0.0)
         header = self._header(inputs)
         kept = header
+        writing.require_file(path)
         content = path.read_bytes() if path.is_file() else b""
-        if content.startswith(header):
+        begun = content.startswith(header)
+        if begun:
             for line in content[len(header) :].splitlines(keepends=True):
                 if not line.endswith(b"\n"):
                     break
@@ -51,11 +56,12 @@ class Journal:
                 kept += line
         elif content:
             print(f"  {path} was begun from other inputs: starting over")
-        self._file = path.open("r+b" if content else "wb")
-        if kept == header:
-            self._file.write(header)
-        self._file.seek(len(kept))
-        self._file.truncate()
+        if not begun:
+            # A whole new file: below a new header, lines of other inputs would count as its own.
+            writing.write_bytes(path, header)
+        elif len(kept) < len(content):
+            os.truncate(path, len(kept))
+        self._file = path.open("ab")
 
     @staticmethod
     def _header(inputs: dict[str, Any]) -> bytes:
@@ -88,7 +94,13 @@ class Journal:
     def remove(self) -> None:
         """Close and delete the file: its content is in a finished result."""
         self._file.close()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
+
+    @classmethod
+    def drop(cls, path: Path, inputs: dict[str, Any]) -> None:
+        """Delete a file that a kill left beside the finished result of the same inputs."""
+        if path.is_file() and path.read_bytes().startswith(cls._header(inputs)):
+            path.unlink()
 
 
 def _entry(line: bytes) -> tuple[str, int, Any, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liteguard import records, registry
+from liteguard import checkpoints, records, registry, writing
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation import contamination, sets
@@ -74,12 +74,17 @@ def evaluate_fewer(config: Config, limit: int) -> Config:
 
 
 def reuse(file: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """An earlier result for the same inputs; None where the file holds anything else."""
+    """An earlier result for the same inputs; None where the file holds anything else.
+
+    Raises UserError for what is no file.
+    """
+    writing.require_file(file)
     try:
         _, earlier = records.read_raw(Result, file)
     except UserError:
         return None
-    return earlier if earlier["inputs"] == json.loads(json.dumps(inputs)) else None
+    changes = checkpoints.describe_changes(earlier["inputs"], json.loads(json.dumps(inputs)))
+    return None if changes else earlier
 
 
 def inputs_of(

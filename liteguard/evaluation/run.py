@@ -26,7 +26,16 @@ def journal_of(output: Path, label: str, inputs: dict[str, Any]) -> Journal:
     Raises UserError when another process is measuring it into the same directory.
     """
     machine.claim(output / f".{label}.lock", f"{output / label}.json")
-    return Journal(output / f"{label}.partial.jsonl", inputs)
+    return Journal(_journal(output, label), inputs)
+
+
+def drop_journal(output: Path, label: str, inputs: dict[str, Any]) -> None:
+    """Delete what `journal_of` kept, where a kill has left it beside the finished result."""
+    Journal.drop(_journal(output, label), inputs)
+
+
+def _journal(output: Path, label: str) -> Path:
+    return output / f"{label}.partial.jsonl"
 
 
 def measure(

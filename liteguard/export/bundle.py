@@ -21,13 +21,13 @@ What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 
 from __future__ import annotations
 
-import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from liteguard import writing
 from liteguard.errors import UserError, WorkError
 from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD
@@ -152,17 +152,15 @@ def write_task(
     from mediapipe.tasks.python.metadata.metadata_writers import model_asset_bundle_utils
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
     members = {
         TASK_MODEL: silence.copy_of(tflite) if silence else tflite.read_bytes(),
         "TOKENIZER_MODEL": sentencepiece.read_bytes(),
         "METADATA": bundle_metadata(sentencepiece, prompt),
     }
     try:
-        model_asset_bundle_utils.create_model_asset_bundle(members, str(partial))
-        os.replace(partial, output)
+        with writing.replacing(output) as partial:
+            model_asset_bundle_utils.create_model_asset_bundle(members, str(partial))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise WorkError(f"{output} could not be written: {error}") from error
     return {
         "bytes": output.stat().st_size,
@@ -218,7 +216,6 @@ def write_litertlm(
     metadata.llm_model_type.generic_model.SetInParent()
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
     with tempfile.TemporaryDirectory() as folder:
         description = Path(folder) / "metadata.pb"
         description.write_bytes(metadata.SerializeToString())
@@ -232,11 +229,9 @@ def write_litertlm(
         builder.add_hf_tokenizer(str(tokenizer_file))
         builder.add_tflite_model(str(tflite), litertlm_builder.TfLiteModelType.PREFILL_DECODE)
         try:
-            with partial.open("wb") as stream:
+            with writing.replacing(output) as partial, partial.open("xb") as stream:
                 builder.build(stream)
-            os.replace(partial, output)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise WorkError(f"{output} could not be written: {error}") from error
     question = tokenizer.encode(prompt.render_question(""), add_special_tokens=False)
     return {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liteguard import machine
+from liteguard import machine, writing
 from liteguard.config import Config
 from liteguard.export import bundle, merge, silence, tflite, tokenizer, verify
 from liteguard.export.measured import Samples
@@ -69,7 +68,7 @@ class Conversion:
         return facts | self.steps.first_that_passes(self._attempt, section.recipes, tolerances)
 
     def _merge(self) -> dict[str, Any]:
-        shutil.rmtree(self.merged, ignore_errors=True)
+        writing.remove(self.merged)
         prompt, trusted = self.config.prompt, self.config.model.trust_remote_code
         parts = self.base, self.checkpoint, self.merged, prompt, self.revision, trusted
         return {

@@ -5,12 +5,10 @@ How the sum is made: merged.py. Here it is saved with what the device needs to k
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import merged, model_files
+from liteguard import merged, model_files, writing
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 
@@ -137,14 +135,10 @@ def merge_adapter(
     tokenizer.eos_token, tokenizer.pad_token = prompt.end_token, prompt.pad_token
     tokenizer.chat_template = prompt.chat_template()
 
-    temporary = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    tokenizer.save_pretrained(temporary)
-    if output_dir.exists():
-        output_dir.rmdir()
-    os.replace(temporary, output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with writing.replacing(output_dir) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(value.numel() for value in model.parameters()),

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints
+from liteguard import checkpoints, writing
 from liteguard.errors import UserError, WorkError
 from liteguard.export.verify import TooCoarse
 from liteguard.machine import peak_rss_gb
 from liteguard.records import BundleRecord
+
+
+def beside(bundles: list[Path]) -> list[Path]:
+    """The records of `bundles`, and what an app needs to know of them."""
+    records = [path.with_name(f"{path.name}.json") for path in bundles]
+    return [*records, bundles[0].with_name(f"{bundles[0].stem}.deploy.json")]
+
+
+def check(bundles: list[Path]) -> None:
+    """Raise UserError, before the work, for what a finished bundle cannot or must not replace."""
+    checkpoints.work_directory(bundles[0])  # has it a name that can be worked beside?
+    for path in bundles:
+        if path.exists() and (not path.is_file() or writing.is_mount(path)):
+            raise UserError(
+                f"{path} is a directory, a device or a mount point: a file cannot take its place. "
+                "Choose another --output."
+            )
+    for path in beside(bundles):
+        if path.exists() and not (path.is_file() and _is_ours(path)):
+            raise UserError(
+                f"{path} was not written by LiteGuard, and would be replaced. Move it away, or "
+                "choose another --output."
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool({"files", "bundles"} & {*found})
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -56,7 +85,7 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
     made_of = {k: v for k, v in inputs.items() if not k.startswith("compress.verify.")}
     inputs = json.loads(json.dumps(made_of))
     if checkpoints.begun_from(work) != inputs:
-        shutil.rmtree(work, ignore_errors=True)
+        writing.remove(work)
         work.mkdir(parents=True)
         checkpoints.write_json(work / checkpoints.INPUTS, inputs)
     return work
@@ -136,14 +165,39 @@ class Steps:
 def publish(
     work: Path, bundles: list[Path], record: BundleRecord, deployment: dict[str, Any]
 ) -> None:
-    """Give records, then bundles, their final names, and drop the intermediate files.
+    """Give bundles and their records their final names, and drop the intermediate files.
 
-    Old bundles go first: a new record never stands beside an old bundle.
+    They are several files, so that no single rename does it. What decides is one: once the list of
+    them is in the work directory, the next run goes on giving names (`finish_publishing`); until
+    then nothing outside of it was touched. In between a bundle may stand beside another's record,
+    which `checkpoints.read_bundle` refuses.
     """
-    for output in bundles:
-        output.unlink(missing_ok=True)
-        checkpoints.write_json(output.with_name(f"{output.name}.json"), record.to_dict())
-    checkpoints.write_json(bundles[0].with_name(f"{bundles[0].stem}.deploy.json"), deployment)
-    for output in bundles:
-        os.replace(work / output.name, output)
-    shutil.rmtree(work)
+    records = beside(bundles)
+    for path in records[:-1]:
+        writing.write_json(work / path.name, record.to_dict())
+    writing.write_json(work / records[-1].name, deployment)
+    for path in bundles:
+        writing.flush(work / path.name)
+    files = [path.name for path in (*bundles, *records)]
+    decided = {name: checkpoints.sha256_file(work / name) for name in files}
+    writing.write_json(work / checkpoints.PUBLISHING, decided)
+    finish_publishing(bundles[0], {})
+
+
+def finish_publishing(output: Path, inputs: dict[str, Any]) -> bool:
+    """Give the files of a work directory their final names, if a kill has not let `publish`.
+
+    Returns whether there were any, and they were made from `inputs`.
+    """
+    checkpoints.claim(output)
+    work = checkpoints.work_directory(output)
+    decided = checkpoints.read_dict(work / checkpoints.PUBLISHING)
+    if decided is None:
+        return False
+    # Names of this directory only; whoever can write here needs no such list.
+    for name in map(str, decided):
+        if (source := work / Path(name).name).is_file():
+            writing.put(source, output.with_name(source.name))
+    checkpoints.drop_work(work)
+    made = checkpoints.read_dict(output.with_name(f"{output.name}.json")) or {}
+    return made.get("inputs") == json.loads(json.dumps(inputs))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from liteguard import machine
+from liteguard import machine, writing
 from liteguard.config import RECIPES
 from liteguard.errors import UserError, WorkError
 from liteguard.export import quantization
@@ -226,8 +226,8 @@ def quantize(
     source, output = Path(source).resolve(), Path(output).resolve()
     say = progress or (lambda line: None)
     if recipe == "none":
-        output.unlink(missing_ok=True)
-        os.link(source, output)
+        with writing.replacing(output) as beside:
+            os.link(source, beside)
         made = {"bytes": output.stat().st_size, "seconds": 0.0, "peak_memory_bytes": 0}
     else:
         say(f"quantising to {recipe}: {RECIPES[recipe]}")
@@ -290,9 +290,10 @@ def _in_child(
                 f"the converter wrote operators that no device has: {sorted(unknown)}; its log is "
                 f"{log}"
             )
-        os.replace(made, output)
         # The quantiser writes its file executable; a model is data.
-        output.chmod(0o644)
+        made.chmod(0o644)
+        writing.flush(made)
+        writing.put(made, output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log.unlink(missing_ok=True)
@@ -404,7 +405,7 @@ def _export_child(arguments: dict[str, Any]) -> str:
 
 def _child(arguments: dict[str, Any]) -> None:
     """The work, in the child process; writes result.json into the output folder at the end."""
-
+    machine.die_with_parent()
     folder = Path(arguments["output_dir"])
     if arguments["task"] == "export":
         file = _export_child(arguments)
@@ -419,7 +420,7 @@ def _child(arguments: dict[str, Any]) -> None:
     if not (folder / file).exists():
         raise FileNotFoundError(f"the converter wrote no {file}")
     peak = int(machine.peak_rss_gb() * 1e9)
-    (folder / "result.json").write_text(json.dumps({"file": file, "peak_memory_bytes": peak}))
+    writing.write_json(folder / "result.json", {"file": file, "peak_memory_bytes": peak})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from liteguard import writing
 from liteguard.errors import UserError, WorkError
 from liteguard.text import PLAIN
 
@@ -275,7 +276,7 @@ def build_sentencepiece(
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = False
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(model.SerializeToString())
+    writing.write_bytes(output, model.SerializeToString())
 
     report = TokenizerReport(
         tokens=tokens,

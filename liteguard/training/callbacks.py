@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from liteguard import distributed
+from liteguard import distributed, writing
 from liteguard.config import TrainSection, flatten
 from liteguard.errors import WorkError
 from liteguard.machine import gpu_memory_gb
@@ -112,7 +112,8 @@ def keep_bad_batch(stage: Run) -> Any:
         from safetensors.torch import save_file
 
         path = stage.work / "bad_batch.safetensors"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in batch.items()}, str(path))
+        with writing.replacing(path) as beside:
+            save_file({k: tensor.cpu().contiguous() for k, tensor in batch.items()}, str(beside))
         raise not_finite(stage, f"the loss of the batch in {path} (ids, mask, labels)")
 
     return keep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from liteguard import distributed
+from liteguard import distributed, writing
 from liteguard.errors import WorkError
 from liteguard.training.stage import Run, Stage
 
@@ -91,9 +91,8 @@ def precompute_reference(stage: Run, trainer: Any) -> None:
                 scores.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, batch)))
             both = torch.cat(scores, dim=1).float().cpu()
             found[f"{name}.chosen"], found[f"{name}.rejected"] = (row.clone() for row in both)
-        staging = path.with_name(f".{path.name}.tmp")
-        save_file(found, str(staging))
-        staging.replace(path)
+        with writing.replacing(path) as beside:
+            save_file(found, str(beside))
 
     if not path.exists():
         trainer.model.eval()

@@ -220,15 +220,21 @@ def load_model(stage: Stage) -> Any:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest complete trainer checkpoint: trainer_state.json is what is written last."""
+    """The newest complete trainer checkpoint: trainer_state.json is what is written last.
+
+    Complete with the best one that it knows, which is what will be published.
+    """
     found = []
     for path in (work / "trainer").glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        state = checkpoints.read_dict(path / "trainer_state.json")
+        if state is None:
             shutil.rmtree(path, ignore_errors=True)
             continue
-        if all((path / name).is_file() for name in ADAPTER_FILES):
+        # Without the best one so far, the trainer would end with the last one's adapter.
+        best = Path(state.get("best_model_checkpoint") or path).name
+        needed = [path / name for name in ADAPTER_FILES]
+        needed += [path.with_name(best) / name for name in ADAPTER_FILES]
+        if all(file.is_file() for file in needed):
             found.append((int(path.name.rsplit("-", 1)[1]), path))
     return max(found)[1] if found else None
 
@@ -304,6 +310,7 @@ def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) ->
         config_sources=config.sources,
         metrics=metrics,
         processes=distributed.world_size(),
+        lora={name: getattr(model.peft_config["default"], name) for name in ("r", "lora_alpha")},
         versions=library_versions(),
         wall_s=round(time.time() - stage.started, 1),
         peak_rss_gb=machine.peak_rss_gb(),

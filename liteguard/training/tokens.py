@@ -7,20 +7,17 @@ the rows, the tokenizer, the prompt and the length limit, and mapped into memory
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from liteguard import checkpoints, distributed, models
+from liteguard import checkpoints, distributed, models, writing
 from liteguard.config import Config, SafetySection
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt, Turn
-from liteguard.rows import balanced, check_system_texts, load_split, read_manifest
+from liteguard.rows import balanced, check_split, check_system_texts, load_split, read_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +27,7 @@ ARRAYS = ("ids", "starts", "ends", "prompts", "hidden", "cut")
 WHOLE, SHORTER, BEHEADED = range(3)
 # Of the rows, so many may lose the beginning of their question, or have no room for their answer.
 MOST_LOST = 0.01
+ABOUT = "about.json"  # beside them in the cache: what they are of, and their fingerprints
 
 
 @dataclass(frozen=True)
@@ -256,8 +254,11 @@ def _cached(
         }
     )
     directory = Path(config.data.cache_dir) / "tokens" / key[:32]
-    if not directory.is_dir():
-        part, split = name.removesuffix(".jsonl").split("/")
+    part, split = name.removesuffix(".jsonl").split("/")
+    kept = checkpoints.read_dict(directory / ABOUT)
+    if kept is not None and writing.is_whole(directory, kept.get("fingerprints")):
+        check_split(data_dir, part, split)  # the rows may have been edited since
+    else:
         rows = load_split(data_dir, part, split)[:limit]
         ids, hidden, lengths, prompts, cut = [], [], [], [], []
         with tqdm(total=len(rows), desc=f"tokenizing {part}", unit=" rows", disable=None) as bar:
@@ -280,18 +281,14 @@ def _cached(
             "hidden": flags if flags.any() else flags[:0],
             "cut": np.array(cut, np.uint8),
         }
-        # Two runs may make the same arrays at once: each in its own place, the first one stays.
-        staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-        staging.mkdir(parents=True, exist_ok=True)
-        for array, values in arrays.items():
-            np.save(staging / f"{array}.npy", values)
-        (staging / "about.json").write_text(json.dumps({"data": str(data_dir), "file": name}))
-        try:
-            staging.rename(directory)
-        except OSError:
-            if not directory.is_dir():
-                raise
-            shutil.rmtree(staging)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with writing.replacing(directory, shared=True) as staging:
+            staging.mkdir()
+            for array, values in arrays.items():
+                np.save(staging / f"{array}.npy", values)
+            prints = writing.fingerprints(staging)
+            about = {"data": str(data_dir), "file": name, "fingerprints": prints}
+            checkpoints.write_json(staging / ABOUT, about)
     return TokenRows(
         *(np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS)
     )
