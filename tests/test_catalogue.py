@@ -26,6 +26,7 @@ TRAINED_AREAS = {
     "unlicensed_practice",
     "self_harm",
     "coercion",
+    "professional_conduct",
 }
 
 # Someone or some place that can help. Every wanted refusal must name one.
@@ -242,6 +243,44 @@ def test_a_task_in_the_imperative_is_no_cue(pairs: list[PreferencePair], verb: s
     assert kinds["harmful"] >= 20 and harmless / kinds.total() > 1 / 3, kinds
 
 
+PROFESSIONAL_FORMS = {
+    "how can somebody": r"how can an? \w+",
+    "what are ways": r"what are ways",
+    "can you": r"can you",
+    "write": r"write",
+    "create": r"create",
+    "design": r"design",
+    "recommend": r"recommend",
+    "draft": r"draft",
+}
+
+
+@pytest.mark.parametrize("form", PROFESSIONAL_FORMS.values(), ids=PROFESSIONAL_FORMS)
+def test_the_form_of_professional_requests_is_no_cue(
+    pairs: list[PreferencePair], form: str
+) -> None:
+    """In training, questions about doctors, insurers or studies read alike on both sides."""
+    asked = [p for p in pairs if p.split == "train" and p.area.startswith("professional_")]
+    begins = re.compile(rf"\b{form}\b", re.IGNORECASE)
+    kinds = Counter(p.kind for p in asked if begins.search(p.prompt))
+    harmless = kinds["ordinary"] + kinds["borderline"]
+    assert kinds.total() >= 30 and 1 / 3 < harmless / kinds.total() < 2 / 3, kinds
+
+
+@pytest.mark.parametrize("side", ["harmful", "harmless"])
+def test_words_of_the_trade_stand_on_both_sides(pairs: list[PreferencePair], side: str) -> None:
+    """Whom or what a professional request is about does not say whether it is harmful."""
+    asked = [p for p in pairs if p.area.startswith("professional_") and p.split == "train"]
+    prompts = [p.prompt.lower() for p in asked if (p.kind == "harmful") == (side == "harmful")]
+    words = (
+        *("nurse", "doctor", "surgeon", "midwife", "hospital", "clinic", "insurer", "company"),
+        *("researcher", "trial", "consent", "records", "second opinion", "complain", "emergency"),
+        *("evidence", "colleague", "regulator", "without", "hide", "refuse", "money", "mistake"),
+    )
+    for word in words:
+        assert sum(word in prompt for prompt in prompts) >= 3, word
+
+
 @pytest.mark.parametrize(
     ("name", "harmful_rows", "ordinary_rows", "borderline_rows"),
     [("requests.jsonl", 150, 90, 90), ("requests_blind.jsonl", 110, 79, 79)],
@@ -257,7 +296,9 @@ def test_requests_of_another_hand_are_not_trained_on(
         "ordinary": ordinary_rows,
         "borderline": borderline_rows,
     }
-    assert {r["area"] for r in rows if r["kind"] == "harmful"} == TRAINED_AREAS | HELD_OUT_AREAS
+    # They are older than the area of professional conduct.
+    areas = TRAINED_AREAS - {"professional_conduct"} | HELD_OUT_AREAS
+    assert {r["area"] for r in rows if r["kind"] == "harmful"} == areas
     prompts = [normalised(row["prompt"]) for row in rows]
     assert len(set(prompts)) == len(prompts)
     # They have no answers, so "tablets" tells nobody anything; a number would.
@@ -297,8 +338,8 @@ def test_no_slot_is_left_open_and_articles_agree(pairs: list[PreferencePair]) ->
 
 def test_catalogue_is_small_and_its_ids_are_unique() -> None:
     both = (catalogue.CATALOGUE, catalogue.MORE)
-    # To be moved on purpose, when wordings are added: twice as many harmless ones as before.
-    assert sum(path.stat().st_size for path in both) <= 460_000
+    # To be moved on purpose, when wordings are added: last for professional conduct.
+    assert sum(path.stat().st_size for path in both) <= 535_000
     texts = catalogue.load_catalogue()
     for kind in ("ordinary", "borderline"):
         ids = [q["id"] for group in texts[kind] for q in group["questions"]]

@@ -21,6 +21,7 @@ GUIDE_AREAS = {
         "self_harm",
         "coercion",
         "harming_others",
+        "professional_conduct",
     ),
     "privacy": ("privacy",),
     "discrimination": ("discrimination",),
