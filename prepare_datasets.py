@@ -17,7 +17,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from liteguard import checkpoints, cli
+from liteguard import checkpoints, cli, rehearsal
 from liteguard.data import exams, lengths, preparation
 from liteguard.errors import UserError
 from liteguard.rows import read_manifest
@@ -57,6 +57,8 @@ def main() -> None:
         print(
             f"  needs {wheel.requirement} ({wheel.megabytes:.1f} MB): {wheel.what}; {wheel.licence}"
         )
+    for sentence in rehearsal.plan(config):
+        print(f"  {sentence}")
     inputs = preparation.plan(config)
     checkpoints.check_output(output, inputs, "manifest.json")
     if args.dry_run:
@@ -69,6 +71,7 @@ def main() -> None:
     if work is None:
         print(f"{output} is finished and was made from the same inputs: reused")
     else:
+        rehearsal.answer(config)
         manifest = preparation.prepare(config, work)
         files = [*manifest["counts"], "dropped.jsonl", "NOTICE.md"]
         checkpoints.publish(work, output, manifest, files, "manifest.json")

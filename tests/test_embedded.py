@@ -306,6 +306,8 @@ def test_benchmarks_are_read_whole(benchmarks):
         "pubmedqa_artificial": 500,
         "mmlu_clinical": 1089,
         "healthsearchqa": 3173,
+        "medicationqa": 689,
+        "liveqa": 104,
     }
     for name, found in benchmarks.items():
         assert len({q.identifier for q in found}) == len(found)

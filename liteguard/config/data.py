@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -124,6 +125,14 @@ class SourceSection(Section):
         description="Kind of question -> rows at most; kinds not named are left out. Empty: all. "
         "Balances a mixture, e.g. {definition: 2000, category: 4000, synonyms: 4000}.",
     )
+    questions: list[str] = Field(
+        default_factory=list,
+        description="Question sets that the base model answers itself (self_answers), e.g. "
+        "[healthsearchqa, medicationqa]; or path or hub, with a column prompt.",
+    )
+    max_new_tokens: int = Field(
+        96, ge=8, description="Longest answer of self_answers, in tokens; cut at a sentence's end."
+    )
     keep_near_duplicates: bool = Field(
         False, description="For rows that were varied on purpose (the safety catalogue)."
     )
@@ -131,6 +140,16 @@ class SourceSection(Section):
         0.01, ge=0, le=1, description="Share of rows that may be broken; more is an error."
     )
     licence: str = ""
+    # The file of a self_answers source's answers, once it is known (liteguard/rehearsal.py).
+    _answers: str | None = PrivateAttr(None)
+
+    @property
+    def answers(self) -> str | None:
+        return self._answers
+
+    @answers.setter
+    def answers(self, file: str) -> None:
+        self._answers = file
 
     @field_validator("encoding")
     @classmethod

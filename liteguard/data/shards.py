@@ -160,6 +160,8 @@ def source_inputs(source: SourceSection) -> dict[str, Any]:
         "files": file_hashes(source),
         "wheels": {name: WHEELS[name].sha256 for name in DATASETS[source.dataset][2]},
         "commit": hub_commit(source) if source.hub and not source.path else None,
+        # Named by all that they come from.
+        **({"answers": Path(source.answers).name} if source.answers else {}),
     }
 
 

@@ -52,7 +52,10 @@ BENCHMARKS = {
     # 92.6 % of the answers are yes: abstracts to train on, no test set.
     "pubmedqa_artificial": Benchmark("PubMedQA/pqaa/test.jsonl", 500, "yes/no/maybe"),
     "mmlu_clinical": Benchmark("MMLU/clinical.jsonl", 1089, "listed"),
+    # Questions that people ask, without answers: to be answered by a base model (self_answers).
     "healthsearchqa": Benchmark("healthsearchqa/test.jsonl", 3173, "none", answered=False),
+    "medicationqa": Benchmark("MedicationQA/test.jsonl", 689, "none", answered=False),
+    "liveqa": Benchmark("LiveQA/test.jsonl", 104, "none", answered=False),
 }
 # Sets that models are measured on: nothing in them may be trained on. Always answering with the
 # most frequent choice scores 32 % on medmcqa and 55 % on pubmedqa: print that beside a score.
@@ -121,7 +124,7 @@ def _read(name: str, cache_dir: Path) -> tuple[list[Question], list[tuple[str, s
 
 def _parse(name: str, benchmark: Benchmark, identifier: str, row: dict[str, Any]) -> Question:
     """One row as a Question; raises ValueError or KeyError saying what is wrong with it."""
-    question = _unquoted(row["question"])
+    question = _unquoted(row["Question"] if "Question" in row else row["question"])
     if not question:
         raise ValueError("no question")
     options: tuple[str, ...] = ()

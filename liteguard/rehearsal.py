@@ -1,0 +1,126 @@
+"""The base model's own answers to questions that people ask, for `dataset: self_answers`.
+
+Written once per base model, prompt and questions, and kept in the cache. Answers are greedy, in
+batches, journalled as they come: a run that was killed goes on from there. What would teach a fault
+is left out by name: circles, repetition, refusals of an ordinary question, next to nothing said.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liteguard import checkpoints, machine, models
+from liteguard.data import self_answers
+from liteguard.evaluation import answerers, metrics
+from liteguard.evaluation.journal import Journal, journalled
+
+if TYPE_CHECKING:
+    from liteguard.config import Config, SourceSection
+
+# To be raised by whoever changes which answers are kept, or how.
+VERSION = 1
+FEWEST_WORDS = 8
+_LAST_SENTENCE = re.compile(r"^(.*[.!?][\"')\]]?)(?=\s|$)", re.DOTALL)
+# A list of which the next item was cut, or only begun.
+_OPEN_ITEM = re.compile(r"\s+(?:\d{1,2}[.)]|[-*•])$")
+
+
+def plan(config: Config) -> list[str]:
+    """Name the file of each source's answers (`source.answers`), and say what is to be written.
+
+    Returns a sentence for each source whose answers are not there yet.
+    """
+    found = self_answers.sources(config)
+    if not found:
+        return []
+    directory, commit = models.base_model(config)
+    base = models.base_identity(directory, commit)
+    sentences = []
+    for source in found:
+        questions = self_answers.questions(source, Path(config.data.cache_dir))
+        file = _file(config, source, base, questions)
+        source.answers = str(file)
+        if not file.is_file():
+            sentences.append(
+                f"self_answers: {config.model.name} will answer {len(questions):,} questions with "
+                f"at most {source.max_new_tokens} tokens each"
+            )
+    return sentences
+
+
+def answer(config: Config) -> None:
+    """Have the base model answer what is not in the cache yet.
+
+    Raises UserError when the model does not fit into memory, before it is loaded.
+    """
+    todo = [s for s in self_answers.sources(config) if not Path(str(s.answers)).is_file()]
+    if not todo:
+        return
+    _, _, architecture = models.model_config(config)
+    needed, _ = answerers.expected_memory(config, architecture, None)
+    machine.require_memory(needed, "self_answers", "; or take that source out of the YAML.")
+    with answerers.open_answerer(config, None) as model:
+        for source in todo:
+            _answer(config, source, model)
+
+
+def _file(config: Config, source: SourceSection, base: str, questions: list[str]) -> Path:
+    key = checkpoints.sha256_json(
+        {
+            "version": VERSION,
+            "base": base,
+            "prompt": config.prompt.model_dump(),
+            "questions": questions,
+            "max_new_tokens": source.max_new_tokens,
+        }
+    )
+    return Path(config.data.cache_dir) / "self_answers" / f"{key[:24]}.jsonl"
+
+
+def _answer(config: Config, source: SourceSection, model: answerers.Answerer) -> None:
+    questions = self_answers.questions(source, Path(config.data.cache_dir))
+    file = Path(str(source.answers))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with machine.one_at_a_time(file.with_suffix(".lock")):
+        if file.is_file():  # another run has written it
+            return
+        with Journal(file.with_suffix(".partial.jsonl"), {"file": file.name}) as journal:
+            todo = [i for i in range(len(questions)) if i not in journal.found["answers"]]
+            prompts = [config.prompt.render_question(questions[i]) for i in todo]
+            given = model.generate(prompts, source.max_new_tokens)
+            results = ((place, vars(found), found.tokens) for place, found in given)
+            what = "answers of the base model"
+            journalled(journal, "answers", what, len(questions), todo, results)
+            rows = [row(q, journal.found["answers"][i]) for i, q in enumerate(questions)]
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+            checkpoints.write_text(file, lines)
+            journal.remove()
+
+
+def row(question: str, answer: dict[str, Any]) -> dict[str, str]:
+    """{"prompt", "completion", "left_out": why it is not trained on, or ""} of one answer.
+
+    answer: "text" and "stopped". One that was cut by the limit ends with its last whole sentence.
+    """
+    text = answer["text"].strip()
+    if not answer["stopped"]:
+        whole = _LAST_SENTENCE.match(text)
+        text = _OPEN_ITEM.sub("", whole[1]).strip() if whole else ""
+    return {"prompt": question, "completion": text, "left_out": _fault(question, text)}
+
+
+def _fault(question: str, text: str) -> str:
+    """What an answer would teach that it should not; empty for a sound one."""
+    if len(text.split()) < FEWEST_WORDS:
+        return f"fewer than {FEWEST_WORDS} words in whole sentences"
+    said = metrics.judge(text)
+    if said != "answered":
+        return "refused" if said == "refused" else "mostly repetition"
+    if metrics.repeats_itself(text, times=2):
+        return "a sentence twice"
+    if metrics.is_circle(question, text):
+        return "nothing beyond the question's words"
+    return ""
