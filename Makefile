@@ -47,9 +47,9 @@ clean-demo:
 
 # A deleted nightly makes the exact constraints unsatisfiable: then the pins alone decide.
 define install
-	@echo "Installing $(1): about 140 packages, 1.1 GB to download with the CPU build of torch"
-	@echo "(the largest: tf-nightly 645 MB, torch 190 MB, opencv 82 MB, litert-converter 70 MB);"
-	@echo "about 5.3 GB on disk. A CUDA build of torch adds several GB."
+	@echo "Installing $(1): about 135 packages, 1.0 GB to download with the CPU build of torch"
+	@echo "(the largest: tf-nightly 645 MB, torch 190 MB, litert-converter 70 MB);"
+	@echo "about 5.0 GB on disk. A CUDA build of torch adds several GB."
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $(1) -c constraints.txt \
 	|| $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $(1)
 endef

@@ -6,7 +6,7 @@
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task --dry_run
 
 Merges the adapter into the 16-bit base model on the CPU, converts to TFLite and quantises it
-(litert-torch, in child processes), makes the tokenizer, and bundles all as a MediaPipe .task
+(litert-torch, in child processes), makes the tokenizer, and bundles all as a .task
 (SentencePiece with the same token ids) or a LiteRT-LM .litertlm (the original tokenizer). Then it
 opens the bundle in LiteRT-LM and compares it with the merged model on held-out rows: token ids,
 perplexity, answers, where they stop, who is refused. The first step that leaves its tolerance is

@@ -38,7 +38,7 @@ def release_memory() -> None:
 # Libraries that print banners or reach out when imported; set before any of them is.
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",  # TensorFlow comes with mediapipe's bundler and announces it
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # TensorFlow announces it
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

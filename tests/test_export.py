@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -311,16 +312,6 @@ def test_a_missing_stop_token_is_an_error(phi_base, tmp_path) -> None:
 # --- bundle, conversion, verification ------------------------------------------------------------
 
 
-def test_bundle_metadata_has_stops_and_prompt_and_no_start_token(device) -> None:
-    metadata = bundle.bundle_metadata(device[2], PROMPT)
-    numbers = [number for number, _ in bundle._fields(metadata)]
-    assert 6 not in numbers, "a start token would be put before every prompt"
-    for text in [*PROMPT.stop_tokens, PROMPT.system_block + PROMPT.user_prefix]:
-        assert text.encode() in metadata
-    phi = bundle.bundle_metadata(device[2], Prompt(pad_token="<|pad|>"))
-    assert f"{tokenizer.GUARD}\n".encode() in phi, "the runtime strips an unguarded newline"
-
-
 def test_bundle_refuses_a_stop_token_that_is_not_one_piece(device, tmp_path) -> None:
     model = tmp_path / "model.tflite"
     model.write_bytes(b"not read")
@@ -328,6 +319,33 @@ def test_bundle_refuses_a_stop_token_that_is_not_one_piece(device, tmp_path) -> 
     with pytest.raises(UserError, match="never stop"):
         bundle.write_task(model, device[2], prompt, tmp_path / "out.task")
     assert not (tmp_path / "out.task").exists()
+
+
+def test_the_same_inputs_give_the_same_bytes(device, tokenizer_dir, tmp_path, monkeypatch) -> None:
+    model = tmp_path / "model.tflite"
+    model.write_bytes(b"TFL3" * 9)
+    made = []
+    for clock in (10**9, 2 * 10**9):
+        monkeypatch.setattr(time, "time", lambda now=clock: now)
+        task, other = tmp_path / f"{clock}.task", tmp_path / f"{clock}.litertlm"
+        bundle.write_task(model, device[2], PROMPT, task)
+        bundle.write_litertlm(model, tokenizer_dir, PROMPT, other, 128)
+        made.append((task.read_bytes(), other.read_bytes()))
+    assert made[0][0] == made[1][0]
+    assert made[0][1] == made[1][1]
+
+
+def test_a_litertlm_is_greedy_and_ends_at_its_cache_unasked(tokenizer_dir, tmp_path) -> None:
+    """An app that sets no sampler gets the proof's. The type GREEDY fails in the runtime."""
+    from litert_lm_builder.runtime.proto import llm_metadata_pb2
+
+    (tmp_path / "model.tflite").write_bytes(b"TFL3" * 9)
+    output = tmp_path / "x.litertlm"
+    bundle.write_litertlm(tmp_path / "model.tflite", tokenizer_dir, PROMPT, output, 128)
+    wanted = llm_metadata_pb2.LlmMetadata(max_num_tokens=128)
+    wanted.sampler_params.type, wanted.sampler_params.k = 2, 1
+    wanted.sampler_params.p = wanted.sampler_params.temperature = 1.0
+    assert wanted.SerializeToString() in output.read_bytes()
 
 
 def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) -> None:

@@ -107,7 +107,7 @@ NAMES = {
         "RecipeManager.get_quantization_recipe",
     ],
     "litert_lm": ["Backend.CPU", "Engine", "LogSeverity.SILENT", "SamplerConfig"],
-    "litert_lm_builder.litertlm_builder": [],
+    "litert_lm_builder.litertlm_builder": ["populate_system_metadata"],
     "litert_lm_builder.litertlm_core": [
         "HEADER_BEGIN_BYTE_OFFSET",
         "HEADER_END_LOCATION_BYTE_OFFSET",
@@ -117,10 +117,7 @@ NAMES = {
         "LiteRTLMMetaData.GetRootAs",
     ],
     "litert_lm_builder.runtime.proto.llm_metadata_pb2": ["LlmMetadata"],
-    "mediapipe.tasks.python.genai.bundler.llm_bundler": ["BundleConfig", "create_bundle"],
-    "mediapipe.tasks.python.metadata.metadata_writers.model_asset_bundle_utils": [
-        "create_model_asset_bundle"
-    ],
+    "litert_lm_builder.runtime.proto.sampler_params_pb2": ["SamplerParameters.TOP_P"],
     "sentencepiece.sentencepiece_model_pb2": ["ModelProto"],
 }
 
@@ -149,13 +146,12 @@ PARAMETERS = {
 ON_OBJECTS = {"_attn_implementation", "_exit"}
 
 
-# Libraries that are looked at in one process: TensorFlow, torch and mediapipe bring their own
-# protobuf messages, and some of these do not go together.
+# Libraries that are looked at in one process: TensorFlow and torch bring their own protobuf
+# messages, and some of these do not go together.
 PROCESSES = [
     ("torch", "transformers", "peft", "trl", "huggingface_hub", "datasets"),
     ("ai_edge_litert", "ai_edge_quantizer", "litert_lm", "litert_lm_builder"),
-    ("litert_torch",),
-    ("mediapipe", "sentencepiece"),
+    ("litert_torch", "sentencepiece"),
 ]
 
 

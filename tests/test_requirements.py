@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# By process: TensorFlow, torch and mediapipe bring their own protobuf messages.
+# By process: TensorFlow and torch bring their own protobuf messages.
 ENTRY_POINTS = {
     "training": [
         "from torch import no_grad",
@@ -21,7 +21,6 @@ ENTRY_POINTS = {
     ],
     "conversion": ["from litert_torch.generative.export_hf.export import export"],
     "bundle": [
-        "from mediapipe.tasks.python.genai.bundler.llm_bundler import BundleConfig, create_bundle",
         "from sentencepiece import SentencePieceProcessor",
         "from sentencepiece.sentencepiece_model_pb2 import ModelProto",
     ],

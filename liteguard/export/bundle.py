@@ -1,4 +1,4 @@
-"""TFLite + tokenizer + prompt -> MediaPipe `.task`, or LiteRT-LM's own `.litertlm`.
+"""TFLite + tokenizer + prompt -> `.task`, or LiteRT-LM's own `.litertlm`.
 
 Both hold the same TFLite model, but that of a `.task` never writes what a `.task` cannot show
 (silence.py). A `.task` is a zip file with a SentencePiece model and prefixes and suffixes; a
@@ -22,53 +22,22 @@ What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 from __future__ import annotations
 
 import tempfile
-import zipfile
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from liteguard import writing
+from liteguard import checkpoints, writing
 from liteguard.errors import UserError, WorkError
+from liteguard.export import task_format
 from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord
 from liteguard.runtime.container import TASK_MODEL
 
-# Number of `start_token` in odml.infra.proto.LlmParameters.
-_START_TOKEN_FIELD = 6
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, whole encoding) of every top-level field of a serialised protocol buffer.
-
-    Source: https://protobuf.dev/programming-guides/encoding/ (wire types 0, 1, 2, 5).
-    """
-
-    def varint(at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value, at
-
-    position = 0
-    while position < len(message):
-        start = position
-        tag, position = varint(position)
-        kind = tag & 7
-        if kind == 0:
-            _, position = varint(position)
-        elif kind == 2:
-            length, position = varint(position)
-            position += length
-        elif kind in (1, 5):
-            position += 8 if kind == 1 else 4
-        else:
-            raise WorkError(f"bundle metadata has an unknown wire type {kind}")
-        yield tag >> 3, message[start:position]
+# What the proof is made with: the likeliest token, always.
+SAMPLER: dict[str, Any] = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}
 
 
 def _guarded(text: str) -> str:
@@ -76,30 +45,13 @@ def _guarded(text: str) -> str:
     return GUARD + text if text[:1].isspace() else text
 
 
-def bundle_metadata(sentencepiece: Path, prompt: Prompt) -> bytes:
-    """The METADATA member of a `.task`, made by MediaPipe, less the start token."""
-    from mediapipe.tasks.python.genai.bundler import llm_bundler
-
-    with tempfile.TemporaryDirectory() as folder:
-        # The bundler writes metadata only into a whole bundle; a stand-in spares reading the model.
-        model, bundle = Path(folder) / "model", Path(folder) / "metadata.task"
-        model.write_bytes(b"none")
-        llm_bundler.create_bundle(
-            llm_bundler.BundleConfig(
-                tflite_model=str(model),
-                tokenizer_model=str(sentencepiece),
-                start_token=prompt.end_token,
-                stop_tokens=prompt.stop_tokens,
-                output_filename=str(bundle),
-                prompt_prefix_user=_guarded(prompt.system_block + prompt.user_prefix),
-                prompt_suffix_user=_guarded(prompt.user_suffix),
-                prompt_prefix_model=_guarded(prompt.model_prefix),
-                prompt_suffix_model=prompt.end_token + prompt.turn_separator,
-            )
-        )
-        with zipfile.ZipFile(bundle) as archive:
-            metadata = archive.read("METADATA")
-    return b"".join(whole for number, whole in _fields(metadata) if number != _START_TOKEN_FIELD)
+def task_metadata(prompt: Prompt) -> bytes:
+    """The METADATA member of a `.task`."""
+    return task_format.metadata(
+        prompt.stop_tokens,
+        user=(_guarded(prompt.system_block + prompt.user_prefix), _guarded(prompt.user_suffix)),
+        model=(_guarded(prompt.model_prefix), prompt.end_token + prompt.turn_separator),
+    )
 
 
 def write_task(
@@ -149,17 +101,15 @@ def write_task(
     if tokenizer.encode(GUARD + "\n") != tokenizer.encode("\n"):
         raise UserError(f"{sentencepiece} was not made by build_sentencepiece: no guard character")
 
-    from mediapipe.tasks.python.metadata.metadata_writers import model_asset_bundle_utils
-
     output.parent.mkdir(parents=True, exist_ok=True)
     members = {
         TASK_MODEL: silence.copy_of(tflite) if silence else tflite.read_bytes(),
         "TOKENIZER_MODEL": sentencepiece.read_bytes(),
-        "METADATA": bundle_metadata(sentencepiece, prompt),
+        "METADATA": task_metadata(prompt),
     }
     try:
         with writing.replacing(output) as partial:
-            model_asset_bundle_utils.create_model_asset_bundle(members, str(partial))
+            task_format.write(partial, members)
     except OSError as error:
         raise WorkError(f"{output} could not be written: {error}") from error
     return {
@@ -167,6 +117,20 @@ def write_task(
         "stop_tokens": stops,
         "prompt_tokens": len(tokenizer.encode(prompt.render_question(""))),
     }
+
+
+def _about(*parts: Path) -> list[Any]:
+    """What a `.litertlm` says of itself: the same for equal `parts`, another uuid for others."""
+    from litert_lm_builder import litertlm_builder
+
+    digests = "".join(map(checkpoints.sha256_file, parts))
+    facts = {
+        "Authors": "LiteGuard",
+        "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, digests)),
+        "creation_timestamp": "1980-01-01T00:00:00+00:00",
+    }
+    text = litertlm_builder.DType.STRING
+    return [litertlm_builder.Metadata(key=k, value=v, dtype=text) for k, v in facts.items()]
 
 
 def write_litertlm(
@@ -191,7 +155,7 @@ def write_litertlm(
     """
     import tokenizers
     from litert_lm_builder import litertlm_builder
-    from litert_lm_builder.runtime.proto import llm_metadata_pb2
+    from litert_lm_builder.runtime.proto import llm_metadata_pb2, sampler_params_pb2
 
     tflite, output = Path(tflite), Path(output)
     tokenizer_file = Path(tokenizer_dir) / "tokenizer.json"
@@ -213,6 +177,11 @@ def write_litertlm(
         metadata.pad_token.token_ids.ids.append(pad)
     metadata.jinja_prompt_template = prompt.chat_template()
     metadata.max_num_tokens = kv_cache_length
+    # Greedy, as the proof. LiteRT-LM 0.18.1 fails at the first message with the type GREEDY.
+    metadata.sampler_params.type = sampler_params_pb2.SamplerParameters.TOP_P
+    metadata.sampler_params.k = SAMPLER["top_k"]
+    metadata.sampler_params.p = SAMPLER["top_p"]
+    metadata.sampler_params.temperature = SAMPLER["temperature"]
     metadata.llm_model_type.generic_model.SetInParent()
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -220,16 +189,14 @@ def write_litertlm(
         description = Path(folder) / "metadata.pb"
         description.write_bytes(metadata.SerializeToString())
         builder = litertlm_builder.LitertLmFileBuilder()
-        builder.add_system_metadata(
-            litertlm_builder.Metadata(
-                key="Authors", value="LiteGuard", dtype=litertlm_builder.DType.STRING
-            )
-        )
+        about = _about(description, tokenizer_file, tflite)
         builder.add_llm_metadata(str(description))
         builder.add_hf_tokenizer(str(tokenizer_file))
         builder.add_tflite_model(str(tflite), litertlm_builder.TfLiteModelType.PREFILL_DECODE)
         try:
-            with writing.replacing(output) as partial, partial.open("xb") as stream:
+            # The builder would write a random number and the time of day.
+            same = mock.patch.object(litertlm_builder, "populate_system_metadata", lambda _: about)
+            with same, writing.replacing(output) as partial, partial.open("xb") as stream:
                 builder.build(stream)
         except OSError as error:
             raise WorkError(f"{output} could not be written: {error}") from error
@@ -265,7 +232,7 @@ def deployment(record: BundleRecord) -> dict[str, Any]:
         "prompt_tokens": first["prompt_tokens"],
         "start_token": None,
         "stop_tokens": first["stop_tokens"],
-        "sampler": {"top_k": 1, "top_p": 1.0, "temperature": 1.0},
+        "sampler": SAMPLER,
         "replaced_characters": record.tokenizer["replaced"],
         "proof": (record.verify or {}).get("steps", []),
     }
