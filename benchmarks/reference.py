@@ -15,9 +15,9 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("prepare_datasets", "train_domain", "train_instruction", "train_safety")
-SCRIPTS += ("compress_model", "evaluate_model")
+SCRIPTS += ("compress_model", "evaluate_model", "chat", "publish")
 # Folders of liteguard/ in the order in which a model passes through them.
-ROOMS = ("data", "training", "export", "evaluation", "runtime", "embedded")
+ROOMS = ("data", "training", "export", "evaluation", "runtime", "chat", "publishing", "embedded")
 
 
 def configuration() -> str:

@@ -29,6 +29,13 @@ def without_passwords(text: str) -> str:
     return _PASSWORD.sub("***@", text)
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: "43 s", "12 min", "1.5 h"."""
+    if round(seconds) < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def brief(value: Any, longest: int = 80) -> str:
     """The repr of a value, cut where it is long."""
     if isinstance(value, str):

@@ -2,11 +2,13 @@
 
 Repositories are dictionaries of files with a history of commits. What a test may switch: a private
 or gated repository, a status instead of an answer (429, 503), files that break off, an account's
-token. Every request is kept in `log`.
+token. It takes uploads too (repository, metadata, large files, commit, visibility), for whoever has
+the token. Every request is kept in `log`.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -16,8 +18,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_a_made_up_token_for_the_tests"  # noqa: S105 - no secret: the stub knows no other
-LARGE = (".safetensors", ".parquet")  # kept as large files (LFS), named by their sha256
+LARGE = (
+    ".safetensors",
+    ".parquet",
+    ".task",
+    ".litertlm",
+)  # kept as large files (LFS), named by their sha256
 
 
 @dataclass
@@ -67,6 +76,10 @@ class StubHub:
         self.log: list[Request] = []
         self.status = 0  # answered to everything instead of an answer, if not 0
         self.broken: set[str] = set()  # files of which half comes, then the connection ends
+        self.may_write = True  # what the token's account may
+        self.objects: dict[str, bytes] = {}  # large files by sha256
+        self.alters: set[str] = set()  # files that are stored with a bit of their own
+        self.refuses: dict[str, int] = {}  # part of a path -> status, for a part of an upload
         handler = type("Bound", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -100,18 +113,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *args: object) -> None:
         pass  # the log is the hub's
 
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length).decode()
+        content = self.rfile.read(length)
         if self.hub.status:
             self._send(self.hub.status, b"not now", {"Retry-After": "1"})
             return
         path = unquote(urlsplit(self.path).path)
+        if self._upload(path, content):
+            return
+        body = content.decode()
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\S+?))?", path)
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if api:
@@ -121,6 +137,99 @@ class Handler(BaseHTTPRequestHandler):
             self._file("datasets" if datasets else "models", name, revision, inside)
         else:
             self._refuse(404, "EntryNotFound")
+
+    def _upload(self, path: str, content: bytes) -> bool:
+        """Answer a request that is a part of an upload; False for any other."""
+        routes = {
+            r"/api/whoami-v2": self._whoami,
+            r"/api/validate-yaml": self._validate,
+            r"/api/repos/create": self._create,
+            r"/api/models/([^/]+/[^/]+)/preupload/main": self._preupload,
+            r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": self._batch,
+            r"/objects/(\w+)": self._store,
+            r"/api/models/([^/]+/[^/]+)/commit/main": self._commit,
+            r"/api/models/([^/]+/[^/]+)/settings": self._settings,
+        }
+        for route, answer in routes.items():
+            if found := re.fullmatch(route, path):
+                status = next((s for p, s in self.hub.refuses.items() if p in path), 0)
+                known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+                if not (known or "/objects/" in path or "validate" in path):
+                    self._refuse(401, "Unauthorized")
+                elif status or not (self.hub.may_write or "whoami" in path):
+                    self._refuse(status or 403, "Forbidden")
+                else:
+                    answer(content, *found.groups())
+                return True
+        return False
+
+    def _whoami(self, content: bytes) -> None:
+        self._json({"type": "user", "name": "me", "auth": {}})
+
+    def _validate(self, content: bytes) -> None:
+        """The rules of cards that matter here: a licence of the list, an index with numbers."""
+        text = json.loads(content)["content"]
+        errors = []
+        data = yaml.safe_load(text.split("---")[1]) if text.startswith("---\n") else {}
+        if data.get("license") not in ("mit", "apache-2.0", "other", "unknown"):
+            errors.append("license must be one of the list")
+        for model in data.get("model-index", []):
+            for entry in model["results"]:
+                numbers = [metric["value"] for metric in entry["metrics"]]
+                if not numbers or not all(isinstance(number, (int, float)) for number in numbers):
+                    errors.append("metrics need values")
+        answer = {"errors": [{"message": e} for e in errors], "warnings": []}
+        self._send(400 if errors else 200, json.dumps(answer).encode(), {})
+
+    def _create(self, content: bytes) -> None:
+        asked = json.loads(content)
+        name = f"{asked['organization']}/{asked['name']}"
+        private = asked.get("visibility") == "private" or asked.get("private", False)
+        self.hub.add("models", name, {".gitattributes": b""}, private=private)
+        self._json({"url": f"{self.hub.url}/{name}"})
+
+    def _preupload(self, content: bytes, name: str) -> None:
+        tree = self.hub.repos["models", name]
+        there = tree.commits[tree.main]
+        files = []
+        for file in json.loads(content)["files"]:
+            path = file["path"]
+            mode = "lfs" if path.endswith(LARGE) else "regular"
+            oid = etag(path, there[path]) if path in there else None
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._json({"files": files})
+
+    def _batch(self, content: bytes, name: str) -> None:
+        objects = []
+        for wanted in json.loads(content)["objects"]:
+            actions = {"upload": {"href": f"{self.hub.url}/objects/{wanted['oid']}"}}
+            known = wanted["oid"] in self.hub.objects
+            objects.append({**wanted, **({} if known else {"actions": actions})})
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _store(self, content: bytes, oid: str) -> None:
+        self.hub.objects[oid] = content
+        self._json({})
+
+    def _commit(self, content: bytes, name: str) -> None:
+        files = {}
+        for line in map(json.loads, content.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        for path in self.hub.alters & {*files}:
+            files[path] += b" "
+        sha = self.hub.repos["models", name].commit(files)
+        url = f"{self.hub.url}/{name}/commit/{sha}"
+        self._json({"commitOid": sha, "commitUrl": url, "success": True})
+
+    def _settings(self, content: bytes, name: str) -> None:
+        asked = json.loads(content)
+        private = asked.get("private", asked.get("visibility") == "private")
+        self.hub.repos["models", name].private = private
+        self._json({"private": private})
 
     def _repo(self, kind: str, name: str, content: bool) -> Repo | None:
         """The repository, if this request may read it; else the refusal was sent."""

@@ -91,7 +91,8 @@ def test_the_table_holds_the_results_numbers(compared):
     ):
         assert f"| {row} | 8 |" in table
     assert "version:" in screen and "Contamination: 0 of " in screen
-    assert "harmful" in (directory / "evaluation/MODEL_CARD.md").read_text()
+    card = (directory / "evaluation/MODEL_CARD.md").read_text()
+    assert "harmful" in card and card.startswith("---\nlanguage: en\nlicense: mit\n")
 
 
 def external_references(page: str) -> list[str]:
@@ -104,6 +105,8 @@ def test_the_page_needs_nothing_from_outside(compared):
     page = (compared[0] / "evaluation/report.html").read_text()
     assert external_references('<img src="http://x/y.png"><script>') != []
     assert external_references(page) == []
+    order = ['class="verdict"', 'class="figures"', "Harmful requests refused", "<h2>Numbers"]
+    assert sorted(order, key=page.index) == order, "the verdict and four figures come first"
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(images) == 5, "loss curves of three stages, lengths and latencies"
     assert all(base64.b64decode(i).startswith(b"\x89PNG") for i in images)

@@ -7,7 +7,7 @@ from typing import Any
 
 from liteguard import checkpoints, records, shown
 from liteguard.errors import UserError, first_line
-from liteguard.evaluation import against_base
+from liteguard.evaluation import against_base, card
 from liteguard.evaluation.comparison import (
     AGAINST_BASE,
     QUESTIONS,
@@ -19,6 +19,7 @@ from liteguard.evaluation.comparison import (
     comparison_table,
     notes,
 )
+from liteguard.evaluation.figures import figures
 from liteguard.evaluation.plots import latency_plot, length_plot, loss_plot
 from liteguard.evaluation.verdict import MARKS, Verdict, verdict_markdown
 from liteguard.records import BundleRecord, History, StageRecord
@@ -36,7 +37,7 @@ def write_report(
     facts = report_facts(results, verdict)
     texts = {
         directory / "report.html": render("report_template.html", facts),
-        directory / "MODEL_CARD.md": render("model_card_template.md", facts),
+        directory / "MODEL_CARD.md": model_card(results, facts),
     }
     if markdown:
         said = f"\n{verdict_markdown(verdict)}\n" if verdict else ""
@@ -47,6 +48,16 @@ def write_report(
         said_too = {"verdict": verdict.to_dict()} if verdict else {}
         checkpoints.write_json(Path(json_file), comparison_json(results) | said_too)
     return [*texts, *([Path(json_file)] if json_file else [])]
+
+
+def model_card(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The card of the last result, with the metadata that a model hub reads."""
+    label = list(results)[-1]
+    kind: card.Kind = "bundle" if label == "bundle" else "adapter"
+    name = facts["base_model"].split("/")[-1].split(":")[-1]
+    return card.front_matter(facts, kind, f"{name} {label}") + render(
+        "model_card_template.md", facts
+    )
 
 
 def render(template: str, facts: dict[str, Any]) -> str:
@@ -114,6 +125,7 @@ def report_facts(
             if rows
         ],
         "verdict": verdict,
+        "figures": figures(results, found),
         "marks": MARKS,
         "verdict_markdown": verdict_markdown(verdict) if verdict else "",
         "notes": notes(results),
@@ -132,6 +144,7 @@ def report_facts(
         "lengths": length_plot(results),
         "latencies": latency_plot(results),
         "samples": samples(results),
+        "duration": shown.duration,
         "costs": {label: result["cost"] for label, result in results.items()},
         "manifest": manifest,
         "licences": sorted({source["licence"] for source in sources if source["licence"]}),

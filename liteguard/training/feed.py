@@ -204,11 +204,11 @@ def describe_feed(
     trained = sum(map(len, found.train["rows"]))
     sizes = f"{counts.tokens.mean():,.0f} tokens ({counts.supervised.mean():,.0f} supervised)"
     batches = len(found.train) // section.max_steps
-    shape = f"in {batches} micro-batch" + ("es" if batches > 1 else "")
+    shape = f" in {batches} micro-batches" if batches > 1 else ""
     shape += ", no padding" if section.packing else f", {counts.padding.mean():,.0f} padding"
     ids = train.row(found.train[0]["rows"][0])[0]
     passes = trained / len(train) if stage.name == "domain" else trained / rows
     sizes_of = (train.lengths[batch] for batch in found.train["rows"])
     largest = max(int(n.sum() if section.packing else len(n) * n.max()) for n in sizes_of)
     sample = tokenizer.decode(ids)
-    describe(stage, sample, f"{sizes} {shape}", rows, passes, largest, dry_run)
+    describe(stage, sample, f"{sizes}{shape}", rows, passes, largest, dry_run)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from liteguard import distributed, machine
+from liteguard import distributed, machine, shown
 from liteguard.errors import WorkError
 from liteguard.machine import gpu_memory_gb
 from liteguard.training import memory_estimate, patches
@@ -140,11 +140,11 @@ def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
         "gpu_hours": hours,
         "resumed_from": resume.name if resume else None,
     }
+    gpu = f", GPU {gpu_memory_gb():.1f} GB; {shown.duration(3600 * hours)} of GPU time"
     print(
         f"{stage.name}: {last} steps, {seen:,} tokens ({supervised:,} supervised, padding "
-        f"{metrics['padding_share']:.1%}), {metrics['tokens_per_s']:,.0f} tokens/s "
-        f"({metrics['supervised_tokens_per_s']:,.0f} supervised); {seconds:,.0f} s; peak memory "
-        f"{machine.peak_rss_gb():.1f} GB"
-        + (f", GPU {gpu_memory_gb():.1f} GB; {hours:.2f} GPU hours" if hours else "")
+        f"{metrics['padding_share']:.0%}), {metrics['tokens_per_s']:,.0f} tokens/s "
+        f"({metrics['supervised_tokens_per_s']:,.0f} supervised); {shown.duration(seconds)}; "
+        f"peak memory {machine.peak_rss_gb():.1f} GB" + gpu * bool(hours)
     )
     return metrics

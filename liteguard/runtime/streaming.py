@@ -1,0 +1,66 @@
+"""A bundle that gives its answer piece by piece, greedy or with the engine's own sampler."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+
+from liteguard.errors import WorkError
+from liteguard.runtime.bundle import Answer, Bundle
+
+
+class StreamedBundle(Bundle):
+    """`Bundle` with `stream` beside `generate`. One answer at a time."""
+
+    def stream(
+        self,
+        rendered: str,
+        max_new_tokens: int,
+        top_k: int = 1,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Generator[str, None, Answer]:
+        """The answer to a fully rendered prompt in pieces; returns all of it.
+
+        With `top_k` 1, the default, it is greedy and the same as `generate`'s. Closing the
+        generator stops the engine. Raises WorkError when the prompt does not fit the KV cache.
+        """
+        import litert_lm
+
+        started = time.perf_counter()
+        sampler = litert_lm.SamplerConfig(
+            top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
+        )
+        session = self._engine.create_session(
+            apply_prompt_template=False,
+            sampler_config=sampler,
+            max_output_tokens=max_new_tokens + 1,  # see `generate`
+        )
+        pieces: list[str] = []
+        ended = False
+        try:
+            session.run_prefill([self._without_start(rendered)])
+            for response in session.run_decode_async():
+                pieces.append(response.texts[0])
+                yield response.texts[0]
+            ended = True
+            written = session.get_benchmark_info().last_decode_token_count
+        except RuntimeError as error:
+            raise WorkError(
+                f"{self.path}: no answer to a prompt of {len(self.tokenize(rendered))} tokens "
+                f"({error}); prompt and answer must fit the KV cache"
+            ) from error
+        finally:
+            if not ended:
+                with contextlib.suppress(RuntimeError):
+                    session.cancel_process()
+            session.close()
+        text, stopped = "".join(pieces), False
+        if written <= max_new_tokens:
+            stopped = len(self.tokenize(text)) < written
+        else:
+            text = self.detokenize(self.tokenize(text)[:max_new_tokens])
+            written = max_new_tokens
+        return Answer(text, written, stopped, time.perf_counter() - started)
