@@ -15,13 +15,16 @@ class Prompt(BaseModel):
     """Text around a question and an answer, and the special tokens that end them.
 
     The whole text of one exchange is
-    ``[system_prefix + system + system_suffix] + user_prefix + QUESTION + user_suffix
+    ``bos_token + [system_prefix + system + system_suffix] + user_prefix + QUESTION + user_suffix
     + model_prefix + ANSWER + end_token``; the system block is left out when `system` is empty.
-    Nothing else (no BOS, no blank) is ever added.
+    Nothing else (no blank, no token of the tokenizer's own) is ever added.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    bos_token: str = Field(
+        "", description="Token before everything, for models that need one; empty for none."
+    )
     system: str = Field("", description="Text of the system turn; empty for none.")
     system_prefix: str = Field("", description="Text before the system text.")
     system_suffix: str = Field("", description="Text after the system text.")
@@ -37,9 +40,10 @@ class Prompt(BaseModel):
 
     @model_validator(mode="after")
     def _pad_is_not_an_end(self) -> Prompt:
-        if self.pad_token in (self.end_token, self.document_end_token):
+        if self.pad_token in (self.end_token, self.document_end_token, self.bos_token):
             raise ValueError(
-                f"pad_token {self.pad_token!r} must differ from end_token and document_end_token: "
+                f"pad_token {self.pad_token!r} must differ from bos_token, end_token and "
+                "document_end_token: "
                 "padding is masked from the loss, so the model would never learn to stop"
             )
         return self
@@ -56,9 +60,17 @@ class Prompt(BaseModel):
 
     def render_question(self, question: str) -> str:
         """Text up to and including the point where the model starts to answer."""
-        return (
+        return self.begin(
             f"{self.system_block}{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}"
         )
+
+    def begin(self, text: str) -> str:
+        """Text that nothing stands before, as the model reads it: after the BOS."""
+        return f"{self.bos_token}{text}"
+
+    def render_document(self, text: str) -> str:
+        """A plain text as stage 1 trains on it."""
+        return self.begin(f"{text}{self.document_end_token}")
 
     def render_answer(self, answer: str) -> str:
         """Text that the model is trained to write: the answer and its end token."""
@@ -66,7 +78,7 @@ class Prompt(BaseModel):
 
     def render_conversation(self, turns: list[tuple[str, str | None]]) -> str:
         """Text of several (question, answer) turns; a last answer of None is left open."""
-        parts = [self.system_block]
+        parts = [self.begin(self.system_block)]
         for index, (question, answer) in enumerate(turns):
             parts.append(self.turn_separator if index else "")
             parts.append(f"{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}")
@@ -92,6 +104,7 @@ class Prompt(BaseModel):
             )
 
         return (
+            f"{literal(self.bos_token)}"
             "{% if messages[0]['role'] == 'system' %}"
             f"{literal(self.system_prefix)}{content('messages[0]')}{literal(self.system_suffix)}"
             f"{{% else %}}{literal(self.system_block)}{{% endif %}}"

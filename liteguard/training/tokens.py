@@ -74,18 +74,30 @@ def documents(tokenizer: Any, data_dir: Path, split: str, config: Config) -> Tok
     """The domain texts of a split, each ended by the document end, in pieces of `max_length`.
 
     A piece begins with the last token of the one before it, so that every token but the first of a
-    text is a target exactly once. Raises UserError when there is no text.
+    text is a target exactly once. A BOS of the prompt stands before every piece: models that need
+    one need it wherever they begin to read. Raises UserError when there is no text.
     """
     import numpy as np
 
-    end = config.prompt.document_end_token
+    prompt = config.prompt
+    size = min(config.domain.max_length, config.model.context_length)
 
     def tokenize(rows: list[dict]) -> Iterator[tuple[list[int], int]]:
-        ids = tokenizer([row["text"] + end for row in rows], add_special_tokens=False)["input_ids"]
-        return ((row, 0) for row in ids)
+        texts = [prompt.render_document(row["text"]) for row in rows]
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            if not prompt.bos_token:
+                yield ids, 0
+                continue
+            yield ids[:size], 1
+            for start in range(size, len(ids), size - 2):
+                yield [ids[0], *ids[start - 1 : start + size - 2]], 2
 
-    whole = _cached(tokenizer, data_dir, f"domain/{split}.jsonl", config, tokenize, {"end": end})
-    size = min(config.domain.max_length, config.model.context_length)
+    settings: dict[str, Any] = {"end": prompt.document_end_token}
+    if prompt.bos_token:
+        settings |= {"bos": prompt.bos_token, "max_length": size}
+    whole = _cached(tokenizer, data_dir, f"domain/{split}.jsonl", config, tokenize, settings)
+    if prompt.bos_token:
+        return _with_targets(whole, f"domain {split}")
     pieces = np.maximum(-(-(whole.lengths - 1) // (size - 1)), 1)
     source = np.repeat(np.arange(len(whole)), pieces)
     number = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -108,6 +120,7 @@ def answers(
     """
     prompt = config.prompt
     length = min(config.instruction.max_length, config.model.context_length)
+    first = 1 if prompt.bos_token else 0  # token of a question that is never cut
 
     def tokenize(rows: list[dict]) -> Iterator[tuple[list[int], int]]:
         # A question is tokenized apart from its answer, as the device sees it.
@@ -120,9 +133,10 @@ def answers(
         )
         for row, question, answer in zip(rows, before, after, strict=True):
             answer = answer[: row.get("opening_tokens")]
-            question = question[max(len(question) + len(answer) - length, 0) :]
+            if (over := len(question) + len(answer) - length) > 0:
+                question = question[:first] + question[first + over :]
             # An answer that leaves no room for a single token of its question is dropped below.
-            fits = len(answer) < length
+            fits = len(answer) + first < length
             yield (question + answer, len(question)) if fits else ([], 0)
 
     settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit}
