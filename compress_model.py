@@ -67,17 +67,21 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import bundle, measured, outputs, tflite
+    from liteguard.export import bundle, measured, outputs, possible, tflite
     from liteguard.export.conversion import Conversion
 
     outputs.check(bundles)
     base, revision, architecture = models.model_config(config)
     identity = models.base_identity(base, revision)
     checkpoints.require_same(source, record, config.prompt, identity, config.model.name)
+    own, data_dir = models.load_base_tokenizer(config), Path(record.data_dir)
+    can = possible.possible(config, architecture, own, base, data_dir)
+    if any(can.why_not(path.suffix) for path in bundles):
+        raise UserError(f"{source}: {can}. Name an --output that can be made.")
+    print(can)
     samples = None
     if section.verify.level != "none":
-        own = models.load_base_tokenizer(config).backend_tokenizer
-        samples = measured.collect_samples(config, Path(record.data_dir), own)
+        samples = measured.collect_samples(config, data_dir, own.backend_tokenizer)
     inputs = {
         "adapter": record.adapter,
         "base": identity,

@@ -85,6 +85,7 @@ def main() -> None:
     from liteguard import models
     from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run
 
+    config = models.with_base_prompt(config)
     targets = results.targets_by_label(args.base, records)
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?

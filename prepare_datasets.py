@@ -17,7 +17,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from liteguard import checkpoints, cli, rehearsal
+from liteguard import checkpoints, cli, models, rehearsal
 from liteguard.data import exams, lengths, preparation
 from liteguard.errors import UserError
 from liteguard.rows import read_manifest
@@ -80,7 +80,7 @@ def main() -> None:
     manifest = read_manifest(output)
     print(lengths.table(manifest))
     if args.report:
-        print(lengths.write(config, output))
+        print(lengths.write(models.with_base_prompt(config), output))
     data = f" --data {shlex.quote(args.output)}" if args.output else ""
     print(f"\n{output}\nnext: python train_domain.py {cli.model_flags(args)}{data}")
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import cli, machine
+from liteguard import cli, machine, models
+from liteguard.export import possible
 from liteguard.training import arguments, callbacks, loop, tokens
 from liteguard.training.feed import describe_feed, make_feed
 from liteguard.training.stage import finish, load_model, load_tokenizer, plan
@@ -31,7 +32,8 @@ def parse_args():
 def main() -> None:
     # 1. Configuration
     args = parse_args()
-    config = cli.resolve_config(args, {"--rank": ("domain.lora_rank", args.rank)})
+    flags = {"--rank": ("domain.lora_rank", args.rank)}
+    config = models.with_base_prompt(cli.resolve_config(args, flags))
     cli.print_config(config, "model", "domain")
 
     # 2. Inputs
@@ -43,6 +45,7 @@ def main() -> None:
         overwrite=args.overwrite,
     )
     tokenizer = load_tokenizer(stage)
+    possible.require(stage, tokenizer)
     train_set, eval_set = (
         tokens.documents(tokenizer, stage.data_dir, split, config)
         for split in ("train", "validation")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from liteguard import checkpoints, cli, machine
+from liteguard.export import possible
 from liteguard.training import arguments, callbacks, loop, tokens
 from liteguard.training.feed import describe_feed, make_feed, needed_rows
 from liteguard.training.stage import finish, load_model, load_tokenizer, plan
@@ -43,6 +44,7 @@ def main() -> None:
         parent=Path(args.checkpoint),
     )
     tokenizer = load_tokenizer(stage)
+    possible.require(stage, tokenizer)
     train_set, eval_set = (
         tokens.answers(tokenizer, stage.data_dir, split, config, limit)
         for split, limit in (

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from liteguard import checkpoints, cli, machine
+from liteguard.export import possible
 from liteguard.rows import load_split, read_manifest, source_titles
 from liteguard.training import arguments, callbacks, feed, loop, tokens
 from liteguard.training.stage import finish, load_model, load_tokenizer, longest_pairs, plan
@@ -45,6 +46,7 @@ def main() -> None:
         parent=Path(args.checkpoint),
     )
     tokenizer = load_tokenizer(stage)
+    possible.require(stage, tokenizer)
     rows = load_split(stage.data_dir, "preference", "train")
     held_out = load_split(stage.data_dir, "preference", "validation")
     mixture = (

@@ -49,14 +49,11 @@ import trl_recipe
 from liteguard import cli, machine, memory, models
 from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import WorkError
-from liteguard.training import loop, memory_estimate, patches
+from liteguard.training import isolation, loop, memory_estimate, patches
 from liteguard.training.memory_terms import Shapes, adapter_matrices, read_shapes
 from liteguard.training.packing import (
-    check_isolation,
     micro_batches,
-    pack_forward,
     segment_attention,
-    use_segment_attention,
 )
 
 YAML = {"phi-1_5": "phi-1_5.yaml", "phi-2": "phi-2_8gb.yaml", "tiny": "phi-2_8gb.yaml"}
@@ -296,9 +293,7 @@ class Ours(Recipe):
                 model=self.model, accelerator=SimpleNamespace(unwrap_model=lambda model: model)
             )
         )
-        use_segment_attention(model)
-        pack_forward(model)
-        check_isolation(self.model, model.config.vocab_size)
+        isolation.pack(self.model, model.config, self.section.max_length)
         self.checkpoint(self.section.gradient_checkpointing)
         self.note = "checkpointing" if self.section.gradient_checkpointing else "no checkpointing"
 
@@ -531,7 +526,7 @@ def attention_paths(device: str) -> dict[str, str]:
 
     Every kernel of PyTorch attends within segments of the sizes of a packed micro-batch, forward
     and backward, and is compared with float32 arithmetic; every attention of transformers goes
-    through `packing.check_isolation`.
+    through `isolation.pack`.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -564,17 +559,17 @@ def attention_paths(device: str) -> dict[str, str]:
         if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
             found[attention] = "not available (flash_attn is not installed)"
             continue
-        model = packed_model(device, dtype, attention)
+        model = scoring_model(device, dtype, attention)
         try:
-            check_isolation(model, model.config.vocab_size)
+            isolation.pack(model, model.config, 2048)
             found[attention] = "isolated"
         except WorkError as error:
             found[attention] = f"REFUSED ({str(error).splitlines()[0][:60]})"
     return found
 
 
-def packed_model(device: str, dtype: Any, attention: str) -> Any:
-    """The tiny shape with an adapter, packed as the trainers pack it."""
+def scoring_model(device: str, dtype: Any, attention: str) -> Any:
+    """The tiny shape with an adapter and the trainers' head."""
     from trl.trainer.utils import add_fused_lm_head
 
     config = build([("tiny", read_yaml(CONFIG_DIR / YAML["tiny"]))])
@@ -582,9 +577,6 @@ def packed_model(device: str, dtype: Any, attention: str) -> Any:
     base.set_attn_implementation(attention)
     model = models.add_adapter(base, config)
     add_fused_lm_head(base)
-    if attention == "sdpa":
-        use_segment_attention(base)
-    pack_forward(base)
     return model
 
 

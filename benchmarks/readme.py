@@ -261,6 +261,30 @@ def machines_markdown(demo: dict[str, Any], full_size: dict[str, Any], memory: s
     )
 
 
+def support_markdown(report: dict[str, Any]) -> str:
+    """What the documents show of benchmarks/support_report.json: what came of each family."""
+    steps = {"train": "train", "task": "`.task`", "litertlm": "`.litertlm`", "int4": "4 bits"}
+    lines = [
+        f"| models | file | tokenizer | {' | '.join(steps.values())} | date |",
+        "|---" * (len(steps) + 4) + "|",
+    ]
+    reasons: list[str] = []
+    for row in report["families"].values():
+        cells = []
+        for step in steps:
+            said = row.get(step, "")
+            why = said.removeprefix("no: ")
+            if said.startswith("no") and why not in reasons:
+                reasons.append(why)
+            cells.append(f"no ({reasons.index(why) + 1})" if said.startswith("no") else said)
+        lines.append(
+            f"| {row['models']} | `{row['yaml']}` | {row['tokenizer']} | {' | '.join(cells)} | "
+            f"{row['date']} |"
+        )
+    notes = [f"{number}. {text}" for number, text in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes]) if notes else "\n".join(lines)
+
+
 # Block -> what renders it from benchmarks/NAME_report.json.
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_markdown,
@@ -272,6 +296,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipes": recipes_markdown,
     "bundle": bundle_markdown,
     "tokenizer": tokenizer_markdown,
+    "support": support_markdown,
 }
 
 

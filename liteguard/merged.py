@@ -117,7 +117,7 @@ def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:
     )
     source = (str(adapter), None) if adapter else (directory, revision)
     tokenizer = models.load_tokenizer(
-        source[0], config.prompt, loaded.vocab_size, source[1], trusted
+        source[0], config.prompt, loaded.get_text_config().vocab_size, source[1], trusted
     )
     dtype = None
     if torch.cuda.is_available():

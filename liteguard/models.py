@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import distributed, hub, machine, model_files, registry
+from liteguard import base_tokenizers, distributed, hub, machine, model_files, registry
 from liteguard.checkpoints import read_dict, sha256_file, sha256_json
 from liteguard.errors import UserError, WorkError
 
@@ -28,8 +28,9 @@ def meta_model(architecture: Any) -> Any:
         return AutoModelForCausalLM.from_config(architecture)
 
 
-# Attention scores of Phi-2 leave the range of float16 (65504), which turns the loss into NaN.
-FLOAT16_UNSAFE = ("phi",)
+# Attention scores of Phi-2 and hidden states of Gemma leave the range of float16 (65504), which
+# turns the loss into NaN.
+FLOAT16_UNSAFE = ("phi", "gemma2", "gemma3", "gemma3_text")
 
 
 def choose_dtype(requested: str, architecture: str) -> tuple[torch.dtype, str]:
@@ -70,10 +71,11 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Tokenizer whose end, document-end and padding tokens are the prompt's; it adds no BOS.
+    """Tokenizer whose BOS, end, document-end and padding tokens are the prompt's; it adds none.
 
     A missing padding token is added only where the embedding has a spare row for it, so that no
-    matrix changes its shape. Raises UserError otherwise.
+    matrix changes its shape. Raises UserError otherwise, and where the tokenizer begins every text
+    with a BOS that the prompt does not have: the model was trained with it.
     """
     from transformers import AutoTokenizer
 
@@ -82,18 +84,24 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             directory, revision=revision, trust_remote_code=trust_remote_code
         )
-    for role in ("end_token", "document_end_token"):
+    vocabulary = tokenizer.get_vocab()
+    for role in ("bos_token", "end_token", "document_end_token"):
         token = getattr(prompt, role)
-        if token not in tokenizer.get_vocab():
+        if token and token not in vocabulary:
             raise UserError(f"prompt.{role} = {token!r} is not a token of {directory}.")
-    if prompt.pad_token not in tokenizer.get_vocab() and len(tokenizer) >= embedding_rows:
+    _check_bos(tokenizer, prompt, directory)
+    base_tokenizers.mend(tokenizer, prompt, embedding_rows, directory)
+    if prompt.pad_token not in vocabulary and len(tokenizer) >= embedding_rows:
         special = ", ".join(sorted(set(tokenizer.all_special_tokens)))
         raise UserError(
             f"prompt.pad_token = {prompt.pad_token!r} is not a token of {directory}, and its "
             f"embedding has no spare row ({embedding_rows} rows, all used). "
             f"Name an existing token that no text contains, e.g. one of: {special}"
         )
-    tokenizer.add_special_tokens({"pad_token": prompt.pad_token, "eos_token": prompt.end_token})
+    named = {"pad_token": prompt.pad_token, "eos_token": prompt.end_token}
+    if prompt.bos_token:
+        named["bos_token"] = prompt.bos_token
+    tokenizer.add_special_tokens(named)
     tokenizer.chat_template = prompt.chat_template()
     tokenizer.padding_side = "right"
     if len(tokenizer) > embedding_rows:
@@ -109,6 +117,21 @@ def load_tokenizer(
             "everything that the model sees, or training and device would differ."
         )
     return tokenizer
+
+
+def _check_bos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, directory: str) -> None:
+    """Raise UserError for a BOS that the tokenizer adds and the prompt lacks or names otherwise."""
+    begun, plain = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    if begun == plain or begun[-len(plain) :] != plain:
+        return
+    bos = tokenizer.convert_ids_to_tokens(begun[: -len(plain)])
+    if bos != [prompt.bos_token]:
+        has = f"is {prompt.bos_token!r}" if prompt.bos_token else "is empty"
+        raise UserError(
+            f"The tokenizer of {directory} begins every text with {' '.join(bos)}, and "
+            f"prompt.bos_token {has}. A model that was trained with it is another one without (the "
+            f"perplexity of Gemma-3 270M is 40 times as high). Set prompt.bos_token: {bos[0]!r}"
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -144,7 +167,27 @@ def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with the configured prompt's tokens; no weights are loaded."""
     directory, revision, loaded = model_config(config)
     trusted = config.model.trust_remote_code
-    return load_tokenizer(directory, config.prompt, loaded.vocab_size, revision, trusted)
+    rows = loaded.get_text_config().vocab_size
+    return load_tokenizer(directory, config.prompt, rows, revision, trusted)
+
+
+def with_base_prompt(config: Config) -> Config:
+    """`config` with the prompt of the base model's chat template, where it says `from_base`."""
+    if not config.prompt_from_base:
+        return config
+    from transformers import AutoTokenizer
+
+    directory, revision, _ = model_config(config)
+    with model_files.reading(directory, "holds no tokenizer that can be used"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, revision=revision, trust_remote_code=config.model.trust_remote_code
+        )
+    prompt = base_tokenizers.prompt_of(tokenizer, config.model.name)
+    changed = config.model_copy(update={"prompt": prompt, "prompt_from_base": False})
+    changed._sources = config.sources | {
+        f"prompt.{key}": "the base's chat template" for key in prompt.model_dump()
+    }
+    return changed
 
 
 # Of a config.json: who wrote it, and what the project sets itself.
@@ -286,6 +329,11 @@ def lora_targets(model: torch.nn.Module, requested: list[str] | str) -> dict[str
     some names exist, and then silently trains less than was asked for.
     """
     available = linear_layers(model)
+    if not available:
+        raise UserError(
+            f"The {model.config.model_type!r} architecture has no linear layers for an adapter in "
+            "its attention and FFN (GPT-2 has convolutions there). Choose another base model."
+        )
     if requested == "all":
         return dict(available)
     missing = [name for name in requested if name not in available]

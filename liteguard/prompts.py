@@ -21,15 +21,18 @@ class Prompt(BaseModel):
     """Text around a question and an answer, and the special tokens that end them.
 
     The whole text of one exchange is
-    ``[system_prefix + system + system_suffix] + user_prefix + QUESTION + user_suffix
+    ``bos_token + [system_prefix + system + system_suffix] + user_prefix + QUESTION + user_suffix
     + model_prefix + ANSWER + end_token``; the system block is left out when `system` is empty.
     Further exchanges follow after `turn_separator`, each without a system block. A conversation may
     bring a system text of its own, which takes the place of `system`.
-    Nothing else (no BOS, no blank) is ever added.
+    Nothing else (no blank, no token of the tokenizer's own) is ever added.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    bos_token: str = Field(
+        "", description="Token before everything, for models that need one; empty for none."
+    )
     system: str = Field("", description="Text of the system turn; empty for none.")
     system_prefix: str = Field("", description="Text before the system text.")
     system_suffix: str = Field("", description="Text after the system text.")
@@ -45,9 +48,10 @@ class Prompt(BaseModel):
 
     @model_validator(mode="after")
     def _pad_is_not_an_end(self) -> Prompt:
-        if self.pad_token in (self.end_token, self.document_end_token):
+        if self.pad_token in (self.end_token, self.document_end_token, self.bos_token):
             raise ValueError(
-                f"pad_token {self.pad_token!r} must differ from end_token and document_end_token: "
+                f"pad_token {self.pad_token!r} must differ from bos_token, end_token and "
+                "document_end_token: "
                 "padding is masked from the loss, so the model would never learn to stop"
             )
         return self
@@ -85,7 +89,7 @@ class Prompt(BaseModel):
         is given apart from what it wrote. A last answer of None is left open.
         """
         found = []
-        before = self.render_system(system)
+        before = self.begin(self.render_system(system))
         for question, answer in turns:
             found.append(
                 f"{before}{self.user_prefix}{question}{self.user_suffix}{self.model_prefix}"
@@ -111,6 +115,14 @@ class Prompt(BaseModel):
     def render_row(self, row: Mapping[str, Any]) -> str:
         """`render_question` of a prepared row, given its history and its own system text."""
         return self.render_question(row["prompt"], row.get("history", ()), row.get("system"))
+
+    def begin(self, text: str) -> str:
+        """Text that nothing stands before, as the model reads it: after the BOS."""
+        return f"{self.bos_token}{text}"
+
+    def render_document(self, text: str) -> str:
+        """A plain text as stage 1 trains on it."""
+        return self.begin(f"{text}{self.document_end_token}")
 
     def render_answer(self, answer: str) -> str:
         """Text that the model is trained to write: the answer and its end token."""
@@ -141,7 +153,7 @@ class Prompt(BaseModel):
             f"{{% else %}}{literal(self.system_block)}{{% endif %}}"
         )
         return (
-            f"{system if self.has_system_slot else ''}"
+            f"{literal(self.bos_token)}{system if self.has_system_slot else ''}"
             "{% for message in messages %}"
             "{% if message['role'] == 'user' %}"
             f"{literal(self.user_prefix)}{content('message')}{literal(self.user_suffix)}"

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 from liteguard import models
 from liteguard.config import build, read_yaml
-from liteguard.errors import UserError, WorkError
-from liteguard.training import packing, patches
+from liteguard.errors import UserError
+from liteguard.training import isolation, packing, patches
 from liteguard.training.tokens import TokenRows
 
 ATTENTIONS = ("sdpa", "eager")
@@ -95,8 +95,8 @@ def test_packed_rows_give_the_padded_rows_results_and_gradients(tiny_phi, attent
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_an_example_never_sees_its_neighbour(tiny_phi, attention):
-    model = packed(adapted(tiny_phi, attention))
-    packing.check_isolation(model, 500)
+    model = adapted(tiny_phi, attention)
+    isolation.pack(model, model.config, 96)
     first, second = batch((11, 12)), batch((11, 12))
     second["input_ids"][0] = batch((11, 12), seed=2)["input_ids"][0]
     outputs = [model(**inputs, fused_lm_head=True).log_probs for inputs in (first, second)]
@@ -114,9 +114,9 @@ def test_attention_that_crosses_examples_is_refused(tiny_phi, monkeypatch):
 
     original = packing.segment_attention
     monkeypatch.setattr(packing, "segment_attention", crossing)
-    model = packed(adapted(tiny_phi, "sdpa"))
-    with pytest.raises(WorkError, match=r"packing is refused.*neighbour"):
-        packing.check_isolation(model, 500)
+    model = adapted(tiny_phi, "sdpa")
+    with pytest.raises(isolation.PackingRefused, match=r"packing is refused.*neighbour"):
+        isolation.pack(model, model.config, 96)
 
 
 def test_generation_still_sees_the_whole_prompt(tiny_phi):

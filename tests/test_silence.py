@@ -299,3 +299,22 @@ def test_rows_beyond_the_tokens_and_the_vocabulary_decide_what_has_a_bias(made, 
         save_file({"b": np.zeros(length)}, tmp_path / "model.safetensors")
         assert silence.Silence.of(made.report, tmp_path).bias is bias
     json.dumps(dataclasses.asdict(made.quiet))
+
+
+def test_both_containers_put_the_bos_before_everything_once(made, tmp_path):
+    bos = PROMPT.end_token
+    prompt = PROMPT.model_copy(update={"bos_token": bos})
+    bundle.write_task(made.exact, made.pieces, prompt, tmp_path / "x.task", made.quiet)
+    bundle.write_litertlm(made.exact, made.merged, prompt, tmp_path / "x.litertlm", 64)
+    asked = prompt.render_question("What is it?")
+    for name in ("x.task", "x.litertlm"):
+        with Bundle(tmp_path / name, threads=1) as opened:
+            [start] = opened.tokenize(bos)
+            assert opened.start_id == start, name
+            # In the template it would stand twice: the runtime puts it there by itself.
+            shown = opened.render_chat("What is it?").replace(tokenizer.GUARD, "")
+            assert bos + shown == asked == bos + QUESTION, name
+            read = opened.benchmark(asked)["prefill_tokens"]
+            assert read == len(opened.tokenize(asked)), f"{name} read {read} tokens"
+            with pytest.raises(WorkError, match="does not start with it"):
+                opened.generate(QUESTION, 8)

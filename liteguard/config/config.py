@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import (
     Field,
     model_validator,
@@ -22,6 +24,9 @@ class Config(Section):
     )
     model: ModelSection = Field(default_factory=ModelSection)
     prompt: Prompt = Field(default_factory=Prompt)
+    prompt_from_base: bool = Field(
+        False, description="The base's own chat template; in a YAML: `prompt: from_base`."
+    )
     data: DataSection = Field(default_factory=DataSection)
     domain: DomainSection = Field(default_factory=DomainSection)
     instruction: InstructionSection = Field(default_factory=InstructionSection)
@@ -30,6 +35,13 @@ class Config(Section):
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
 
     _sources: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompt_of_the_base(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("prompt") == "from_base":
+            return {**values, "prompt": {}, "prompt_from_base": True}
+        return values
 
     @model_validator(mode="after")
     def _lengths_fit_the_model(self) -> Config:

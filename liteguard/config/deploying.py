@@ -105,6 +105,11 @@ class CompressSection(Section):
     converter: Literal["auto", "v1", "v2"] = Field(
         "auto", description="Of litert-torch. auto: v2 where TensorFlow has its entry point."
     )
+    required: bool = Field(
+        True,
+        description="Refuse to train what no bundle can be made of; false for a model that stays "
+        "on a computer.",
+    )
     verify: VerifySection = Field(
         default_factory=VerifySection, description="The proof, and what may differ."
     )

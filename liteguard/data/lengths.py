@@ -129,7 +129,7 @@ def token_lengths(config: Config, tokenizer: Any, data_dir: Path, part: str) -> 
             row = json.loads(line)
             openings.append(row.get("opening_tokens"))
             if part == "domain":
-                texts.append((row["text"] + prompt.document_end_token,))
+                texts.append((prompt.render_document(row["text"]),))
             else:
                 answers = [row[field] for field in FIELDS[part][1:]]
                 texts.append((prompt.render_row(row), *map(prompt.render_answer, answers)))

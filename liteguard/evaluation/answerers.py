@@ -306,7 +306,7 @@ def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> t
         return needed, 2 * parameters
     section, text = config.evaluate, architecture.get_text_config()
     lanes = 1 if merged.keeps_16_bit(parameters) else min(os.cpu_count() or 1, 4)
-    width = text.hidden_size // text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     # Keys and values in float32; a question is about as long as a text.
     tokens = lanes * section.batch_size * (section.max_text_tokens + section.max_new_tokens)

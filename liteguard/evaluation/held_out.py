@@ -159,7 +159,7 @@ def _text_pairs(config: Config, texts: list[dict[str, Any]]) -> list[tuple[str, 
     # An English word is 1.3 to 2 tokens here; the cap keeps long texts from dominating.
     max_words = section.context_words + section.max_text_tokens // 2
     parts = (split_text(row["text"], section.context_words, max_words) for row in texts)
-    return [pair for pair in parts if pair]
+    return [(config.prompt.begin(before), target) for before, target in filter(None, parts)]
 
 
 def requests(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:

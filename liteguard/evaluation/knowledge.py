@@ -57,9 +57,9 @@ def _row(question: Any) -> dict[str, Any]:
     }
 
 
-def pairs(found: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(context, target) of every option of every row, in order."""
-    return [(_asked(row), f" {option}") for row in found for option in row["options"]]
+def pairs(found: Sequence[dict[str, Any]], bos: str = "") -> list[tuple[str, str]]:
+    """(context, target) of every option of every row, in order; contexts begin with `bos`."""
+    return [(bos + _asked(row), f" {option}") for row in found for option in row["options"]]
 
 
 def _asked(row: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def collect(
     """Score the texts and options and answer the questions that the journal does not have yet."""
     pairs = {
         "scores": [pair for _, pair in scored(config, rows)],
-        "options": knowledge.pairs(rows["knowledge"]),
+        "options": knowledge.pairs(rows["knowledge"], config.prompt.bos_token),
     }
     prompts = [config.prompt.render_row(row) for _, row in requests(rows)]
     totals = {**{part: len(found) for part, found in pairs.items()}, "answers": len(prompts)}

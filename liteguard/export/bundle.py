@@ -6,8 +6,9 @@ Both hold the same TFLite model, but that of a `.task` never writes what a `.tas
 
 What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 
-- `start_token` is put before the first prefill, with and without templates. No prompt here has a
-  start token, so the field is left out. An empty string is not the same: it aborts the process.
+- `start_token` is put before the first prefill, with and without templates: the prompt's BOS, which
+  therefore stands in no prefix and in no template. Without one the field is left out. An empty
+  string is not the same: it aborts the process.
 - `system_prompt` is ignored. The system block is therefore part of the user prefix, so that the
   answer to every question is conditioned as in training. A second question in the same
   conversation repeats it.
@@ -41,7 +42,9 @@ SAMPLER: dict[str, Any] = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}
 
 
 def _guarded(text: str) -> str:
-    """`text` with its leading whitespace safe from the runtime's template."""
+    """`text` with its whitespace safe from the runtime's template, which strips what a part begins
+    with, and the last line break of two."""
+    text = text.replace("\n\n", f"\n{GUARD}\n")
     return GUARD + text if text[:1].isspace() else text
 
 
@@ -51,6 +54,7 @@ def task_metadata(prompt: Prompt) -> bytes:
         prompt.stop_tokens,
         user=(_guarded(prompt.system_block + prompt.user_prefix), _guarded(prompt.user_suffix)),
         model=(_guarded(prompt.model_prefix), prompt.end_token + prompt.turn_separator),
+        start_token=prompt.bos_token,
     )
 
 
@@ -175,7 +179,13 @@ def write_litertlm(
     pad = tokenizer.token_to_id(prompt.pad_token)
     if pad is not None:
         metadata.pad_token.token_ids.ids.append(pad)
-    metadata.jinja_prompt_template = prompt.chat_template()
+    if prompt.bos_token:
+        start = tokenizer.token_to_id(prompt.bos_token)
+        if start is None:
+            raise UserError(f"bos_token {prompt.bos_token!r} is not in {tokenizer_file}")
+        metadata.start_token.token_ids.ids.append(start)
+    template = prompt.model_copy(update={"bos_token": ""})
+    metadata.jinja_prompt_template = template.chat_template()
     metadata.max_num_tokens = kv_cache_length
     # Greedy, as the proof. LiteRT-LM 0.18.1 fails at the first message with the type GREEDY.
     metadata.sampler_params.type = sampler_params_pb2.SamplerParameters.TOP_P
@@ -228,9 +238,12 @@ def deployment(record: BundleRecord) -> dict[str, Any]:
         "kv_cache_length": exported.kv_cache_length,
         "prefill_lengths": exported.prefill_lengths,
         "prompt": record.prompt.model_dump(),
-        "prompt_example": record.prompt.render_question("QUESTION"),
+        # The runtime puts the start token there.
+        "prompt_example": record.prompt.render_question("QUESTION").removeprefix(
+            record.prompt.bos_token
+        ),
         "prompt_tokens": first["prompt_tokens"],
-        "start_token": None,
+        "start_token": record.prompt.bos_token or None,
         "stop_tokens": first["stop_tokens"],
         "sampler": SAMPLER,
         "replaced_characters": record.tokenizer["replaced"],

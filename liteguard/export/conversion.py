@@ -73,8 +73,15 @@ class Conversion:
         parts = self.base, self.checkpoint, self.merged, prompt, self.revision, trusted
         return {
             "merge": machine.in_child("merge", merge.merge_adapter, *parts),
-            "tokenizer": tokenizer.build_sentencepiece(self.merged, self.sentencepiece).to_dict(),
+            "tokenizer": self._tokenizer().to_dict(),
         }
+
+    def _tokenizer(self) -> tokenizer.TokenizerReport:
+        """Make the SentencePiece model of a `.task`; a `.litertlm` has the original tokenizer."""
+        if not any(path.suffix == ".task" for path in self.bundles):
+            return tokenizer.original(self.merged)
+        native = Path(self.base) / "tokenizer.model"
+        return tokenizer.build_sentencepiece(self.merged, self.sentencepiece, native=native)
 
     def _write(self, model: Path, path: Path) -> dict[str, Any]:
         """The container that the path's ending names."""

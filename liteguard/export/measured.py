@@ -152,7 +152,8 @@ def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
     words = 1 + config.compress.verify.max_text_tokens // 2
 
     def of_text(row: dict[str, Any]) -> tuple[str, str] | None:
-        return split_text(row["text"], 1, words)
+        parts = split_text(row["text"], 1, words)
+        return parts and (prompt.begin(parts[0]), parts[1])
 
     def of_answer(row: dict[str, Any]) -> tuple[str, str]:
         cut = row["completion"].split(" ")[:words]

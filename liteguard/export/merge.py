@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> dict[str, int]:
-    """Token -> id for the prompt's stop and pad tokens.
+    """Token -> id for the prompt's stop, pad and (where it has one) BOS token.
 
     Raises:
         UserError: one of them is not a single token of the tokenizer.
     """
     ids, missing = {}, []
     vocabulary = tokenizer.get_vocab()
-    for token in [*prompt.stop_tokens, prompt.pad_token]:
+    for token in filter(None, [*prompt.stop_tokens, prompt.pad_token, prompt.bos_token]):
         spelled = tokenizer.encode(token, add_special_tokens=False)
         if token not in vocabulary or spelled != [vocabulary[token]]:
             missing.append(f"{token!r} (becomes {len(spelled)} tokens)")

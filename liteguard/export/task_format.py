@@ -1,8 +1,8 @@
 """The bytes of a `.task`: its METADATA member, and the zip file around its members.
 
-METADATA is a protocol buffer, `odml.infra.proto.LlmParameters`, of which a bundle needs five
+METADATA is a protocol buffer, `odml.infra.proto.LlmParameters`, of which a bundle needs six
 fields. They were read off what MediaPipe 0.10.35's bundler writes; tests hold both to the same
-bytes (tests/fixtures/task_metadata.json, and MediaPipe itself where it is installed). The encoding:
+bytes (tests/fixtures/mediapipe_bytes.json, and MediaPipe itself where it is installed). The encoding:
 https://protobuf.dev/programming-guides/encoding/ (a tag, a length, the content).
 
 The message has no field for a sampler or a limit of tokens: an app reads those in `deploy.json`.
@@ -17,6 +17,7 @@ from typing import Any
 
 # Fields of LlmParameters.
 _STOP_TOKENS = 5
+_START_TOKEN = 6
 _PROMPT_TEMPLATE = 8  # one prefix and one suffix, for runtimes that know no turns
 _PROMPT_TEMPLATES = 17  # a prefix and a suffix for each role
 # Fields of both kinds of template.
@@ -52,16 +53,22 @@ def _affixes(prefix: str, suffix: str) -> bytes:
     return _filled(_PREFIX, prefix.encode()) + _filled(_SUFFIX, suffix.encode())
 
 
-def metadata(stop_tokens: list[str], user: tuple[str, str], model: tuple[str, str]) -> bytes:
+def metadata(
+    stop_tokens: list[str],
+    user: tuple[str, str],
+    model: tuple[str, str],
+    start_token: str = "",
+) -> bytes:
     """The METADATA member: the tokens that end an answer, and (prefix, suffix) of both roles.
 
-    There is no start token: no prompt here has one, and an empty one aborts the runtime.
+    Without a start token the field is left out: an empty one aborts the runtime.
     """
     roles = _filled(_USER, _affixes(*user)) + _filled(_MODEL, _affixes(*model))
     stops = b"".join(_field(_STOP_TOKENS, token.encode()) for token in stop_tokens)
     # Without turns, what follows a question is all that stands before the answer.
     one = _affixes(user[0], user[1] + model[0])
-    return stops + _filled(_PROMPT_TEMPLATE, one) + _filled(_PROMPT_TEMPLATES, roles)
+    start = _filled(_START_TOKEN, start_token.encode())
+    return stops + start + _filled(_PROMPT_TEMPLATE, one) + _filled(_PROMPT_TEMPLATES, roles)
 
 
 def write(output: Path, members: Mapping[str, Any]) -> None:

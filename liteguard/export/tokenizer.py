@@ -1,8 +1,11 @@
-"""Hugging Face byte-level BPE tokenizer -> SentencePiece model with the same token ids.
+"""Hugging Face tokenizer -> SentencePiece model with the same token ids.
 
 The `.task` format takes only SentencePiece. Training a new SentencePiece model gives ids that
 have nothing to do with the embedding rows, so the model is *written* instead: piece i is token i,
-its score is minus its merge rank, and nothing is prefixed or trimmed.
+its score is minus its merge rank, and nothing is prefixed or trimmed. A base that has SentencePiece
+of its own (`tokenizer.model`: TinyLlama, Gemma, Phi-3) keeps it: sentencepiece_native.py. What a
+tokenizer normalises (NFC, for Qwen) is left out: texts in other forms are rare, and how many have
+other ids is measured, before training (possible.py) and in the proof.
 
 Three things that byte-level BPE has and SentencePiece has not, and what is done about each:
 
@@ -22,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,15 +32,11 @@ from typing import Any
 
 from liteguard import writing
 from liteguard.errors import UserError, WorkError
+from liteguard.export import sentencepiece_native
+from liteguard.export.sentencepiece_native import GUARD, PLACEHOLDER_MARK, charsmap
 from liteguard.text import PLAIN
 
-# A Unicode noncharacter: never in text that anyone exchanges, so a piece that contains it matches
-# nothing, and an answer that contains it shows that a placeholder was written.
-PLACEHOLDER_MARK = "\ufdd0"
-# Another noncharacter, which the model's character map deletes before tokenization. The runtime's
-# own chat template strips whitespace at the start of a suffix ("\n" after the question); with this
-# in front there is nothing to strip, and the ids are those of the text without it.
-GUARD = "\ufdd1"
+__all__ = ["GUARD", "PLACEHOLDER_MARK", "TokenizerReport", "build_sentencepiece", "plain_text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +52,8 @@ class TokenizerReport:
     split: list[int]  # whitespace that never stands alone inside a text: UNUSED
     missing_bytes: list[int]  # byte values that the original tokenizer drops silently
     replaced: dict[str, str]  # characters replaced before tokenization
+    normalizer: str = ""  # what the original does to text before, and this model does not
+    native: bool = False  # the base's own SentencePiece model
 
     @property
     def silenced(self) -> list[int]:
@@ -77,7 +77,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 def _read_bpe(tokenizer_dir: Path) -> dict[str, Any]:
-    """tokenizer.json as a dict, after checking that it is a byte-level BPE without a normalizer."""
+    """tokenizer.json as a dict, after checking that it is a byte-level BPE."""
     path = Path(tokenizer_dir) / "tokenizer.json"
     if not path.is_file():
         raise UserError(
@@ -90,12 +90,8 @@ def _read_bpe(tokenizer_dir: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: model type {data['model'].get('type')!r} is not a byte-level BPE. Only "
             "byte-level BPE tokenizers (GPT-2, Phi, SmolLM2, Llama 3, Qwen families) can be "
-            "written as SentencePiece with unchanged ids."
-        )
-    if data.get("normalizer"):
-        raise UserError(
-            f"{path}: the tokenizer normalises text ({data['normalizer'].get('type')}), which the "
-            "SentencePiece model would not do: ids would differ on the device."
+            "written as SentencePiece with unchanged ids; others need the base's own "
+            "tokenizer.model, and there is none."
         )
     for token in data.get("added_tokens", []):
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
@@ -109,7 +105,10 @@ def _read_bpe(tokenizer_dir: Path) -> dict[str, Any]:
 def _embedding_rows(tokenizer_dir: Path) -> int:
     """vocab_size of config.json beside the tokenizer, 0 where there is none."""
     path = Path(tokenizer_dir) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("vocab_size", 0) if path.exists() else 0
+    if not path.exists():
+        return 0
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found.get("vocab_size") or found.get("text_config", {}).get("vocab_size", 0)
 
 
 def _piece_bytes(data: dict[str, Any]) -> dict[int, bytes]:
@@ -147,37 +146,6 @@ def _replacements(tokenizer: Any, incomplete: set[int], missing: set[int]) -> di
     return chosen
 
 
-def _charsmap(replacements: dict[str, str]) -> bytes:
-    """SentencePiece's compiled form of a character map.
-
-    Only the trainer can compile one, so it is asked to train a model of a few characters, from
-    which nothing but the map is kept.
-    """
-    import sentencepiece
-
-    with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder) / "rules.tsv"
-        rules.write_text(
-            "".join(
-                f"{ord(char):X}\t{' '.join(f'{ord(c):X}' for c in plain)}\n"
-                for char, plain in replacements.items()
-            )
-        )
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a b c d e f"] * 4),
-            model_prefix=str(Path(folder) / "map"),
-            vocab_size=10,
-            hard_vocab_limit=False,
-            model_type="char",
-            normalization_rule_tsv=str(rules),
-            minloglevel=2,
-        )
-        from sentencepiece import sentencepiece_model_pb2 as proto
-
-        model = proto.ModelProto.FromString((Path(folder) / "map.model").read_bytes())
-        return model.normalizer_spec.precompiled_charsmap
-
-
 def _never_alone(tokenizer: Any, texts: dict[int, str]) -> list[int]:
     """Ids of whitespace with newlines that the original never produces between two words."""
     found = []
@@ -190,7 +158,7 @@ def _never_alone(tokenizer: Any, texts: dict[int, str]) -> list[int]:
 
 
 def build_sentencepiece(
-    tokenizer_dir: Path, output: Path, *, replace: bool = True
+    tokenizer_dir: Path, output: Path, *, replace: bool = True, native: Path | None = None
 ) -> TokenizerReport:
     """Write a SentencePiece model whose piece i is token i of the tokenizer in `tokenizer_dir`.
 
@@ -200,6 +168,7 @@ def build_sentencepiece(
         output: the file to write (`.spm` or `.model`).
         replace: replace typographic characters that the vocabulary cannot spell with whole
             pieces by plain ones (see `PLAIN`), inside the model.
+        native: the base's own SentencePiece model; used where it holds the same tokens.
 
     Raises:
         UserError: not a byte-level BPE, or an added token that SentencePiece cannot express.
@@ -210,6 +179,11 @@ def build_sentencepiece(
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     tokenizer_dir, output = Path(tokenizer_dir), Path(output)
+    if native and (own := sentencepiece_native.read(native, tokenizer_dir)):
+        found = sentencepiece_native.write(
+            own, tokenizer_dir, output, _embedding_rows(tokenizer_dir)
+        )
+        return TokenizerReport(**found)
     data = _read_bpe(tokenizer_dir)
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     added = {token["id"]: token["content"] for token in data.get("added_tokens", [])}
@@ -271,7 +245,7 @@ def build_sentencepiece(
     spec.unk_piece = model.pieces[-1].piece
     normalizer = model.normalizer_spec
     normalizer.name = "user_defined"
-    normalizer.precompiled_charsmap = _charsmap({**replaced, GUARD: ""})
+    normalizer.precompiled_charsmap = charsmap({**replaced, GUARD: ""})
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = False
@@ -288,6 +262,7 @@ def build_sentencepiece(
         split=split,
         missing_bytes=sorted(missing),
         replaced=replaced,
+        normalizer=(data.get("normalizer") or {}).get("type", ""),
     )
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(output))
@@ -300,6 +275,15 @@ def build_sentencepiece(
                 f"{output}"
             )
     return report
+
+
+def original(tokenizer_dir: Path) -> TokenizerReport:
+    """The report of a tokenizer that is taken as it is: every token is read and written."""
+    data = json.loads((Path(tokenizer_dir) / "tokenizer.json").read_text(encoding="utf-8"))
+    added = [token["id"] for token in data.get("added_tokens", [])]
+    tokens = max(len(data["model"].get("vocab", ())), *(index + 1 for index in added), 0)
+    rows = max(tokens, _embedding_rows(tokenizer_dir))
+    return TokenizerReport(tokens, rows, 0, [], [], [], [], [], {})
 
 
 def plain_text(text: str, replaced: dict[str, str]) -> str:

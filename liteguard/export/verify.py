@@ -108,12 +108,15 @@ def check_form(
             sorted([one] for one in bundle.stop_ids) == sorted(wanted),
             f"the prompt's stop tokens {prompt.stop_tokens} are {wanted} on the device",
         )
-        text, own = prompt.render_question(question), bundle.render_chat(question)
+        # What the runtime puts before everything is no part of what its template renders.
+        text = prompt.render_question(question).removeprefix(prompt.bos_token)
+        own, start = bundle.render_chat(question), bundle.start_id
+        begins = start == (bundle.tokenize(prompt.bos_token)[-1] if prompt.bos_token else None)
         table.add(
             "prompt",
-            "as in training" if bundle.start_id is None else f"starts with {bundle.start_id}",
+            "as in training" if begins else f"starts with {start}",
             "as in training",
-            bundle.start_id is None
+            begins
             and own.replace(GUARD, "") == text
             and bundle.tokenize(own) == bundle.tokenize(text),
             f"the bundle renders {own!r} where training rendered {text!r}",

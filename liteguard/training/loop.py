@@ -14,6 +14,7 @@ from liteguard.machine import gpu_memory_gb
 from liteguard.training import memory_estimate, patches
 from liteguard.training.callbacks import progress, stopped_early, unlearns
 from liteguard.training.feed import Counts
+from liteguard.training.isolation import PackingRefused
 from liteguard.training.stage import Run, Stage, last_checkpoint
 
 
@@ -70,16 +71,26 @@ def run(
 
     `make_trainer` builds a trainer for a stage and says what each of its steps computes. After an
     out-of-memory error it is asked for one with half the micro-batch and twice the accumulation,
-    which goes on from the last checkpoint: the optimizer steps stay the same.
+    which goes on from the last checkpoint: the optimizer steps stay the same. So they do for a
+    model that must not be packed, which is trained on padded rows.
     """
+    refused: list[str] = []
 
     def attempt(batch_size: int, accumulation: int) -> tuple[Any, dict[str, Any]]:
         shape = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        shape |= {"packing": False} if refused else {}
         section = stage.section.model_copy(update=shape)
         config = stage.config.model_copy(update={stage.name: section})
         smaller = replace(stage, config=config)
         trainer, counts = make_trainer(smaller)
-        return trainer, train(smaller, trainer, counts)
+        try:
+            return trainer, train(smaller, trainer, counts)
+        except PackingRefused as error:
+            refused.append(str(error))
+        print(f"{refused[0]}\n{stage.name}: going on with padded rows (same steps, same loss)")
+        del trainer  # and its model, before the next one is loaded
+        machine.release_memory()
+        return attempt(batch_size, accumulation)
 
     section = stage.section
     (trainer, metrics), ladder = train_within_memory(
@@ -88,7 +99,8 @@ def run(
         section.gradient_accumulation,
         explain=lambda: memory_estimate.explain(stage.config, stage.name, stage.architecture),
     )
-    return trainer, {**metrics, "out_of_memory": ladder}
+    extra = {"packing_refused": refused[0]} if refused else {}
+    return trainer, {**metrics, "out_of_memory": ladder, **extra}
 
 
 def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:

@@ -92,12 +92,18 @@ def read_shapes(architecture: Any) -> Shapes:
         layer_norm=all(isinstance(m, torch.nn.LayerNorm) for m in norms),
         norms=len(norms),
         gated=gated,
-        activation=config.hidden_act,
+        activation=_activation(config),
         residual_dropout=getattr(config, "resid_pdrop", 0.0) > 0,
         partial_rotary=partial < 1,
         linear=linear,
         other_parameters=total - sum(n_in * n_out for _, n_in, n_out in linear),
     )
+
+
+def _activation(config: Any) -> str:
+    """The name of the FFN's activation, under the names that families give the setting."""
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    return next((str(v) for name in names if (v := getattr(config, name, None))), "silu")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ micro-batches as the memory that the configuration allows (`batch_size` x `max_l
 the model runs on their tokens only: `pack_forward` takes the padding out of every batch that a
 trainer hands over, keeps positions and attention within each example, and puts the results back
 where the trainer expects them. Loss and gradients are those of padded rows; tests/test_packing.py
-compares them, and `check_isolation` looks at the model at hand before anything is trained.
+compares them, and isolation.py looks at the model at hand before anything is trained.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from liteguard.errors import UserError, WorkError
+from liteguard.errors import UserError
 from liteguard.training.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -223,7 +223,9 @@ def segment_attention(
 
     query: (1, heads, tokens, head size); key and value may have fewer heads. Without
     `segment_lengths` (a padded batch, generation) it is transformers' `sdpa`. Nothing of another
-    segment is ever multiplied, so there is neither a mask of tokens x tokens nor work for it.
+    segment is ever multiplied, so there is neither a mask of tokens x tokens nor work for it. A
+    layer with a `sliding_window` sees no further back than that; only segments that are longer
+    need a mask of their own length.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -232,16 +234,35 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    grouped = query.shape[1] != key.shape[1]
     # split, not slices: the gradient of each slice would be a tensor of the whole length.
     parts = [tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value)]
-    attended = [
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+    window, attended = kwargs.get("sliding_window"), []
+    for q, k, v in zip(*parts, strict=True):
+        groups, rule = q.shape[1] // k.shape[1], {}
+        if window and q.shape[2] > window:
+            # A mask and grouped heads together would run in PyTorch's slowest kernel.
+            k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+            rule = {"attn_mask": window_mask(q.shape[2], window, q.device)}
+        else:
+            rule = {"is_causal": True, "enable_gqa": groups > 1}
+        attended.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scaling, **rule
+            )
         )
-        for q, k, v in zip(*parts, strict=True)
-    ]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Whether row attends to column: to itself and to the `window` - 1 tokens before it.
+
+    bool, shape (length, length). Source: `sliding_window_overlay` of transformers' masking_utils.
+    """
+    import torch
+
+    place = torch.arange(length, device=device)
+    back = place[:, None] - place
+    return (back >= 0) & (back < window)
 
 
 def use_segment_attention(model: Any) -> None:
@@ -341,49 +362,3 @@ def watch_losses(model: Any, on_bad_batch: Callable[[dict[str, torch.Tensor]], N
         return outputs
 
     model.forward = forward
-
-
-def check_isolation(model: Any, vocabulary: int) -> None:
-    """Raise WorkError when an example's results depend on what it is packed with.
-
-    Runs the model at hand (its attention, its precision, its device): one example after two
-    different ones of the same length, and alone. Identical kernels on identical shapes: the first
-    two results must be equal but for the last bit; the third may use other kernels.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    length = 24
-    device = next(model.parameters()).device
-    draw = torch.randint(0, vocabulary, (3, length), generator=generator).to(device)
-    training = model.training
-    model.eval()
-
-    def score(rows: list[int]) -> torch.Tensor:
-        ids = draw[rows]
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
-        with torch.no_grad(), autocast:
-            return (
-                model(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    labels=ids,
-                    fused_lm_head=True,
-                )
-                .log_probs[-1]
-                .float()
-            )
-
-    # The trainer runs under autocast when the base is stored in 16 bit.
-    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    first, second, alone = score([0, 2]), score([1, 2]), score([2])
-    model.train(training)
-    mixed = (first - second).abs().max().item()
-    apart = (first - alone).abs().mean().item()
-    if mixed > 1e-3 or apart > 0.1:
-        raise WorkError(
-            f"packing is refused: with {model.config._attn_implementation!r} attention an "
-            "example's log-probabilities depend on its neighbour in the micro-batch (by "
-            f"{mixed:.3g} nats; {apart:.3g} against the example alone). Set model.attention to "
-            "sdpa, or packing to false for this stage."
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from liteguard import distributed
-from liteguard.training import packing, validation
+from liteguard.training import isolation, packing, validation
 from liteguard.training.callbacks import keep_bad_batch
 from liteguard.training.feed import Counts, pair_order
 from liteguard.training.reference import check_reference, precompute_reference, restore_precision
@@ -22,8 +22,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     2. `check_reference`: policy and reference against the parent's file, untouched by a forward.
     3. `score_targets_only`: replaces the `forward` of the causal model; what follows wraps it.
     4. `fuse_lora`: replaces linear layers, which no `forward` below holds a reference to.
-    5. attention of packed rows, `pack_forward`, and the proof that no row sees another: with the
-       layers that will train.
+    5. `isolation.pack`: rows alone, then attention of packed rows and `pack_forward`, then the
+       proof that both are the same and no row sees another: with the layers that will train.
     6. `precompute_reference`: forward passes as in training, so after 3 to 5; it drops the copy.
     7. `hook_losses`: the trainer's own losses and sets, which 6 has given a column more.
     8. `watch_losses`, `weigh_rows`: outermost around `forward`. The watch comes first and so sees
@@ -42,10 +42,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
         fuse_lora(model)
     base = model.get_base_model()
     if stage.section.packing:
-        if stage.config.model.attention == "sdpa":
-            packing.use_segment_attention(base)
-        packing.pack_forward(base)
-        packing.check_isolation(model, stage.architecture.vocab_size)
+        longest = min(stage.section.max_length, stage.config.model.context_length)
+        isolation.pack(model, stage.architecture, longest)
     if stage.name == "safety" and stage.config.safety.precompute_reference:
         precompute_reference(stage, trainer)
     hook_losses(stage, trainer, counts)

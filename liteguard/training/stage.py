@@ -19,7 +19,7 @@ from liteguard.errors import UserError, WorkError
 from liteguard.machine import gpu_memory_gb, library_versions
 from liteguard.records import StageRecord
 from liteguard.rows import again, read_manifest
-from liteguard.training import validation
+from liteguard.training import isolation, validation
 
 PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -158,10 +158,18 @@ def _plan(
             f"data/{s}": manifest["files"].get(f"{part}/{s}.jsonl") for s in ("train", "validation")
         },
         **{f"{name}.{key}": value for key, value in section.items()},
-        **{f"prompt.{key}": value for key, value in config.prompt.model_dump().items()},
+        **{
+            f"prompt.{key}": value
+            for key, value in config.prompt.model_dump().items()
+            if value or key != "bos_token"  # which older stages do not have
+        },
     }
     if revision:  # what the commit was resolved from
         inputs |= {"base_model": config.model.name, "base_asked": config.model.revision}
+    if section["packing"] and (why := isolation.refusal(loaded)):
+        print(f"{name}: packing is refused: {why}. Padded rows are trained on (packing: false)")
+        padded = getattr(config, name).model_copy(update={"packing": False})
+        config = config.model_copy(update={name: padded})
     return Stage(
         name=name,
         config=config,
@@ -189,7 +197,7 @@ def load_tokenizer(stage: Stage) -> Any:
     return models.load_tokenizer(
         str(stage.parent or stage.base_directory),
         stage.config.prompt,
-        stage.architecture.vocab_size,
+        stage.architecture.get_text_config().vocab_size,
         None if stage.parent else stage.base_revision,
         stage.config.model.trust_remote_code,
     )

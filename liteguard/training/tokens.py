@@ -106,18 +106,30 @@ def documents(tokenizer: Any, data_dir: Path, split: str, config: Config) -> Tok
     """The domain texts of a split, each ended by the document end, in pieces of `max_length`.
 
     A piece begins with the last token of the one before it, so that every token but the first of a
-    text is a target exactly once. Raises UserError when there is no text.
+    text is a target exactly once. A BOS of the prompt stands before every piece: models that need
+    one need it wherever they begin to read. Raises UserError when there is no text.
     """
     import numpy as np
 
-    end = config.prompt.document_end_token
+    prompt = config.prompt
+    size = min(config.domain.max_length, config.model.context_length)
 
     def tokenize(rows: list[dict]) -> Iterator[Tokenized]:
-        ids = tokenizer([row["text"] + end for row in rows], add_special_tokens=False)["input_ids"]
-        return (Tokenized(row, 0) for row in ids)
+        texts = [prompt.render_document(row["text"]) for row in rows]
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            if not prompt.bos_token:
+                yield Tokenized(ids, 0)
+                continue
+            yield Tokenized(ids[:size], 1)
+            for start in range(size, len(ids), size - 2):
+                yield Tokenized([ids[0], *ids[start - 1 : start + size - 2]], 2)
 
-    whole = _cached(tokenizer, data_dir, f"domain/{split}.jsonl", config, tokenize, {"end": end})
-    size = min(config.domain.max_length, config.model.context_length)
+    settings: dict[str, Any] = {"end": prompt.document_end_token}
+    if prompt.bos_token:
+        settings |= {"bos": prompt.bos_token, "max_length": size}
+    whole = _cached(tokenizer, data_dir, f"domain/{split}.jsonl", config, tokenize, settings)
+    if prompt.bos_token:
+        return _with_targets(whole, f"domain {split}")
     pieces = np.maximum(-(-(whole.lengths - 1) // (size - 1)), 1)
     source = np.repeat(np.arange(len(whole)), pieces)
     number = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -185,9 +197,10 @@ def _fitted(
     cut = SHORTER if left_out else WHOLE
     over = sum(map(len, pieces)) - length
     if over > 0:  # of one exchange, after all
-        cut, pieces[0] = BEHEADED, pieces[0][over:]
+        begin = 1 if prompt.bos_token else 0  # token that is never cut
+        cut, pieces[0] = BEHEADED, pieces[0][:begin] + pieces[0][begin + over :]
         # An answer that leaves no room for a single token of its question is dropped.
-        if not pieces[0]:
+        if len(pieces[0]) <= begin or sum(map(len, pieces)) > length:
             return Tokenized([], 0)
     ids = list(itertools.chain(*pieces))
     if len(pieces) == 2:

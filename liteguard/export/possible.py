@@ -1,0 +1,226 @@
+"""Whether bundles can be made of a base model with a prompt, asked before anything is trained.
+
+From the configuration, the tokenizer and the prompt alone: no weights are read, nothing is
+converted. The tokenizer of a `.task` is made and compared on prepared texts, as the proof will do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from liteguard import checkpoints, distributed
+from liteguard.config import Config
+from liteguard.errors import LiteGuardError, UserError
+from liteguard.export import tflite, tokenizer
+from liteguard.prompts import Prompt
+from liteguard.rows import FIELDS
+
+TEXTS = 300  # rows of each part whose ids are compared
+ROOM = 512  # characters of a text
+# Layers that a converted model's cache of keys and values can stand for.
+_LAYERS = ("full_attention", "sliding_attention")
+ENDINGS = (".task", ".litertlm")
+
+
+@dataclass(frozen=True)
+class Possible:
+    """Why a container cannot be made; empty where it can. What was compared, in words."""
+
+    task: str
+    litertlm: str
+    compared: str
+
+    def why_not(self, ending: str) -> str:
+        """The reason against `.task` or `.litertlm`, or an empty string."""
+        return self.task if ending == ".task" else self.litertlm
+
+    def __str__(self) -> str:
+        if not (self.task or self.litertlm):
+            return f"bundles: .task and .litertlm can be made ({self.compared})"
+        if self.task and self.litertlm:
+            return f"bundles: neither .task nor .litertlm can be made: {self.task}"
+        made, other = ENDINGS if self.litertlm else reversed(ENDINGS)
+        return f"bundles: {made} only; no {other} can be made: {self.why_not(other)}"
+
+
+class Planned(Protocol):
+    """A training stage, as far as it matters here."""
+
+    config: Config
+    architecture: Any
+    base_directory: str
+    data_dir: Path
+    parent: Path | None
+
+
+def require(stage: Planned, own: Any) -> Possible:
+    """What `possible` finds, said on the screen.
+
+    Raises UserError where neither container can be made of what stage 1 is going to train, unless
+    `compress.required` is off.
+    """
+    config = stage.config
+    parts = config, stage.architecture, own, stage.base_directory, stage.data_dir
+    found = possible(*parts)
+    if found.task and found.litertlm and not stage.parent and config.compress.required:
+        raise UserError(
+            f"{found}. Nothing was trained. For a model that stays on a computer: "
+            "--set compress.required=false"
+        )
+    print(found)
+    return found
+
+
+@distributed.main_first
+def possible(
+    config: Config, architecture: Any, own: Any, base: str | Path, data_dir: Path
+) -> Possible:
+    """What can be made of a base model.
+
+    Args:
+        config: prompt, `compress`, and where the answer is kept (`data.cache_dir`).
+        architecture: the base's transformers config.
+        own: its tokenizer, with the prompt's tokens (`models.load_tokenizer`).
+        base: its directory, for a SentencePiece model of its own.
+        data_dir: prepared data, for texts to compare on.
+    """
+    if shape := wrong_shape(architecture, tflite.choose_converter(config.compress.converter)):
+        return Possible(shape, shape, "")
+    texts, questions = sample(data_dir)
+    core = own.backend_tokenizer.to_str()
+    rows = architecture.get_text_config().vocab_size
+    native = Path(base) / "tokenizer.model"
+    key = checkpoints.sha256_json(
+        {
+            "version": 1,
+            "tokenizer": core,
+            "rows": rows,
+            "native": checkpoints.sha256_file(native) if native.is_file() else None,
+            "prompt": config.prompt.model_dump(),
+            "texts": [texts, questions],
+            "identical": config.compress.verify.identical_ids,
+        }
+    )
+    kept = Path(config.data.cache_dir) / "bundles" / f"{key[:32]}.json"
+    if kept.is_file():
+        return Possible(**json.loads(kept.read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "tokenizer.json").write_text(core, encoding="utf-8")
+        (work / "config.json").write_text(json.dumps({"vocab_size": rows}))
+        identical = config.compress.verify.identical_ids
+        task, compared = as_task(work, native, config.prompt, texts, questions, identical)
+    found = Possible(task, as_litertlm(own, config.prompt), compared)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(kept, asdict(found))
+    return found
+
+
+def wrong_shape(architecture: Any, converter: str) -> str:
+    """Why litert-torch cannot convert a transformers config's model, or an empty string."""
+    text = architecture.get_text_config()
+    kind = architecture.model_type
+    if text is not architecture:
+        return (
+            f"the {kind!r} architecture holds a text model among others (for images or sound); "
+            "take a base model that is text only"
+        )
+    if getattr(text, "num_key_value_heads", None) is None:
+        return (
+            f"the {kind!r} architecture has no num_key_value_heads, which the converter reads "
+            "(GPT-2 and Pythia families)"
+        )
+    if other := sorted({*(getattr(text, "layer_types", None) or ())}.difference(_LAYERS)):
+        return (
+            f"the {kind!r} architecture has layers of kind {', '.join(other)}, and neither the "
+            "proof nor the runtime's cache knows them"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    if converter == "v2" and any(part.get("rope_type") == "longrope" for part in kinds):
+        return (
+            "its positions are of kind longrope, which converter v2 cannot write (try --set "
+            "compress.converter=v1)"
+        )
+    return ""
+
+
+def as_task(
+    folder: Path,
+    native: Path,
+    prompt: Prompt,
+    texts: list[str],
+    questions: list[str],
+    identical: float,
+) -> tuple[str, str]:
+    """(why no `.task` can be made, what was compared) of tokenizer.json and config.json in a
+    folder."""
+    import sentencepiece
+    import tokenizers
+
+    made = folder / "made.model"
+    try:
+        report = tokenizer.build_sentencepiece(folder, made, native=native)
+    except LiteGuardError as error:
+        return str(error).splitlines()[0].replace(f"{folder}/", "the base's "), ""
+    device = sentencepiece.SentencePieceProcessor(model_file=str(made))
+    original = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for token in filter(None, (*prompt.stop_tokens, prompt.bos_token)):
+        if device.piece_to_id(token) != original.token_to_id(token):
+            return f"the prompt's token {token!r} is no piece of its SentencePiece model", ""
+    found = tokenizer.compare_tokenizers(folder, made, texts, report.replaced)
+    equal = round(found["identical"] * found["texts"])
+    compared = f"{equal:,} of {found['texts']:,} texts have equal ids"
+    what = f"; the original normalises text ({report.normalizer})" if report.normalizer else ""
+    if _surely_more(found["texts"] - equal, found["texts"] * (1 - identical)):
+        return f"only {compared} in SentencePiece (causes {found['causes']}){what}", compared
+    for question in questions[:20] or ["What is asthma?"]:
+        # The runtime puts the BOS before everything by itself.
+        asked = tokenizer.plain_text(prompt.render_question(question), report.replaced)
+        wanted = original.encode(asked, add_special_tokens=False).ids
+        given = device.encode(asked.removeprefix(prompt.bos_token))
+        if wanted[bool(prompt.bos_token) :] != given:
+            around = next(
+                (i for i, (a, b) in enumerate(zip(wanted[1:], given, strict=False)) if a != b), 0
+            )
+            text = original.decode(wanted[max(around - 2, 0) : around + 4], False)
+            return (
+                f"the prompt has other ids in SentencePiece than in training, near {text!r}; a "
+                ".litertlm has the original tokenizer",
+                compared,
+            )
+    return "", compared
+
+
+def _surely_more(seen: int, expected: float) -> bool:
+    """Whether so many differing texts are no accident where `expected` are allowed: less than 1 in
+    20 samples would have as many (Poisson). What is near the limit is for the proof to decide."""
+    fewer = sum(expected**k / math.factorial(k) for k in range(min(seen, 100)))
+    return seen > 0 and 1 - math.exp(-expected) * fewer < 0.05
+
+
+def as_litertlm(own: Any, prompt: Prompt) -> str:
+    """Why no `.litertlm` can be made with a tokenizer, or an empty string."""
+    missing = [t for t in prompt.stop_tokens if own.backend_tokenizer.token_to_id(t) is None]
+    return f"{', '.join(missing)} is no token of the tokenizer" if missing else ""
+
+
+def sample(data_dir: Path) -> tuple[list[str], list[str]]:
+    """(texts, questions) of the prepared validation rows: the first of each part that there is."""
+    texts: list[str] = []
+    questions: list[str] = []
+    for part, fields in FIELDS.items():
+        path = data_dir / part / "validation.jsonl"
+        if not path.is_file():
+            continue
+        with path.open(encoding="utf-8") as file:
+            for row in map(json.loads, itertools.islice(file, TEXTS)):
+                texts += [str(row[field])[:ROOM] for field in fields]
+                questions += [row["prompt"][:ROOM]] if part == "instruction" else []
+    return list(dict.fromkeys(texts)), questions
