@@ -70,6 +70,7 @@ def test_activations_are_rounded_a_token_at_a_time():
     torch.testing.assert_close(found[0], x[0])
     assert found[1, 1] == 0 and found[1, 0] == pytest.approx(-1000, abs=2)
     assert (found[2] - x[2]).abs().max() <= 7 / 255 / 2 + 1e-6, "the range of a token holds 0"
+    torch.testing.assert_close(calibration.rounded_inputs(-x), -found, msg="and so from below")
     assert not calibration.rounded_inputs(torch.zeros(1, 4)).any()
 
 
