@@ -3,9 +3,10 @@
     python benchmarks/bench_recipes.py --input final_checkpoint --json recipes_report.json
 
 Exports the checkpoint once, quantises it with every recipe and compares each bundle with the merged
-16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. The sizes of
-Phi-1.5 and Phi-2 are computed from their shapes and each recipe's bits; benchmarks/bench_convert.py
-measures them.
+16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. Recipes with
+4-bit weights are measured as they are by default, calibrated on training rows, and as
+compress.calibrate=false makes them ("min-max"). The sizes of Phi-1.5 and Phi-2 are computed from
+their shapes and each recipe's bits; benchmarks/bench_convert.py measures them.
 """
 
 from __future__ import annotations
@@ -18,32 +19,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from liteguard import checkpoints, cli, memory, models
+from liteguard import checkpoints, cli, machine, memory, models
 from liteguard.config import RECIPES, Config
-from liteguard.export import bundle, measured, merge, quantization, silence, tflite, tokenizer
+from liteguard.export import (
+    bundle,
+    calibration,
+    measured,
+    merge,
+    quantization,
+    silence,
+    tflite,
+    tokenizer,
+)
 from liteguard.runtime.workers import BundleWorkers
+
+MIN_MAX = ", min-max"
+
+
+def variants(recipes: list[str]) -> list[str]:
+    """The recipes' names; those with 4-bit weights a second time, without calibration."""
+    doubled = (
+        (name, name + MIN_MAX) if name in quantization.BLOCKS else (name,) for name in recipes
+    )
+    return [name for names in doubled for name in names]
 
 
 def phi_bytes(shape: str, recipe: str) -> int:
-    """Bytes of a Phi model's weights, scales and biases in a recipe.
-
-    8-bit rows have a float32 scale and an int64 zero point, 4-bit blocks a float16 scale.
-    """
+    """Bytes of a Phi model's weights, scales and biases in a recipe."""
     config = memory.phi_architecture(shape)
-    hidden, wide, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
-    ffn, attention, rest = quantization.BITS[recipe]
-    matrices = (
-        (ffn, 2 * config.num_hidden_layers, hidden * wide, (hidden + wide) // 2),
-        (attention, 4 * config.num_hidden_layers, hidden * hidden, hidden),
-        (rest, 2, vocabulary * hidden, vocabulary),
-    )
-    block = 64 if recipe.endswith("64") else 32
-    total = 0
-    for bits, count, entries, rows in matrices:
-        scales = {8: 12 * rows, 4: 2 * entries // block}.get(bits, 0)
-        total += count * (entries * bits // 8 + scales)
-    biases = config.num_hidden_layers * (5 * hidden + wide + 2 * hidden) + vocabulary
-    return total + 4 * biases
+    shapes = [parameter.shape for parameter in models.meta_model(config).parameters()]
+    return quantization.expected_bytes(shapes, recipe, config.to_dict())
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict:
@@ -71,20 +76,27 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     reference = measured.Reference(merged, config.prompt, samples, work / "merged.jsonl", silenced)
     report = {"tolerance": section.perplexity_limit("int8"), "recipes": {}}
     question = config.prompt.render_question(samples.questions[0])
-    for recipe in args.recipes:
-        made = tflite.quantize(exact, file, recipe, merged, progress=None)
-        task = work / f"{recipe}.task"
+    rows = calibration.training_rows(config, data_dir, merged)
+    for variant in (names := variants(args.recipes)):
+        recipe = variant.removesuffix(MIN_MAX)
+        folder = None if variant != recipe else calibration.folder(work, recipe, config)
+        how = {}
+        if folder:
+            parts = merged, rows, recipe, folder
+            how = machine.in_child("calibrate", calibration.calibrate, *parts)
+        made = tflite.quantize(exact, file, recipe, merged, folder, progress=None)
+        task = work / f"{variant}.task"
         bundle.write_task(file, work / "tokenizer.model", config.prompt, task, silenced)
         found, exact_model, change = measured.measure_bundle(
             BundleWorkers(task, workers=1),
             reference,
             section,
             report["tolerance"],
-            work / f"{recipe}.jsonl",
+            work / f"{variant}.jsonl",
         )
         answers = list(zip(found.answers, exact_model.answers, strict=True))[: args.rows]
         report["merged_perplexity"] = round(exact_model.perplexity, 3)
-        report["recipes"][recipe] = {
+        report["recipes"][variant] = {
             "megabytes": round(made["file_bytes"] / 1e6, 1),
             "perplexity": round(found.perplexity, 3),
             "change": round(change.change, 5),
@@ -95,18 +107,19 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
             "answers": len(answers),
             "phi1_5_gb": round(phi_bytes("phi-1_5", recipe) / 1e9, 2),
             "phi2_gb": round(phi_bytes("phi-2", recipe) / 1e9, 2),
+            "calibration": how,
         }
-        print(f"{recipe}: {report['recipes'][recipe]}", flush=True)
+        print(f"{variant}: {report['recipes'][variant]}", flush=True)
     report["tokens"] = max(row["tokens"] for row in report["recipes"].values())
     # Speeds last and in turns: on a shared machine a recipe's minutes are not another's.
-    speeds: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in args.recipes}
+    speeds: dict[str, list[dict[str, float]]] = {variant: [] for variant in names}
     for _ in range(args.rounds):
-        for recipe, runs in speeds.items():
-            workers = BundleWorkers(work / f"{recipe}.task", workers=1)
+        for variant, runs in speeds.items():
+            workers = BundleWorkers(work / f"{variant}.task", workers=1)
             runs.append(workers.benchmark(question))
-            report["recipes"][recipe]["peak_rss_gb"] = round(workers.peak_rss_gb, 2)
-    for recipe, runs in speeds.items():
-        row = report["recipes"][recipe]
+            report["recipes"][variant]["peak_rss_gb"] = round(workers.peak_rss_gb, 2)
+    for variant, runs in speeds.items():
+        row = report["recipes"][variant]
         row["decode_tok_s"] = round(max(run["decode_tok_s"] for run in runs), 1)
         row["first_token_s"] = round(min(run["first_token_s"] for run in runs), 3)
     return report
@@ -130,12 +143,12 @@ def main() -> None:
     print(
         f"\nmerged model: perplexity {report['merged_perplexity']}; texts until a change is known "
         f"to {report['tolerance'] / 4:.2%}\n"
-        f"{'recipe':17}     MB  perplexity   change     +-  same answers  tokens/s  first token"
+        f"{'recipe':22}     MB  perplexity   change     +-  same answers  tokens/s  first token"
         "  Phi-1.5 GB  Phi-2 GB"
     )
     for name, row in report["recipes"].items():
         print(
-            f"{name:17} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
+            f"{name:22} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
             f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} "
             f"{row['decode_tok_s']:8.1f} {row['first_token_s']:10.2f} s "
             f"{row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"

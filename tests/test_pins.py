@@ -85,12 +85,25 @@ NAMES = {
         "TensorType.INT2",
         "TensorType.INT4",
     ],
-    "ai_edge_quantizer.algorithm_manager": ["AlgorithmName.FLOAT_CASTING"],
+    "ai_edge_quantizer.algorithm_manager": [
+        "AlgorithmName.DEQUANTIZED_WEIGHT_RECOVERY",  # replaced: the scales are known
+        "AlgorithmName.FLOAT_CASTING",
+        "AlgorithmName.MIN_MAX_UNIFORM_QUANT",
+        "register_quantized_op",
+    ],
+    "ai_edge_quantizer.algorithms.uniform_quantize.common_quantize": ["materialize_fc_conv"],
+    "ai_edge_quantizer.algorithms.uniform_quantize.naive_min_max_quantize": [
+        "get_tensor_quant_params",
+        "init_qsvs",
+        "min_max_calibrate",
+    ],
     "ai_edge_quantizer.qtyping": [
         "ComputePrecision.FLOAT",
         "OpQuantizationConfig",
         "TensorDataType.FLOAT",
         "TensorQuantizationConfig",
+        "TFLOperationName.FULLY_CONNECTED",
+        "UniformQuantParams",
     ],
     "ai_edge_quantizer.quantizer": ["Quantizer.load_quantization_recipe", "Quantizer.quantize"],
     "ai_edge_quantizer.recipe": [

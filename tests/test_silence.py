@@ -15,7 +15,16 @@ from types import SimpleNamespace
 import pytest
 
 from liteguard.errors import WorkError
-from liteguard.export import bundle, silence, tflite, tokenizer
+from liteguard.export import (
+    bundle,
+    calibration,
+    chosen,
+    gptq,
+    quantization,
+    silence,
+    tflite,
+    tokenizer,
+)
 from liteguard.prompts import Prompt
 from liteguard.runtime.bundle import Bundle
 from liteguard.runtime.container import tflite_model
@@ -318,3 +327,63 @@ def test_both_containers_put_the_bos_before_everything_once(made, tmp_path):
             assert read == len(opened.tokenize(asked)), f"{name} read {read} tokens"
             with pytest.raises(WorkError, match="does not start with it"):
                 opened.generate(QUESTION, 8)
+
+
+def _four_bit_weights(file: Path) -> set[bytes]:
+    """The float32 content of each matrix that a TFLite file keeps in blocks of 4 bits."""
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+
+    model, content = quantization._open(file)
+
+    def data(tensor) -> np.ndarray:
+        buffer = model.Buffers(tensor.Buffer())
+        if buffer.DataLength():
+            return buffer.DataAsNumpy()
+        return np.frombuffer(content[buffer.Offset() : buffer.Offset() + buffer.Size()], np.uint8)
+
+    found = set()
+    for index in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(index)
+        for tensor in map(graph.Tensors, range(graph.TensorsLength())):
+            if tensor.Type() != schema.TensorType.INT4:
+                continue
+            blocks = schema.BlockwiseQuantization()
+            details = tensor.Quantization().Details()
+            blocks.Init(details.Bytes, details.Pos)
+            packed = data(tensor)
+            pairs = np.stack([packed & 15, packed >> 4], 1).reshape(tensor.ShapeAsNumpy())
+            integers = ((pairs.astype(np.int8) ^ 8) - 8).astype(np.float32)
+            scales = data(graph.Tensors(blocks.Scales())).view(np.float16).astype(np.float32)
+            assert blocks.BlockSize() == 32 and len(scales) == integers.size // 32
+            found.add((integers.reshape(-1, 32) * scales[:, None]).tobytes())
+    return found
+
+
+def test_calibrated_weights_are_in_the_file_bit_for_bit(made, tmp_path):
+    """What calibration chose, and nothing else, is what the device computes with."""
+    import torch
+
+    torch.manual_seed(0)
+    rows = torch.randint(made.rows, (30, 20)).tolist()
+    kept = tmp_path / "kept"
+    calibration.calibrate(made.merged, rows, "int4_block32", kept)
+    file = tmp_path / "calibrated.tflite"
+    found = tflite.quantize(made.exact, file, "int4_block32", made.merged, kept, progress=None)
+    choice = chosen.Chosen(kept.glob("*.safetensors"))
+    wanted = {
+        gptq.dequantized(*map(torch.from_numpy, choice.get(key))).numpy().tobytes()
+        for key in choice.open
+    }
+    assert _four_bit_weights(file) == wanted
+    assert len(wanted) == {"phi": 6, "tied": 7}[made.name]
+    plain = _quantized(made, "int4_block32")
+    assert not _four_bit_weights(plain) & wanted, "rounding to the nearest is something else"
+    assert found["file_bytes"] == plain.stat().st_size
+
+    # Weights of another model are refused instead of left out.
+    other = next(kept.glob("*.safetensors"))
+    weights = {"0" * 32: tuple(map(torch.from_numpy, choice.get(next(iter(choice.open)))))}
+    chosen.save(other.with_name("9999.safetensors"), weights, gptq.Format(4, 32))
+    with pytest.raises(WorkError, match="1 calibrated weights are not in the converted file"):
+        tflite.quantize(made.exact, file, "int4_block32", made.merged, kept, progress=None)

@@ -92,6 +92,21 @@ class CompressSection(Section):
         description="auto: int8, and the next more exact one while the proof says that it loses "
         f"too much. Or one of {', '.join(RECIPES)}.",
     )
+    size_gb: float | None = Field(
+        None,
+        gt=0,
+        description="With quantize: auto, only recipes whose weights take at most so many GB "
+        "(10^9 bytes); mixed or int4_block32 where 8 bits take more.",
+    )
+    calibrate: bool = Field(
+        True,
+        description="4-bit weights are chosen by what they do to training rows (GPTQ, fitted "
+        "scales). false: by the largest weight of each block; seconds instead of minutes, and "
+        "several times the loss.",
+    )
+    calibration_tokens: int = Field(
+        4096, ge=64, description="Tokens of training rows to calibrate on."
+    )
     prefill_lengths: list[PositiveInt] = Field(
         default_factory=lambda: [1024],
         min_length=1,

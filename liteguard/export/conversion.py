@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from liteguard import machine, writing
 from liteguard.config import Config
-from liteguard.export import bundle, merge, silence, tflite, tokenizer, verify
+from liteguard.export import (
+    bundle,
+    calibration,
+    merge,
+    quantization,
+    silence,
+    tflite,
+    tokenizer,
+    verify,
+)
 from liteguard.export.measured import Samples
 from liteguard.export.outputs import Steps
 
@@ -48,6 +59,7 @@ class Conversion:
         """All steps; returns the facts of each for the bundle's record."""
         section = self.config.compress
         facts = self.steps.keep("merge", self._merge)
+        recipes = self._recipes()
         self.replaced = facts["tokenizer"]["replaced"]
         # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows
         # all.
@@ -65,7 +77,17 @@ class Conversion:
             converter=self.converter,
         )
         tolerances = section.verify.model_dump()
-        return facts | self.steps.first_that_passes(self._attempt, section.recipes, tolerances)
+        return facts | self.steps.first_that_passes(self._attempt, recipes, tolerances)
+
+    def _recipes(self) -> list[str]:
+        """What to try: what the settings name, as far as `compress.size_gb` allows it."""
+        section = self.config.compress
+        if section.quantize != "auto" or section.size_gb is None:
+            return list(section.recipes)
+        architecture = json.loads((self.merged / "config.json").read_text())
+        shapes = tflite.parameter_shapes(self.merged)
+        wanted = section.recipes, section.size_gb, shapes, architecture
+        return quantization.recipes_that_fit(*wanted)
 
     def _merge(self) -> dict[str, Any]:
         writing.remove(self.merged)
@@ -95,8 +117,15 @@ class Conversion:
         quantized = self.work / f"{recipe}.tflite"
         if not quantized.exists():
             machine.check_disk(self.work, tflite.bundle_disk(self.parameters, recipe) / 1e9)
-        parts = self.exact, quantized, recipe, self.merged
-        found = {"quantize": self.steps.keep(f"quantize_{recipe}", tflite.quantize, *parts)}
+        calibrated = calibration.folder(self.work, recipe, self.config)
+        parts = self.exact, quantized, recipe, self.merged, calibrated
+        found = {}
+        if calibrated:
+            given = self.config, self.checkpoint, self.merged, recipe, calibrated
+            how = self.steps.keep(f"calibrate_{recipe}", calibration.of_checkpoint, *given)
+            found = {"calibration": how}
+        facts = self.steps.keep(f"quantize_{recipe}", tflite.quantize, *parts)
+        found = {"quantize": facts | found}
         made = [self.work / path.name for path in self.bundles]
         found["bundles"] = self.steps.run(
             "bundle", lambda: {path.name: self._write(quantized, path) for path in made}

@@ -9,13 +9,15 @@ because converter v2 names linear layers by number only.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard.errors import WorkError
+from liteguard.errors import UserError, WorkError
+from liteguard.export import chosen
 
 # Bits of a weight in (FFN, attention, embedding and output layer).
 BITS = {
@@ -28,6 +30,8 @@ BITS = {
     "fp16": (16, 16, 16),
     "none": (32, 32, 32),
 }
+# Inputs that share a scale, in the recipes with 4-bit weights.
+BLOCKS = {"mixed": 32, "int4_block32": 32, "int4_block64": 64}
 # Weights shorter than this are norms, biases and constants.
 _SMALL = 1024
 
@@ -59,10 +63,68 @@ def custom_operators(file: Path) -> set[str]:
     return {(code.CustomCode() or b"?").decode() for code in custom}
 
 
-def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[str]]:
-    """Role ("ffn", "ffn_down", "attention", "output") -> names of its linear layers' results.
+def role(shape: Sequence[int], architecture: dict[str, Any]) -> str:
+    """What a linear layer with weights of that shape (outputs, inputs) does in a model.
 
-    "ffn_down" are the layers that lead out of a feed-forward block, "ffn" those into it.
+    "ffn_down" leads out of a feed-forward block, "ffn" into it; else "attention" or "output".
+    `architecture` is the model's config.json.
+    """
+    if shape[0] == architecture["vocab_size"]:
+        return "output"
+    wide = architecture.get("intermediate_size") or architecture.get("n_inner")
+    return {shape[0]: "ffn", shape[1]: "ffn_down"}.get(wide, "attention")
+
+
+def bits(recipe: str, shape: Sequence[int], architecture: dict[str, Any]) -> int:
+    """Bits of a linear layer's weights in a recipe; shape and architecture as in `role`."""
+    ffn, attention, rest = BITS[recipe]
+    return {"attention": attention, "output": rest}.get(role(shape, architecture), ffn)
+
+
+def expected_bytes(
+    shapes: Iterable[Sequence[int]], recipe: str, architecture: dict[str, Any]
+) -> int:
+    """Bytes of a model's weights in a recipe, from the shapes of its parameters (tied ones once).
+
+    8-bit rows have a float32 scale and an int64 zero point, 4-bit blocks a float16 scale.
+    """
+    total = 0
+    for shape in shapes:
+        entries = math.prod(shape)
+        width = bits(recipe, shape, architecture) if len(shape) > 1 else 32
+        scales = {8: 12 * shape[0], 4: 2 * entries // BLOCKS.get(recipe, 32)}.get(width, 0)
+        total += entries * width // 8 + scales
+    return total
+
+
+def recipes_that_fit(
+    recipes: Sequence[str],
+    gigabytes: float | None,
+    shapes: Sequence[Sequence[int]],
+    architecture: dict[str, Any],
+) -> list[str]:
+    """Those of `recipes` whose weights take at most so many GB (10^9 bytes), in their order.
+
+    Where none does, the larger of `mixed` and `int4_block32` that does. None: all of them.
+
+    Raises UserError when not even the latter is small enough.
+    """
+    if gigabytes is None:
+        return list(recipes)
+    names = [*recipes, "mixed", "int4_block32"]
+    sizes = {name: expected_bytes(shapes, name, architecture) / 1e9 for name in names}
+    found = [name for name in recipes if sizes[name] <= gigabytes]
+    found = found or [name for name in names[-2:] if sizes[name] <= gigabytes][:1]
+    if not found:
+        raise UserError(
+            f"compress.size_gb is {gigabytes}, and the smallest recipe, int4_block32, takes "
+            f"{sizes['int4_block32']:.2f} GB. Allow as much, or choose a smaller base model"
+        )
+    return found
+
+
+def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[str]]:
+    """Role (of `role`) -> names of its linear layers' results.
 
     Args:
         file: a float32 TFLite file.
@@ -73,29 +135,30 @@ def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[st
     """
     from ai_edge_litert import schema_py_generated as schema
 
-    wide = architecture.get("intermediate_size") or architecture.get("n_inner")
     roles: dict[str, str] = {}
     for graph, operator, code in _operators(_open(file)[0]):
         if code.BuiltinCode() != schema.BuiltinOperator.FULLY_CONNECTED:
             continue
         shape = graph.Tensors(operator.Inputs(1)).ShapeAsNumpy().tolist()
         name = graph.Tensors(operator.Outputs(0)).Name().decode()
-        role = {shape[0]: "ffn", shape[1]: "ffn_down"}.get(wide, "attention")
-        role = "output" if shape[0] == architecture["vocab_size"] else role
-        if roles.setdefault(name, role) != role:
+        own = role(shape, architecture)
+        if roles.setdefault(name, own) != own:
             raise WorkError(
-                f"{file}: {name} is {roles[name]} in one signature and {role} in another"
+                f"{file}: {name} is {roles[name]} in one signature and {own} in another"
             )
     found: dict[str, list[str]] = {"ffn": [], "ffn_down": [], "attention": [], "output": []}
-    for name, role in roles.items():
-        found[role].append(name)
+    for name, own in roles.items():
+        found[own].append(name)
     return found
 
 
-def recipe(name: str, file: Path, architecture: dict[str, Any]) -> list[dict[str, Any]]:
+def recipe(
+    name: str, file: Path, architecture: dict[str, Any], algorithm: str | None = None
+) -> list[dict[str, Any]]:
     """What ai_edge_quantizer reads, for a recipe of RECIPES other than "none".
 
-    `file` and `architecture`: see `linear_layers`. Rules that come later win.
+    `file` and `architecture`: see `linear_layers`. Rules that come later win. `algorithm` rounds
+    the 4-bit weights; None: the scale of the largest weight, each rounded to the nearest.
     """
     from ai_edge_quantizer import algorithm_manager, qtyping, recipe_manager
     from ai_edge_quantizer import recipe as recipes
@@ -132,12 +195,14 @@ def recipe(name: str, file: Path, architecture: dict[str, Any]) -> list[dict[str
             regex=only(layers["ffn_down"]), operation_name=linear, num_bits=8
         )
         return recipes.dynamic_wi8_afp32() + manager.get_quantization_recipe()
-    chosen = layers["ffn"] + layers["ffn_down"]
-    chosen += [] if name == "mixed" else layers["attention"]
+    small = layers["ffn"] + layers["ffn_down"]
+    small += [] if name == "mixed" else layers["attention"]
     blocks = (
         recipes.dynamic_wi4b64_afp32 if name == "int4_block64" else recipes.dynamic_wi4b32_afp32
     )
-    return recipes.dynamic_wi8_afp32() + blocks(regex=only(chosen), operation_name=linear)
+    key = algorithm or algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT
+    four = blocks(regex=only(small), operation_name=linear, algorithm_key=key)
+    return recipes.dynamic_wi8_afp32() + four
 
 
 def _share_quantization_parameters() -> None:
@@ -175,14 +240,31 @@ def _share_quantization_parameters() -> None:
     schema.QuantizationParametersT.Pack = shared
 
 
-def quantize(source: Path, output: Path, name: str, architecture: dict[str, Any]) -> None:
-    """Write `source` with its weights in recipe `name`; runs in the conversion's child process."""
+def quantize(
+    source: Path,
+    output: Path,
+    name: str,
+    architecture: dict[str, Any],
+    calibrated: Path | None = None,
+) -> None:
+    """Write `source` with its weights in recipe `name`; runs in the conversion's child process.
+
+    `calibrated` is the folder of `calibration.calibrate` for that recipe: its weights are written
+    as they are.
+    """
     from ai_edge_quantizer import quantizer
 
     _share_quantization_parameters()
     engine = quantizer.Quantizer(str(source))
-    engine.load_quantization_recipe(recipe(name, source, architecture))
+    kept = chosen.Chosen(sorted(calibrated.glob("*.safetensors")) if calibrated else [])
+    algorithm = kept.register() if calibrated else None
+    engine.load_quantization_recipe(recipe(name, source, architecture, algorithm))
     engine.quantize(serialize_to_path=str(output), enable_progress_report=False)
+    if kept.open:
+        raise WorkError(
+            f"{len(kept.open)} calibrated weights are not in the converted file: the converter "
+            "changed them. Use --set compress.calibrate=false"
+        )
 
 
 def stored_weights(file: Path) -> dict[str, int]:

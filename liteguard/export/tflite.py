@@ -66,21 +66,21 @@ def choose_converter(wanted: Literal["auto", "v1", "v2"]) -> Literal["v1", "v2"]
 
 
 def count_parameters(model_dir: Path) -> tuple[int, int]:
-    """(parameters, entries of matrices among them) in a directory's safetensors files.
+    """(parameters, entries of matrices among them) in a directory's safetensors files."""
+    shapes = parameter_shapes(model_dir)
+    return sum(map(math.prod, shapes)), sum(math.prod(s) for s in shapes if len(s) > 1)
 
-    Only the files' headers are read.
-    """
+
+def parameter_shapes(model_dir: Path) -> list[list[int]]:
+    """Shapes of the tensors in a directory's safetensors files; only their headers are read."""
     from safetensors import safe_open
 
-    total = matrices = 0
+    shapes: list[list[int]] = []
     for path in sorted(Path(model_dir).glob("*.safetensors")):
         with safe_open(str(path), framework="numpy") as tensors:
             # keys(): the handle is not iterable
-            for name in tensors.keys():  # noqa: SIM118
-                shape = tensors.get_slice(name).get_shape()
-                total += math.prod(shape)
-                matrices += math.prod(shape) if len(shape) > 1 else 0
-    return total, matrices
+            shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    return shapes
 
 
 def required_resources(parameters: int, converter: Literal["v1", "v2"]) -> tuple[int, int]:
@@ -204,6 +204,7 @@ def quantize(
     output: Path,
     recipe: str,
     merged_dir: Path,
+    calibrated: Path | None = None,
     *,
     progress: Callable[[str], None] | None = print,
 ) -> dict[str, Any]:
@@ -214,6 +215,7 @@ def quantize(
         output: the `.tflite` file to write; written under another name first.
         recipe: a name in `config.RECIPES`; "none" makes a second name for `source`.
         merged_dir: the model that `source` was made from.
+        calibrated: folder of `calibration.calibrate`, of this model and recipe.
         progress: receives one line per step; None for silence.
 
     Returns:
@@ -235,6 +237,7 @@ def quantize(
             "source": str(source),
             "recipe": recipe,
             "architecture": json.loads((Path(merged_dir) / "config.json").read_text()),
+            "calibrated": str(calibrated.resolve()) if calibrated else None,
         }
         # The float32 file is mapped; its pages can be given back.
         made = _in_child("quantize", arguments, output, source.stat().st_size, say)
@@ -416,6 +419,7 @@ def _child(arguments: dict[str, Any]) -> None:
             folder / file,
             arguments["recipe"],
             arguments["architecture"],
+            Path(arguments["calibrated"]) if arguments["calibrated"] else None,
         )
     if not (folder / file).exists():
         raise FileNotFoundError(f"the converter wrote no {file}")

@@ -1,0 +1,329 @@
+"""Chooses the 4-bit weights of a merged model by what they do to real inputs, layer by layer.
+
+Each layer sees what the layers before it give on training rows once they are rounded, activations
+rounded to 8 bits as on the device. Within a layer, matrices with the same input are rounded
+together, and those behind them see the result. One layer is in float32 at a time, and one Hessian.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liteguard import checkpoints, machine, merged
+from liteguard.config import Config
+from liteguard.errors import UserError, WorkError
+from liteguard.export import chosen, gptq, quantization
+from liteguard.rows import load_split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Linear, Module
+
+# A row is cut here: a longer one would take the place of many others.
+LONGEST_ROW = 256
+# Tokens of a batch, padding counted.
+_BATCH = 1024
+# Seconds between two lines of progress.
+_EVERY = 15.0
+
+
+def folder(work: Path, recipe: str, config: Config) -> Path | None:
+    """Where a recipe's calibrated weights are kept; None where none are to be calibrated."""
+    wanted = recipe in quantization.BLOCKS and config.compress.calibrate
+    return work / f"calibrated_{recipe}" if wanted else None
+
+
+def of_checkpoint(
+    config: Config, checkpoint: Path, merged_dir: Path, recipe: str, output: Path
+) -> dict[str, Any]:
+    """`calibrate` on the rows that a checkpoint was trained on, in a process of its own."""
+    data_dir = Path(checkpoints.read_stage(checkpoint, "safety").data_dir)
+    rows = training_rows(config, data_dir, merged_dir)
+    return machine.in_child("calibrate", calibrate, merged_dir, rows, recipe, output)
+
+
+def training_rows(config: Config, data_dir: Path, merged_dir: Path) -> list[list[int]] | None:
+    """Token ids of training rows, the three stages taking turns, as many as the settings ask for.
+
+    None, and a line that says so, where there are no prepared rows: the scales are then those of
+    least squared error, without inputs.
+    """
+    from tokenizers import Tokenizer
+
+    prompt = config.prompt
+    parts: dict[str, Callable[[dict[str, Any]], str]] = {
+        "domain": lambda row: row["text"] + prompt.document_end_token,
+        "instruction": lambda row: (
+            prompt.render_question(row["prompt"]) + prompt.render_answer(row["completion"])
+        ),
+        "preference": lambda row: (
+            prompt.render_question(row["prompt"]) + prompt.render_answer(row["chosen"])
+        ),
+    }
+    try:
+        found = {part: load_split(data_dir, part, "train") for part in parts}
+    except UserError as error:
+        print(
+            f"  no training rows to calibrate on: {error}\n"
+            "  Weights are rounded without them (scales of least squared error), which loses more. "
+            "Put the prepared data back, or pass --set compress.calibrate=false, and this line goes"
+        )
+        return None
+    tokenizer = Tokenizer.from_file(str(merged_dir / "tokenizer.json"))
+    for rows in found.values():
+        random.Random(0).shuffle(rows)
+    chosen_rows: list[list[int]] = []
+    left = config.compress.calibration_tokens
+    for turn in range(max(map(len, found.values()))):
+        for part, rows in found.items():
+            if turn >= len(rows):
+                continue
+            text = parts[part](rows[turn])
+            ids = tokenizer.encode(text, add_special_tokens=False).ids[: min(LONGEST_ROW, left)]
+            if len(ids) > 1:
+                chosen_rows.append(ids)
+            left -= len(ids)
+            if left <= 0:
+                return chosen_rows
+    return chosen_rows
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """Activations as XNNPACK rounds them before an 8-bit or 4-bit layer: a range for each token."""
+    top = x.amax(-1, keepdim=True).clamp_min(0)
+    bottom = x.amin(-1, keepdim=True).clamp_max(0)
+    scale = ((top - bottom) / 255).clamp_min(1e-30)
+    zero = (-128 - bottom / scale).round().clamp(-128, 127)
+    return ((x / scale).round().add(zero).clamp(-128, 127) - zero) * scale
+
+
+@dataclass
+class _Batch:
+    """Rows of about the same length, on their way through the layers."""
+
+    hidden: Tensor  # rows x tokens x width
+    real: Tensor  # rows x tokens: False for padding, which is at the end and seen by no token
+    named: dict[str, Any]  # what a layer is given beside the hidden states
+
+
+class _Reached(Exception):
+    """A forward pass came to where it should end."""
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+
+def _until(function: Callable[[], Any], module: Module) -> tuple[Any, ...]:
+    """What `module` is called with when `function` runs: (its first argument, the named ones)."""
+
+    def end(_: Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _Reached(positional[0], named)
+
+    handle = module.register_forward_pre_hook(end, prepend=True, with_kwargs=True)
+    try:
+        function()
+    except _Reached as reached:
+        return reached.given
+    finally:
+        handle.remove()
+    raise WorkError(f"{type(module).__name__} is not part of the model's forward pass")
+
+
+def _batches(model: Any, first: Module, rows: list[list[int]]) -> Iterator[_Batch]:
+    """The inputs of the first layer."""
+    import torch
+
+    ordered, start = sorted(rows, key=len), 0
+    while start < len(ordered):
+        end = start + 1
+        while end < len(ordered) and len(ordered[end]) * (end + 1 - start) <= _BATCH:
+            end += 1
+        some, start = ordered[start:end], end
+        ids = torch.zeros(len(some), len(some[-1]), dtype=torch.long)
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        for place, row in enumerate(some):
+            ids[place, : len(row)] = torch.tensor(row)
+            real[place, : len(row)] = True
+        hidden, named = _until(lambda ids=ids: model(input_ids=ids, use_cache=False), first)
+        yield _Batch(hidden, real, named)
+
+
+def _forward(layer: Module, batch: _Batch) -> Tensor:
+    output = layer(batch.hidden, **batch.named)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _groups(layer: Module, names: list[str], batch: _Batch) -> list[list[str]]:
+    """Names of linear layers in the order of their turns, those with one input together."""
+    inputs: dict[str, Any] = {}
+    handles = []
+    for name in names:
+
+        def keep(_: Module, positional: tuple[Any, ...], name: str = name) -> None:
+            inputs[name] = positional[0]
+
+        handles.append(layer.get_submodule(name).register_forward_pre_hook(keep, prepend=True))
+    _forward(layer, batch)
+    for handle in handles:
+        handle.remove()
+    groups: dict[int, list[str]] = {}
+    for name, value in inputs.items():
+        groups.setdefault(id(value), []).append(name)
+    return list(groups.values())
+
+
+def _hessian(layer: Module, linear: Linear, batches: list[_Batch]) -> Tensor:
+    """Sum of x x^T over all tokens' inputs of a linear layer, rounded as on the device."""
+    import torch
+
+    total = torch.zeros(linear.in_features, linear.in_features)
+    for batch in batches:
+        given = _until(lambda batch=batch: _forward(layer, batch), linear)[0]
+        x = rounded_inputs(given[batch.real])
+        total.addmm_(x.t(), x)
+    return total
+
+
+def _choose(
+    layer: Module, names: list[str], batches: list[_Batch], kind: gptq.Format
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Round the named matrices of a layer in place; digest -> (integers, scales)."""
+    import torch
+
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for group in _groups(layer, names, batches[0]) if batches else [[name] for name in names]:
+        linears = [layer.get_submodule(name) for name in group]
+        hessian = _hessian(layer, linears[0], batches) if batches else None
+        together = torch.cat([linear.weight for linear in linears])
+        integers, scales = gptq.quantize(together, hessian, kind)
+        sizes = [len(linear.weight) for linear in linears]
+        parts = zip(linears, integers.split(sizes), scales.split(sizes), strict=True)
+        for linear, whole, factor in parts:
+            # Contiguous parts of their own: a file keeps no views.
+            found[chosen.digest(linear.weight.numpy())] = whole.clone(), factor.clone()
+            linear.weight.data = gptq.dequantized(whole, factor)
+    return found
+
+
+def _decoder_layers(model: Any) -> Any:
+    """The list of a model's decoder layers."""
+    import torch
+
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise WorkError(f"{type(model).__name__} has no list of {count} layers to calibrate")
+
+
+class _Progress:
+    """A line at most every 15 seconds: layers done, seconds a layer, minutes left."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.started = total, time.monotonic()
+        self.printed, self.done = self.started, 0
+
+    def add(self, place: int) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.printed < _EVERY and place + 1 < self.total:
+            return
+        each, self.printed = (now - self.started) / self.done, now
+        left = each * (self.total - place - 1) / 60
+        print(
+            f"  calibrated layer {place + 1}/{self.total}, {each:.1f} s each, {left:.0f} min left",
+            flush=True,
+        )
+
+
+def calibrate(
+    merged_dir: Path, rows: list[list[int]] | None, recipe: str, output: Path
+) -> dict[str, Any]:
+    """Choose a 4-bit recipe's weights and keep them in a folder, a file a layer.
+
+    A layer that an earlier run finished is read instead of chosen again.
+
+    Args:
+        merged_dir: the merged model, 16-bit safetensors.
+        rows: `training_rows`; None chooses scales of least squared error.
+        recipe: one of `quantization.BLOCKS`.
+        output: the folder, made where it is missing; of this model, recipe and rows only.
+
+    Returns ``method``, ``rows``, ``tokens``, ``layers``, ``matrices``, ``seconds``,
+    ``peak_memory_bytes``. Raises UserError where a layer's inputs are not whole blocks.
+    """
+    import torch
+
+    started = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    model = merged.load_stored(merged_dir).eval().requires_grad_(False)
+    architecture = model.config.get_text_config().to_dict()
+    kind = gptq.Format(4, quantization.BLOCKS[recipe])
+    layers = _decoder_layers(model)
+    matrices = 0
+    with torch.inference_mode():
+        batches: list[_Batch] = []
+        if rows:
+            model.get_input_embeddings().float()
+            batches = list(_batches(model, layers[0], rows))
+        remaining = list(layers)
+        del model, layers  # embedding and output layer are not needed any more
+        progress = _Progress(len(remaining))
+        for place in range(len(remaining)):
+            layer, remaining[place] = remaining[place].float(), None
+            names = [
+                name
+                for name, module in layer.named_modules()
+                if isinstance(module, torch.nn.Linear)
+                and quantization.bits(recipe, module.weight.shape, architecture) == 4
+            ]
+            matrices += len(names)
+            _check_blocks(layer, names, kind, recipe)
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_pre_hook(lambda _, given: rounded_inputs(given[0]))
+            file = output / f"{place:04}.safetensors"
+            if file.exists():
+                _apply(layer, names, chosen.Chosen([file]))
+            else:
+                chosen.save(file, _choose(layer, names, batches, kind), kind)
+            for batch in batches:
+                batch.hidden = _forward(layer, batch)
+                if not batch.hidden[batch.real].isfinite().all():
+                    raise WorkError(f"layer {place + 1} gives no finite numbers once it is rounded")
+            del layer
+            progress.add(place)
+    return {
+        "method": "gptq" if rows else "least_squares",
+        "rows": len(rows or ()),
+        "tokens": sum(map(len, rows or ())),
+        "layers": len(remaining),
+        "matrices": matrices,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_bytes": int(machine.peak_rss_gb() * 1e9),
+    }
+
+
+def _check_blocks(layer: Module, names: list[str], kind: gptq.Format, recipe: str) -> None:
+    for name in names:
+        inputs = layer.get_submodule(name).in_features
+        if inputs % kind.block:
+            raise UserError(
+                f"{name} has {inputs} inputs; {recipe} keeps weights in blocks of {kind.block}: "
+                "this model fits no such recipe. Use an 8-bit one (compress.quantize)"
+            )
+
+
+def _apply(layer: Module, names: list[str], kept: chosen.Chosen) -> None:
+    """Give a layer the weights that an earlier run chose for it."""
+    import torch
+
+    for name in names:
+        weight = layer.get_submodule(name).weight
+        integers, scales = map(torch.from_numpy, kept.get(chosen.digest(weight.numpy())))
+        weight.data = gptq.dequantized(integers, scales)
