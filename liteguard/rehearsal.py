@@ -36,6 +36,7 @@ def plan(config: Config) -> list[str]:
     found = self_answers.sources(config)
     if not found:
         return []
+    config = models.with_base_prompt(config)
     directory, commit = models.base_model(config)
     base = models.base_identity(directory, commit)
     sentences = []
@@ -59,6 +60,7 @@ def answer(config: Config) -> None:
     todo = [s for s in self_answers.sources(config) if not Path(str(s.answers)).is_file()]
     if not todo:
         return
+    config = models.with_base_prompt(config)
     _, _, architecture = models.model_config(config)
     needed, _ = answerers.expected_memory(config, architecture, None)
     machine.require_memory(needed, "self_answers", "; or take that source out of the YAML.")

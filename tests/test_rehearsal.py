@@ -6,10 +6,10 @@ import contextlib
 import json
 import sys
 
-import prepare_datasets
 import pytest
 import yaml
 
+import prepare_datasets
 from liteguard import cli, rehearsal
 from liteguard.data import self_answers
 from liteguard.evaluation.answerers import Generated

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,7 @@ def _batches(model: Any, first: Module, rows: list[list[int]]) -> Iterator[_Batc
         for place, row in enumerate(some):
             ids[place, : len(row)] = torch.tensor(row)
             real[place, : len(row)] = True
-        hidden, named = _until(lambda ids=ids: model(input_ids=ids, use_cache=False), first)
+        hidden, named = _until(partial(model, input_ids=ids, use_cache=False), first)
         yield _Batch(hidden, real, named)
 
 
@@ -183,7 +184,7 @@ def _hessian(layer: Module, linear: Linear, batches: list[_Batch]) -> Tensor:
 
     total = torch.zeros(linear.in_features, linear.in_features)
     for batch in batches:
-        given = _until(lambda batch=batch: _forward(layer, batch), linear)[0]
+        given = _until(partial(_forward, layer, batch), linear)[0]
         x = rounded_inputs(given[batch.real])
         total.addmm_(x.t(), x)
     return total

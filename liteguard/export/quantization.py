@@ -72,7 +72,8 @@ def role(shape: Sequence[int], architecture: dict[str, Any]) -> str:
     if shape[0] == architecture["vocab_size"]:
         return "output"
     wide = architecture.get("intermediate_size") or architecture.get("n_inner")
-    return {shape[0]: "ffn", shape[1]: "ffn_down"}.get(wide, "attention")
+    roles: dict[Any, str] = {shape[0]: "ffn", shape[1]: "ffn_down"}
+    return roles.get(wide, "attention")
 
 
 def bits(recipe: str, shape: Sequence[int], architecture: dict[str, Any]) -> int:

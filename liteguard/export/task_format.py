@@ -2,8 +2,8 @@
 
 METADATA is a protocol buffer, `odml.infra.proto.LlmParameters`, of which a bundle needs six
 fields. They were read off what MediaPipe 0.10.35's bundler writes; tests hold both to the same
-bytes (tests/fixtures/mediapipe_bytes.json, and MediaPipe itself where it is installed). The encoding:
-https://protobuf.dev/programming-guides/encoding/ (a tag, a length, the content).
+bytes (tests/fixtures/mediapipe_bytes.json, and MediaPipe itself where it is installed). The
+encoding: https://protobuf.dev/programming-guides/encoding/ (a tag, a length, the content).
 
 The message has no field for a sampler or a limit of tokens: an app reads those in `deploy.json`.
 """
