@@ -35,7 +35,7 @@ CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury"
 
 
 # Tests of these files read the directory of the `pipeline` fixture, which takes minutes to make.
-READ_PIPELINE = {"comparison", "evaluation", "pipeline", "readme", "verify"}
+READ_PIPELINE = {"comparison", "evaluation", "pipeline", "planning", "readme", "verify"}
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -105,6 +105,11 @@ class CompressSection(Section):
     converter: Literal["auto", "v1", "v2"] = Field(
         "auto", description="Of litert-torch. auto: v2 where TensorFlow has its entry point."
     )
+    python: str | None = Field(
+        None,
+        description="Python of another environment, which has requirements-convert.txt, to run the "
+        "converter in; default: this one.",
+    )
     verify: VerifySection = Field(
         default_factory=VerifySection, description="The proof, and what may differ."
     )

@@ -64,6 +64,7 @@ class Conversion:
             prefill_lengths=section.prefill_lengths,
             kv_cache_length=section.kv_cache_length,
             converter=self.converter,
+            python=section.python,
         )
         tolerances = section.verify.model_dump()
         return facts | self.steps.first_that_passes(self._attempt, section.recipes, tolerances)
@@ -90,7 +91,9 @@ class Conversion:
         if not quantized.exists():
             machine.check_disk(self.work, tflite.bundle_disk(self.parameters, recipe) / 1e9)
         parts = self.exact, quantized, recipe, self.merged
-        found = {"quantize": self.steps.keep(f"quantize_{recipe}", tflite.quantize, *parts)}
+        python = self.config.compress.python
+        step = f"quantize_{recipe}"
+        found = {"quantize": self.steps.keep(step, tflite.quantize, *parts, python=python)}
         made = [self.work / path.name for path in self.bundles]
         found["bundles"] = self.steps.run(
             "bundle", lambda: {path.name: self._write(quantized, path) for path in made}
