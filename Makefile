@@ -59,10 +59,12 @@ $(PY):
 	|| { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt constraints.txt | $(PY)
+SETS := requirements.txt requirements-train.txt requirements-bundle.txt requirements-convert.txt
+
+$(VENV)/.installed: $(SETS) constraints.txt | $(PY)
 	$(call install,requirements.txt)
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements.txt constraints.txt | $(PY)
+$(VENV)/.installed-dev: requirements-dev.txt $(SETS) constraints.txt | $(PY)
 	$(call install,requirements-dev.txt)
 	@touch $(VENV)/.installed $@

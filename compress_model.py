@@ -86,9 +86,9 @@ def main() -> None:
         "adapter": record.adapter,
         "base": identity,
         "prompt": record.prompt.model_dump(),
-        **flatten(section.model_dump(), "compress."),
+        **flatten(section.model_dump(exclude={"python"}), "compress."),
     }
-    converter = tflite.choose_converter(section.converter)
+    converter = tflite.choose_converter(section.converter, section.python)
     parameters = models.count_parameters(architecture)
     memory, _ = tflite.required_resources(parameters, converter)
     disk = tflite.whole_disk(parameters, converter, section.recipes[0])

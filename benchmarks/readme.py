@@ -321,9 +321,9 @@ def blocks() -> dict[str, str]:
 
 
 def documents() -> dict[Path, str]:
-    """README.md and docs/*.md as they should be: every block as rendered now."""
+    """README.md, docs/*.md and configs/schema.json as they should be, as rendered now."""
     rendered = blocks()
-    found = {}
+    found = {ROOT / "configs/schema.json": reference.schema()}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for name, block in rendered.items():
@@ -339,7 +339,7 @@ def main() -> None:
     if (ROOT / "demo/report.json").exists():
         shutil.copyfile(ROOT / "demo/report.json", ROOT / "benchmarks/demo_report.json")
     for path, text in documents().items():
-        if path.read_text(encoding="utf-8") != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
 

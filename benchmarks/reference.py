@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("prepare_datasets", "train_domain", "train_instruction", "train_safety")
-SCRIPTS += ("compress_model", "evaluate_model", "chat", "publish")
+SCRIPTS += ("compress_model", "evaluate_model", "chat", "publish", "doctor", "plan")
 # Folders of liteguard/ in the order in which a model passes through them.
 ROOMS = ("data", "training", "export", "evaluation", "runtime", "chat", "publishing", "embedded")
 
@@ -120,6 +120,28 @@ def _cell(text: str) -> str:
 def _prose(text: str) -> str:
     """The same for text outside a code span, where <name> would be taken for HTML."""
     return _cell(text).replace("<", "\\<")
+
+
+def schema() -> str:
+    """configs/schema.json: what an editor completes and checks in a YAML of ours."""
+    from liteguard import config
+    from liteguard.data.datasets import DATASETS
+
+    found = config.Config.model_json_schema()
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+    found["title"] = "LiteGuard configuration"
+    found["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another YAML, relative to this one, whose values hold unless given here.",
+    }
+    sections = found["$defs"]
+    for section in ("ModelSection", "SourceSection"):  # the field's usual spelling is read, too
+        known = sections[section]["properties"]
+        known["license"] = {**known["licence"], "title": "License"}
+    recipes = sections["CompressSection"]["properties"]["quantize"]
+    recipes["enum"] = ["auto", *config.RECIPES]
+    sections["SourceSection"]["properties"]["dataset"]["examples"] = ["auto", *sorted(DATASETS)]
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def formats() -> str:

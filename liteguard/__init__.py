@@ -6,6 +6,18 @@ import warnings
 from types import ModuleType, TracebackType
 
 __version__ = "0.1.0"
+
+if sys.platform == "win32":
+    # Before the first import that Windows does not have.
+    print(
+        "error: LiteGuard does not run on Windows itself: the converter and the bundle's runtime "
+        "have no Windows build, and file locks, signals and child processes are used as Unix has "
+        "them.\nUse WSL 2 (wsl --install), clone the repository inside it, and follow "
+        "docs/getting-started.md there.",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
 # Modules that moved into folders; their old names go with the next release.
 _MOVED = {
     **dict.fromkeys(("cleaning", "datasets", "near_questions", "preparation"), "data"),

@@ -22,6 +22,7 @@ from liteguard.data import preparation
 from liteguard.embedded import smollm2
 from liteguard.errors import WorkError
 from liteguard.evaluation import comparison, report, verdict
+from liteguard.limits import peak_memory
 from liteguard.machine import peak_rss_gb
 from liteguard.wheels import WHEELS, Wheel, fetch_wheel
 
@@ -74,8 +75,8 @@ def run_step(name: str, command: list[str], log: Path) -> dict[str, Any]:
     return {
         "name": name,
         "wall_s": round(time.monotonic() - started, 1),
-        # ru_maxrss covers the process and the largest of the children it waited for, in KiB.
-        "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
+        # ru_maxrss covers the process and the largest of the children it waited for.
+        "peak_rss_gb": round(peak_memory(usage.ru_maxrss) / 1e9, 3),
         "reused": any("reused" in line for line in lines)
         and not any("measuring" in line for line in lines),
     }

@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from liteguard import limits
 from liteguard.errors import UserError, WorkError
 
 
@@ -130,17 +131,7 @@ def available_memory() -> int | None:
 
     None where the system does not say (not Linux).
     """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    free = values.get("MemAvailable", 0) + values.get("SwapFree", 0)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, limit - used)
-    return free
+    return limits.available_memory()
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
@@ -166,7 +157,8 @@ def peak_rss_gb() -> float:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return round(int(line.split()[1]) * 1024 / 1e9, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(limits.peak_memory(usage) / 1e9, 3)
 
 
 def check_disk(directory: Path, needed_gb: float) -> None:

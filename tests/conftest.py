@@ -35,7 +35,8 @@ CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury"
 
 
 # Tests of these files read the directory of the `pipeline` fixture, which takes minutes to make.
-READ_PIPELINE = {"chat", "comparison", "evaluation", "pipeline", "publish", "readme", "verify"}
+READ_PIPELINE = {"chat", "comparison", "evaluation", "pipeline", "planning", "publish", "readme"}
+READ_PIPELINE |= {"verify"}
 
 
 @pytest.hookimpl(optionalhook=True)

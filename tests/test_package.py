@@ -34,10 +34,18 @@ def test_every_folder_with_code_is_a_package():
 def test_the_pins_are_the_requirements():
     dynamic = PROJECT["tool"]["setuptools"]["dynamic"]
     assert dynamic["version"] == {"attr": "liteguard.__version__"}
-    (name,) = dynamic["dependencies"]["file"]
-    lines = (ROOT / name).read_text().splitlines()
-    assert all(Requirement(line) for line in lines if line and not line.startswith("#"))
-    assert set(PROJECT["project"]["dynamic"]) == {"version", "dependencies"}
+    assert set(PROJECT["project"]["dynamic"]) == {"version", "optional-dependencies"}
+    extras = {name: extra["file"] for name, extra in dynamic["optional-dependencies"].items()}
+    assert set(extras) == {"train", "convert", "trackers", "demo"}
+    # setuptools reads no -r lines, so that demo names the files of requirements.txt.
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert extras["demo"] == [line[3:] for line in lines if line.startswith("-r ")]
+    assert {*extras["train"], *extras["convert"]} == {*extras["demo"]}
+    for file in {file for files in extras.values() for file in files}:
+        lines = (ROOT / file).read_text().splitlines()
+        assert all(Requirement(line) for line in lines if line and not line.startswith("#"))
+    train = (ROOT / "requirements-train.txt").read_text().splitlines()
+    assert {*PROJECT["project"]["dependencies"]} <= {*train}
 
 
 def test_licence_files_are_there():

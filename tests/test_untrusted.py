@@ -50,7 +50,7 @@ def test_a_record_names_no_service_no_place_and_gives_no_permission(capsys):
 
 def test_every_setting_that_names_a_place_or_a_service_is_the_users_own():
     """A new one has to be added to OWN, or this fails."""
-    words = ("url", "env", "trust", "_dir", "token_file", "api", "endpoint")
+    words = ("url", "env", "trust", "_dir", "token_file", "api", "endpoint", "python")
     found = [n for n in config_layers.valid_names() if any(w in n.split(".")[-1] for w in words)]
     assert found and set(found) <= set(config_layers.OWN)
 

@@ -125,6 +125,11 @@ class CompressSection(Section):
         description="Refuse to train what no bundle can be made of; false for a model that stays "
         "on a computer.",
     )
+    python: str | None = Field(
+        None,
+        description="Python of another environment, which has requirements-convert.txt, to run the "
+        "converter in; default: this one.",
+    )
     verify: VerifySection = Field(
         default_factory=VerifySection, description="The proof, and what may differ."
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from liteguard import checkpoints, writing
+from liteguard import checkpoints, limits, writing
 from liteguard.config import SourceSection
 from liteguard.data import cleaning
 from liteguard.data.cleaning import ARRAYS, Chunk, Rules
@@ -76,7 +76,7 @@ class Cleaner:
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._workers = len(os.sched_getaffinity(0))
+        self._workers = limits.cores()
 
     def __enter__(self) -> Cleaner:
         return self

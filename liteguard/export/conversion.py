@@ -74,6 +74,7 @@ class Conversion:
             prefill_lengths=section.prefill_lengths,
             kv_cache_length=section.kv_cache_length,
             converter=self.converter,
+            python=section.python,
         )
         tolerances = section.verify.model_dump()
         return facts | self.steps.first_that_passes(self._attempt, recipes, tolerances)
@@ -123,7 +124,9 @@ class Conversion:
             given = self.config, self.checkpoint, self.merged, recipe, calibrated
             how = self.steps.keep(f"calibrate_{recipe}", calibration.of_checkpoint, *given)
             found = {"calibration": how}
-        facts = self.steps.keep(f"quantize_{recipe}", tflite.quantize, *parts)
+        python = self.config.compress.python
+        step = f"quantize_{recipe}"
+        facts = self.steps.keep(step, tflite.quantize, *parts, python=python)
         found = {"quantize": facts | found}
         made = [self.work / path.name for path in self.bundles]
         found["bundles"] = self.steps.run(

@@ -37,26 +37,57 @@ _DISK = {"v2": 8, "v1": 9}
 _STEP = re.compile(r"\((\d+:\d+)\)\s*\[\s*(START|DONE)\s*\]\s*(.*)")
 
 
-def converter_available() -> Literal["v1", "v2"]:
+def find_tensorflow(python: str | None = None) -> Path | None:
+    """The folder of the TensorFlow that `python` (default: this one) would import.
+
+    Raises UserError where that is no Python with litert-torch.
+    """
+    if python is None:
+        spec = importlib.util.find_spec("tensorflow")
+        return Path(spec.origin).parent if spec is not None and spec.origin else None
+    code = (
+        "import importlib.util as u, sys\n"
+        "assert sys.version_info >= (3, 11), 'it is older than Python 3.11'\n"
+        "assert u.find_spec('litert_torch'), 'it has no litert-torch'\n"
+        "print(getattr(u.find_spec('tensorflow'), 'origin', None) or '')"
+    )
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
+        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+        last, failed = (lines or ["no answer"])[-1], done.returncode != 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        last, failed = str(error), True
+    if failed:
+        raise UserError(
+            f"compress.python = {python} cannot run the converter: "
+            f"{last.removeprefix('AssertionError: ')}\n"
+            "Name the python of an environment that has the converter's packages:\n"
+            "PYTHON -m pip install -r requirements-convert.txt -c constraints.txt"
+        )
+    return Path(last).parent if lines and last else None
+
+
+def converter_available(python: str | None = None) -> Literal["v1", "v2"]:
     """The best converter that the installed TensorFlow supports.
 
     v2 needs `convert_mlir_bytecode`, which TensorFlow 2.21 lacks. The source is searched instead
     of imported, because importing TensorFlow costs seconds and 500 MB.
     """
-    spec = importlib.util.find_spec("tensorflow")
-    if spec is None or spec.origin is None:
+    folder = find_tensorflow(python)
+    if folder is None:
         return "v1"
-    source = Path(spec.origin).parent / "lite" / "python" / "convert.py"
     try:
-        text = source.read_text(encoding="utf-8")
+        text = (folder / "lite" / "python" / "convert.py").read_text(encoding="utf-8")
     except OSError:
         return "v1"
     return "v2" if "def convert_mlir_bytecode" in text else "v1"
 
 
-def choose_converter(wanted: Literal["auto", "v1", "v2"]) -> Literal["v1", "v2"]:
-    """`wanted`, or the best one installed; UserError for a v2 that is not there."""
-    available = converter_available()
+def choose_converter(
+    wanted: Literal["auto", "v1", "v2"], python: str | None = None
+) -> Literal["v1", "v2"]:
+    """`wanted`, or the best one installed (for `python`); UserError for a v2 that is not there."""
+    available = converter_available(python)
     if wanted == "v2" and available == "v1":
         raise UserError(
             "converter v2 needs a TensorFlow with convert_mlir_bytecode (tf-nightly "
@@ -146,6 +177,7 @@ def export(
     prefill_lengths: Sequence[int] = (1024,),
     kv_cache_length: int = 1280,
     converter: Literal["auto", "v1", "v2"] = "auto",
+    python: str | None = None,
     check_resources: bool = True,
     progress: Callable[[str], None] | None = print,
 ) -> dict[str, Any]:
@@ -158,6 +190,7 @@ def export(
             them, so short ones make short questions fast.
         kv_cache_length: tokens of prompt and answer together.
         converter: v2 streams the weights (half the memory); auto takes it where it works.
+        python: of the environment that has the converter; default: this one.
         check_resources: refuse to start without enough free memory and disk.
         progress: receives one line per step; None for silence.
 
@@ -173,7 +206,7 @@ def export(
     merged_dir, output = Path(merged_dir).resolve(), Path(output).resolve()
     say = progress or (lambda line: None)
     _check(merged_dir, prefill_lengths, kv_cache_length)
-    chosen = choose_converter(converter)
+    chosen = choose_converter(converter, python)
     parameters, matrices = count_parameters(merged_dir)
     memory, disk = required_resources(parameters, chosen)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +228,7 @@ def export(
         "kv_cache_length": kv_cache_length,
         "parameters": parameters,
         "matrices": matrices,
-        **_in_child("export", arguments, output, memory, say),
+        **_in_child("export", arguments, output, memory, say, python),
     }
 
 
@@ -206,6 +239,7 @@ def quantize(
     merged_dir: Path,
     calibrated: Path | None = None,
     *,
+    python: str | None = None,
     progress: Callable[[str], None] | None = print,
 ) -> dict[str, Any]:
     """Write a float32 TFLite file of `export` with its weights in a recipe of RECIPES.
@@ -216,6 +250,7 @@ def quantize(
         recipe: a name in `config.RECIPES`; "none" makes a second name for `source`.
         merged_dir: the model that `source` was made from.
         calibrated: folder of `calibration.calibrate`, of this model and recipe.
+        python: of the environment that has the quantiser; default: this one.
         progress: receives one line per step; None for silence.
 
     Returns:
@@ -240,7 +275,7 @@ def quantize(
             "calibrated": str(calibrated.resolve()) if calibrated else None,
         }
         # The float32 file is mapped; its pages can be given back.
-        made = _in_child("quantize", arguments, output, source.stat().st_size, say)
+        made = _in_child("quantize", arguments, output, source.stat().st_size, say, python)
     matrices = count_parameters(Path(merged_dir))[1]
     return {"recipe": recipe, **made, **quantization.check_stored_once(output, matrices, say)}
 
@@ -269,7 +304,12 @@ def require_resources(
 
 
 def _in_child(
-    task: str, arguments: dict[str, Any], output: Path, memory: int, say: Callable[[str], None]
+    task: str,
+    arguments: dict[str, Any],
+    output: Path,
+    memory: int,
+    say: Callable[[str], None],
+    python: str | None = None,
 ) -> dict[str, Any]:
     """Runs a task of `_child` that makes one file, and gives the file its name.
 
@@ -282,7 +322,8 @@ def _in_child(
     say(f"  log: {log}")
     started = time.perf_counter()
     try:
-        code = _run_child({"task": task, "output_dir": str(work), **arguments}, log, say)
+        task_and_place = {"task": task, "output_dir": str(work), **arguments}
+        code = _run_child(task_and_place, log, say, python)
         result_file = work / "result.json"
         if code != 0 or not result_file.exists():
             raise WorkError(_failure(code, log, memory))
@@ -307,7 +348,12 @@ def _in_child(
     }
 
 
-def _run_child(arguments: dict[str, Any], log: Path, say: Callable[[str], None]) -> int:
+def _run_child(
+    arguments: dict[str, Any],
+    log: Path,
+    say: Callable[[str], None],
+    python: str | None = None,
+) -> int:
     """Runs this module as a program; its output goes to `log`, its steps to `say`."""
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -326,7 +372,7 @@ def _run_child(arguments: dict[str, Any], log: Path, say: Callable[[str], None])
     }
     with log.open("w", encoding="utf-8") as sink:
         child = subprocess.Popen(
-            [sys.executable, "-m", "liteguard.export.tflite", json.dumps(arguments)],
+            [python or sys.executable, "-m", "liteguard.export.tflite", json.dumps(arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -177,7 +177,12 @@ def describe(
         print(error)
         return
     if dry_run:
+        needed, card = memory_estimate.card_for(stage.config, stage.name, stage.architecture)
         print(f"{expected.table()}\n")
+        print(
+            f"on a GPU, at the longest rows: {needed / 1e9:.1f} GB: "
+            f"{card or 'more than one card has'} (minutes and disk: python plan.py)"
+        )
     host = memory_estimate.host_memory(expected, models.count_parameters(stage.architecture))
     advice = memory_estimate.advice(stage.config, stage.name)
     if expected.cuda:

@@ -261,6 +261,33 @@ def host_memory(estimate: MemoryEstimate, parameters: int) -> HostMemory:
     )
 
 
+# Memory of common cards in GiB, and the least that each size is sold as.
+CARDS = {
+    8: "8 GB (RTX 4060)",
+    12: "12 GB (RTX 4070)",
+    16: "16 GB (RTX 4080)",
+    24: "24 GB (RTX 4090, L4)",
+    32: "32 GB (RTX 5090)",
+    48: "48 GB (L40S)",
+    80: "80 GB (A100, H100)",
+    141: "141 GB (H200)",
+}
+# The driver's context and what fragmentation leaves unused, in bytes.
+BESIDE = 800_000_000
+
+
+def card_for(config: Config, stage_name: str, architecture: Any) -> tuple[int, str | None]:
+    """(bytes that a stage takes of a GPU at the settings' longest rows, the smallest card for it).
+
+    Margin and the driver's context are in it. None: no single card of `CARDS` is enough.
+    """
+    import torch
+
+    found = estimate(config, stage_name, architecture, device="cuda", dtype=torch.bfloat16)
+    needed = found.total + found.margin + BESIDE
+    return needed, next((name for size, name in CARDS.items() if needed <= size * 2**30), None)
+
+
 def advice(config: Config, stage_name: str) -> str:
     """Settings of a stage that still lower its peak, the most effective first."""
     section = getattr(config, stage_name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, distributed, hub, machine, models, records
+from liteguard import checkpoints, distributed, doctor_gpu, hub, machine, models, records
 from liteguard.config import Config, TrainSection
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import gpu_memory_gb, library_versions
@@ -77,9 +77,14 @@ class Run(Stage):
 
 
 def check_gpus(name: str) -> None:
-    """Raise UserError for several GPUs in one process, which the trainer refuses only later."""
+    """Raise UserError for several GPUs in one process, which the trainer refuses only later.
+
+    A GPU that torch cannot use is said: it would train on the CPU without a word.
+    """
     import torch
 
+    if warning := doctor_gpu.warning_of_unused():
+        print(warning)
     if torch.cuda.device_count() > 1 and distributed.world_size() == 1:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible to one process. Use one of them with "

@@ -1,0 +1,56 @@
+"""configs/schema.json, which editors check a YAML by, says what the code accepts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from benchmarks import reference
+from liteguard import config
+
+SCHEMA = json.loads((ROOT / "configs/schema.json").read_text(encoding="utf-8"))
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def unknown(value: Any, schema: dict[str, Any], place: str = "") -> list[str]:
+    """Keys of `value` that the schema forbids (references, sections and lists are followed)."""
+    if name := schema.get("$ref"):
+        schema = SCHEMA["$defs"][name.rsplit("/", 1)[1]]
+    found = []
+    if isinstance(value, dict) and "properties" in schema:
+        assert schema["additionalProperties"] is False, place
+        for key, inside in value.items():
+            if key not in schema["properties"]:
+                found.append(f"{place}{key}")
+            else:
+                found += unknown(inside, schema["properties"][key], f"{place}{key}.")
+    for entry in value if isinstance(value, list) else ():
+        found += unknown(entry, schema.get("items", {}), f"{place}[].")
+    return found
+
+
+def test_the_schema_is_what_the_models_say():
+    """After a change of a setting: python benchmarks/readme.py."""
+    assert (ROOT / "configs/schema.json").read_text(encoding="utf-8") == reference.schema()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_name_the_schema_and_follow_it(path):
+    text = path.read_text(encoding="utf-8")
+    line, name = text.splitlines()[0].split("$schema=")
+    assert line == "# yaml-language-server: " and (path.parent / name).is_file()
+    assert unknown(yaml.safe_load(text), SCHEMA) == []
+
+
+def test_a_wrong_key_is_seen_and_every_key_is_there():
+    wrong = {"domain": {"learning_rat": 1}, "data": {"domain": [{"datset": "auto"}]}, "modle": {}}
+    assert unknown(wrong, SCHEMA) == ["domain.learning_rat", "data.domain.[].datset", "modle"]
+    defaults = config.Config().model_dump(mode="json")
+    assert unknown(defaults, SCHEMA) == []
+    assert set(config.RECIPES) < set(
+        SCHEMA["$defs"]["CompressSection"]["properties"]["quantize"]["enum"]
+    )
