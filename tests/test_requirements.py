@@ -86,7 +86,7 @@ def test_the_sets_agree_and_the_whole_is_their_sum():
 
 # Import names of the bundle's and the converter's sets, and what comes along with them only.
 BLOCKED = (
-    *("tensorflow", "jax", "jaxlib", "keras", "cv2", "mediapipe", "sentencepiece", "torchao"),
+    *("tensorflow", "jax", "jaxlib", "keras", "cv2", "mediapipe", "torchao"),
     *("litert_torch", "litert_converter", "litert_lm", "litert_lm_builder"),
     *("ai_edge_litert", "ai_edge_quantizer", "wandb", "tensorboard", "trackio"),
 )
@@ -104,7 +104,8 @@ for folder in ("training", "data", "evaluation"):
     package = importlib.import_module(f"liteguard.{folder}")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-import liteguard.merged, matplotlib.pyplot
+import liteguard.merged, matplotlib.pyplot, sentencepiece
+import liteguard.export.possible
 import prepare_datasets, train_domain, train_instruction, train_safety
 import compress_model, evaluate_model
 """
