@@ -49,7 +49,7 @@ def tokenized(data, tmp_path):
 
     def tokenize(rows):
         calls.append(len(rows))
-        return [([*row["text"].encode()], 0) for row in rows]
+        return [tokens.Tokenized([*row["text"].encode()], 0) for row in rows]
 
     def found():
         calls.clear()

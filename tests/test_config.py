@@ -93,7 +93,7 @@ def test_unknown_keys_are_all_reported_with_the_nearest_name(tmp_path):
         ("beta", "did you mean 'safety.beta'?"),
         ("domain.beta", "did you mean 'safety.beta'?"),
         ("data.domain.0.name", "did you mean 'config_name'?"),
-        ("compress.zzz", "valid here: quantize, prefill_lengths"),
+        ("compress.zzz", "valid here: quantize, size_gb, calibrate"),
     ],
 )
 def test_an_unknown_key_is_answered_with_its_own_sections_keys(key, hint):

@@ -137,7 +137,7 @@ def test_disk_and_cache(monkeypatch, tmp_path):
     free = {"now": 100}
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        doctor.shutil, "disk_usage", lambda _: usage._replace(free=free["now"] * GB)
+        doctor.shutil, "disk_usage", lambda _: type(usage)(*usage[:2], free["now"] * GB)
     )
     assert [each.state for each in doctor.disk(tmp_path, tmp_path / "no")] == ["ok", "ok"]
     (tmp_path / "a.whl").write_bytes(b"x" * 1000)

@@ -265,7 +265,9 @@ def test_every_piece_of_a_text_begins_with_the_bos(with_bos, tmp_path):
 
 def test_a_question_that_is_cut_keeps_its_bos(with_bos, tmp_path):
     own = models.load_tokenizer(str(with_bos), BOS_PROMPT, 400)
+    # One row in a hundred may be cut.
     rows = [{"prompt": "word " * 90, "completion": "A dose."}]
+    rows += [{"prompt": "word", "completion": "A dose."}] * 99
     data, config = with_data(
         tmp_path, "instruction", rows, BOS_PROMPT, instruction={"max_length": 40}
     )
@@ -290,7 +292,7 @@ def test_without_a_bos_everything_is_as_it_was():
     phi = Prompt(**prompt)
     assert phi.render_question("Q") == "Instruct: Q\nOutput:\n"
     assert phi.render_document("T") == "T<|endoftext|>" and phi.begin("x") == "x"
-    assert phi.chat_template().startswith("{% if messages[0]['role'] == 'system' %}")
+    assert phi.chat_template().startswith("{% for message in messages %}")
 
 
 def test_a_prompt_is_taken_from_the_bases_own_template(with_bos):

@@ -233,8 +233,8 @@ def test_what_needs_all_sources_at_once_holds_a_small_part_of_them(project, monk
         splits.drop_overlaps(parts, None, 0.75)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        files = shards["domain"][0].info["sizes"]
-        return found, files["digest.bin"] + files["ngrams.bin"] + files["rows.jsonl"]
+        files = ("digest.bin", "ngrams.bin", "rows.jsonl")
+        return found, sum((shards["domain"][0].directory / f).stat().st_size for f in files)
 
     monkeypatch.setattr(overlap, "_FILTER", 1 << 12)
     monkeypatch.setattr(near_questions, "_BUCKETS", 1 << 12)

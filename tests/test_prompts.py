@@ -131,11 +131,13 @@ def test_documents_are_ended_and_every_token_is_a_target_once(tokenizer, tmp_pat
     assert targets == [token for text in whole for token in text[1:]]
     assert found.supervised.sum() == len(targets)
     assert targets.count(tokenizer.eos_token_id) == 20
-    # The second time it comes from the cache; other texts are not mixed up with it.
-    (directory / "domain/train.jsonl").unlink()
+    # The second time it comes from the cache; texts that were changed or are gone do not.
     again = tokens.documents(tokenizer, directory, "train", c)
     assert [again.row(i)[0].tolist() for i in range(len(again))] == pieces
     manifest = {"model_type": "phi2", "files": {"domain/train.jsonl": "0" * 64}}
     (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="changed after it was prepared"):
+        tokens.documents(tokenizer, directory, "train", c)
+    (directory / "domain/train.jsonl").unlink()
     with pytest.raises(UserError, match="missing from the prepared data"):
         tokens.documents(tokenizer, directory, "train", c)

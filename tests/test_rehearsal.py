@@ -11,8 +11,10 @@ import yaml
 
 import prepare_datasets
 from liteguard import cli, rehearsal
+from liteguard.config import SourceSection
 from liteguard.data import self_answers
 from liteguard.evaluation.answerers import Generated
+from liteguard.text import text_key
 
 SOUND = "Asthma is a long-term disease in which the airways are narrow and swollen."
 LOOP = "It is a disease of the airways. It is a disease of the airways. It is one."
@@ -92,7 +94,7 @@ def test_sound_answers_are_trained_on_and_the_others_counted_by_name(project, ca
     assert {q: r["completion"] for q, r in rows.items()} == {
         "What is asthma?": SOUND,
         "Is asthma serious?": f"{SOUND} It can be treated.",
-        "What helps against a cough": "Rest and tea help. Try these:\n1. Warm water.",
+        "What helps against a cough": "Rest and tea help. Try these: 1. Warm water.",
     }
     assert len(model.asked) == len(QUESTIONS), "each question once, in any spelling"
     prompt = model.asked[0]
@@ -160,9 +162,9 @@ def test_a_source_that_cannot_be_asked_is_named(project, change, message, capsys
 def test_questions_are_limited_by_their_text_not_their_order(project, tmp_path):
     _, _, config = project
     content = yaml.safe_load(config.read_text())["data"]["instruction"][1]
-    source = self_answers.SourceSection(**content, limit=3)
+    source = SourceSection(**content, limit=3)
     drawn = self_answers.questions(source, tmp_path)
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     again = self_answers.questions(source, tmp_path)
-    assert len(drawn) == 3 and [q.lower() for q in drawn] == [q.lower() for q in again]
+    assert len(drawn) == 3 and [text_key(q) for q in drawn] == [text_key(q) for q in again]

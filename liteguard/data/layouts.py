@@ -11,6 +11,7 @@ from liteguard.data.conversations import (
     TOOLS,
     Conversation,
     NotForTraining,
+    Turn,
     beside,
     dialogue,
     is_conversation,
@@ -131,7 +132,7 @@ def prompt_completion(row: Row, notes: Counter[str]) -> Row:
         raise ValueError("the last message is not the assistant's")
     if not is_conversation(prompt):
         prompt = {"role": "user", "content": prompt}
-    before = [turn._replace(trained=False) for turn in turns(prompt, notes)]
+    before = [Turn(turn.role, turn.text, False, turn.calls) for turn in turns(prompt, notes)]
     question(before, Counter())  # ends with what the completion answers
     return row_of([*before, *found], notes, row.get("system"))
 

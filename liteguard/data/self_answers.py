@@ -67,8 +67,8 @@ def questions(source: SourceSection, cache_dir: Path) -> list[str]:
         question = upper_first(normalise(text))
         if has_words(question) and len(question) <= LONGEST_QUESTION:
             found.setdefault(text_key(question), question)
-    drawn = sorted(found.values(), key=lambda question: unit(f"{NAME}\x1f{question}"))
-    return drawn[: source.limit]
+    drawn = sorted(found, key=lambda key: unit(f"{NAME}\x1f{key}"))
+    return [found[key] for key in drawn[: source.limit]]
 
 
 def _asked(source: SourceSection, cache_dir: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liteguard import writing
 from liteguard.errors import WorkError
 from liteguard.export.gptq import Format
 
@@ -37,9 +38,8 @@ def save(file: Path, weights: dict[str, tuple[Tensor, Tensor]], kind: Format) ->
         tensors[f"{key}.integers"] = integers
         # Exact: `gptq.storable` scales are float16 values.
         tensors[f"{key}.scales"] = scales.to(torch.float16)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, metadata={"bits": str(kind.bits), "block": str(kind.block)})
-    partial.replace(file)
+    with writing.replacing(file) as partial:
+        save_file(tensors, partial, metadata={"bits": str(kind.bits), "block": str(kind.block)})
 
 
 class Chosen:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from liteguard import writing
 from liteguard.errors import UserError, WorkError
 
 # A Unicode noncharacter: never in text that anyone exchanges, so a piece that contains it matches
@@ -71,7 +72,7 @@ def write(model: Any, tokenizer_dir: Path, output: Path, rows: int) -> dict[str,
     spec.bos_id = spec.eos_id = spec.pad_id = -1
     model.normalizer_spec.precompiled_charsmap = charsmap({GUARD: ""})
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(model.SerializeToString())
+    writing.write_bytes(output, model.SerializeToString())
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(output))
     except Exception as error:
