@@ -113,18 +113,6 @@ def outputs(model: SimpleNamespace, kept: Path | None) -> torch.Tensor:
     return torch.cat(states)
 
 
-@pytest.fixture
-def one_thread():
-    """Sums are in the same order every time; with more threads they need not be."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_layers_are_chosen_by_what_reaches_them(model, tmp_path):
     """Better than without rows, in every recipe's matrices; an interrupted run goes on the same."""
     exact = outputs(model, None)

@@ -39,7 +39,7 @@ def save(file: Path, weights: dict[str, tuple[Tensor, Tensor]], kind: Format) ->
         # Exact: `gptq.storable` scales are float16 values.
         tensors[f"{key}.scales"] = scales.to(torch.float16)
     with writing.replacing(file) as partial:
-        save_file(tensors, partial, metadata={"bits": str(kind.bits), "block": str(kind.block)})
+        save_file(tensors, partial, metadata={"format": f"{kind.bits}/{kind.block}"})
 
 
 class Chosen:
@@ -57,8 +57,9 @@ class Chosen:
         self.format = Format(0, 0)
         for file in files:
             with safe_open(file, framework="numpy") as tensors:
-                found = tensors.metadata()
-                self.format = Format(int(found["bits"]), int(found["block"]))
+                # One entry: of several the order in the file is drawn anew each time.
+                bits, block = tensors.metadata()["format"].split("/")
+                self.format = Format(int(bits), int(block))
                 for name in tensors.keys():  # noqa: SIM118 (the handle is not iterable)
                     self._files[name.partition(".")[0]] = file
         self.open = set(self._files)

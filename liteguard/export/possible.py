@@ -90,7 +90,9 @@ def possible(
         base: its directory, for a SentencePiece model of its own.
         data_dir: prepared data, for texts to compare on.
     """
-    if shape := wrong_shape(architecture, tflite.choose_converter(config.compress.converter)):
+    if shape := wrong_shape(
+        architecture, tflite.choose_converter(config.compress.converter, config.compress.python)
+    ):
         return Possible(shape, shape, "")
     texts, questions = sample(data_dir)
     core = own.backend_tokenizer.to_str()
