@@ -443,7 +443,7 @@ def test_a_text_or_two_at_the_limit_is_left_to_the_proof():
     ],
 )
 def test_what_cannot_be_converted_is_refused_before_training(asked, shape, why, monkeypatch):
-    monkeypatch.setattr(possible.tflite, "choose_converter", lambda wanted: "v2")
+    monkeypatch.setattr(possible.tflite, "choose_converter", lambda *_: "v2")
     plain = {"model_type": "odd", "num_key_value_heads": 2, "vocab_size": 400}
     given = SimpleNamespace(**plain | shape)
     if shape.get("wrapped"):
