@@ -32,8 +32,9 @@ CONVERT = (40.0, 115.0)
 PROVE = (60.0, 6.8)
 # A bundle's answers: seconds to open, parameters x tokens a second of all its processes.
 BUNDLE = (4.0, 12.0e9)
-# Phi's published shapes, for a plan before anything is downloaded.
-KNOWN = {"microsoft/phi-1_5": "phi-1_5", "microsoft/phi-2": "phi-2"}
+# Published shapes, for a plan before anything is downloaded.
+PHI = {"microsoft/phi-1_5": "phi-1_5", "microsoft/phi-2": "phi-2"}
+SMOLLM2 = "embedded:smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,30 @@ def base_here(config: Config) -> tuple[Any | None, str]:
     return None, f"the base model {model.name} is not downloaded yet (stage 1 does that)"
 
 
+def smollm2_architecture() -> Any:
+    """The published config of SmolLM2-135M-Instruct, shapes only."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
 def shapes(config: Config) -> tuple[Any | None, str]:
-    """`base_here`, or the published shapes of a Phi model that is not here."""
+    """`base_here`, or the published shapes of a known model that is not here."""
     found, why = base_here(config)
-    if found is None and (name := KNOWN.get(config.model.name.lower())):
-        return memory.phi_architecture(name), why  # type: ignore[arg-type]
+    name = config.model.name.lower()
+    if found is None and name in PHI:
+        return memory.phi_architecture(PHI[name]), why  # type: ignore[arg-type]
+    if found is None and name == SMOLLM2:
+        return smollm2_architecture(), why
     return found, why
 
 

@@ -7,12 +7,13 @@ import runpy
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import CACHE, ROOT
 
-from liteguard import planning, planning_probe
+from liteguard import planning, planning_probe, registry
 from liteguard.config import build, read_yaml
 from liteguard.errors import WorkError
 from liteguard.planning_probe import Measuring, Speed, probe_config, read_moments, speed_of
+from liteguard.training.memory_terms import read_shapes
 
 GB = 10**9
 
@@ -197,3 +198,12 @@ def test_the_tokens_of_a_plan_are_those_of_the_run(pipeline, monkeypatch, capsys
     assert "--checkpoint" not in seen["train_domain.py"]
     parent = seen["train_safety.py"][seen["train_safety.py"].index("--checkpoint") + 1]
     assert parent.endswith("/instruction") and not planning_probe.Path(parent).exists()
+
+
+def test_the_embedded_model_is_planned_before_it_is_unpacked(tmp_path):
+    """A new machine has no base model yet; its published shapes are those of the real one."""
+    published, why = planning.shapes(load("smollm2-135m", data={"cache_dir": str(tmp_path)}))
+    assert "not unpacked yet" in why
+    registry.MODELS[planning.SMOLLM2](planning.SMOLLM2, CACHE)
+    here, why = planning.shapes(load("smollm2-135m", data={"cache_dir": str(CACHE)}))
+    assert not why and read_shapes(here) == read_shapes(published)
