@@ -25,9 +25,9 @@ from liteguard.wheels import WHEELS
 UNCHANGED = {
     "mondo_text": "45ae34a953ea7084d77cf85b9c566d5f9411c7ae7a59d85d79a63267c9f67745",
     "uniprot_text": "0c44562ba07cc8f78f075f34200b1a914d7f6a15cb5913157c3ac1f5d9640eed",
-    "mondo_questions": "aaada491df70129a636cfd3e54bfb27a6e76f1596d1ee29671943cc0bc8214f8",
-    "uniprot_questions": "ee824aab6a58e4e05d3d0bf63253338d92661a0f451f191fda4a533e58ddc2e7",
-    "disease_preferences": "e6d1c53c07d141fa75d8c726938ccdeefc0a2c3314a46ca5bc1790edc993b15f",
+    "mondo_questions": "048caa32a45e6211ca1583f80fd95c87935061ceda8e44876251415a31405250",
+    "uniprot_questions": "280e55d1b8093e80e3d986cc29b9f6ed3f6c41f6d98d344902a870767ebfc157",
+    "disease_preferences": "3af60908decc6f820652a14f80695d6872a510c0aa2921f2069cc6167bf2b45e",
 }
 # A mixture of 15-25 thousand pairs with as many of each kind.
 BALANCED = {
@@ -103,6 +103,28 @@ def test_rejected_answers_about_diseases_go_round_in_circles():
 )  # fmt: skip
 def test_definitions_become_sentences_about_their_disease(name, definition, expected):
     assert diseases._definition_sentence(name, definition) == expected
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("Gout 2 is a form of gout, a disease of joints.", "Gout 2 is a disease of joints."),
+        ("Gout 2 is a severe juvenile form of gout.", ""),
+        ("Gout is a disease of joints.", "Gout is a disease of joints."),
+    ],
+)
+def test_answers_do_not_stop_at_the_kind_of_a_disease(sentence, expected):
+    assert diseases._beyond_its_kind(sentence) == expected
+
+
+def test_answers_about_diseases_say_more_than_their_names():
+    """ "X 2 is a form of X." is what a small model makes of answers that begin so."""
+    for name, kinds in (("mondo_questions", {"definition"}), ("uniprot_questions", None)):
+        for row in rows(name):
+            if kinds is None or row["kind"] in kinds:
+                assert not diseases._KIND_ALONE.search(row["completion"]), row
+    assert not diseases._adds_words("skin neoplasm", "Skin neoplasm is a neoplasm of the skin.")
+    assert diseases._adds_words("skin neoplasm", "skin tumor")
 
 
 def test_anatomy_texts_read_well(renderings):

@@ -154,6 +154,28 @@ def entity_of(name: str, cache_dir: Path) -> str:
 
 
 _TEMPLATE_DEFINITION = re.compile(r"^An?y? .* in which the cause of the disease is ", re.IGNORECASE)
+_KIND_OF = r" is (?:an?|the) (?:[\w-]+ ){0,2}(?:form|type|subtype|variant)s? of "
+_KIND_AND_MORE = re.compile(rf"{_KIND_OF}[^,.]*, (an? .+)")
+_KIND_ALONE = re.compile(_KIND_OF)
+
+
+def _beyond_its_kind(sentence: str) -> str:
+    """'X 2 is a form of X, a disorder ...' as 'X 2 is a disorder ...'; empty where no more is said.
+
+    A third of UniProt's descriptions begin so, and a small model makes "X is a form of X." of them.
+    """
+    said = _KIND_AND_MORE.sub(r" is \1", sentence, count=1)
+    return "" if _KIND_ALONE.search(said) else said
+
+
+# "Skin neoplasm is a neoplasm that involves the skin." tells nobody anything.
+_FILLER = set("a affecting affects an any arises arising from in involves involving is".split())
+_FILLER |= set("it its located of or s that the this to which with".split())
+
+
+def _adds_words(name: str, text: str) -> bool:
+    """Whether a definition, synonym or group has a word of its own, beyond the disease's name."""
+    return not set(match_key(text).split()) <= {*match_key(name).split(), *_FILLER}
 
 
 def mondo_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
@@ -193,16 +215,17 @@ def _mondo_facts(cache_dir: Path) -> Iterator[Fact]:
         entity = entity_of(name, cache_dir)
         if not definition or _TEMPLATE_DEFINITION.match(definition):
             continue
-        answers = {
-            "definition": sentences(_definition_sentence(name, definition), MAX_ANSWER_WORDS)
-        }
+        told = _beyond_its_kind(_definition_sentence(name, definition))
+        told = told if _adds_words(name, told) else ""
+        answers = {"definition": sentences(told, MAX_ANSWER_WORDS)} if told else {}
         # One question of the two shorter kinds for every disease, so that the kinds balance.
         kind = pick(["synonyms", "category"], "kind", name)
-        synonyms = [s for s in disease["synonyms"] if " " in s][:3]
+        synonyms = [s for s in disease["synonyms"] if " " in s and _adds_words(name, s)][:3]
+        groups = [parent for parent in disease["parents"] if _adds_words(name, parent)]
         if kind == "synonyms" and synonyms:
             answers["synonyms"] = f"{upper_first(name)} is also known as {listed(synonyms)}."
-        elif kind == "category" and disease["parents"]:
-            answers["category"] = f"{upper_first(name)} is a form of {disease['parents'][0]}."
+        elif kind == "category" and groups:
+            answers["category"] = f"{upper_first(name)} is a form of {groups[0]}."
         for kind, answer in answers.items():
             yield kind, name, answer, entity
 
@@ -230,7 +253,8 @@ def _uniprot_facts(cache_dir: Path) -> Iterator[Fact]:
             if _FEATURES.search(text) and pick(["features", "definition"], name) == "features"
             else "definition"
         )
-        yield kind, name, sentences(sentence, MAX_ANSWER_WORDS), entity
+        if told := _beyond_its_kind(sentence):
+            yield kind, name, sentences(told, MAX_ANSWER_WORDS), entity
         patterns = set(_INHERITANCE.findall(text))
         if len(patterns) == 1:
             pattern = patterns.pop()
