@@ -169,13 +169,13 @@ def _beyond_its_kind(sentence: str) -> str:
 
 
 # "Skin neoplasm is a neoplasm that involves the skin." tells nobody anything.
-_FILLER = set("a affecting affects an any arises arising from in involves involving is".split())
-_FILLER |= set("it its located of or s that the this to which with".split())
+_FILLER = """a affecting affects an any arises arising from in involves involving is it
+its located of or s that the this to which with"""
 
 
 def _adds_words(name: str, text: str) -> bool:
     """Whether a definition, synonym or group has a word of its own, beyond the disease's name."""
-    return not set(match_key(text).split()) <= {*match_key(name).split(), *_FILLER}
+    return not set(match_key(text).split()) <= {*match_key(name).split(), *_FILLER.split()}
 
 
 def mondo_text(source: SourceSection, cache_dir: Path) -> Iterator[Row]:
