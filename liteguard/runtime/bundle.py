@@ -10,14 +10,14 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import one_at_a_time, quiet_stderr
-from liteguard.runtime.container import unpacked_weights
+from liteguard.runtime.container import lengths, unpacked_weights
 from liteguard.runtime.scorer import Scorer
 
 
@@ -158,10 +158,7 @@ class Bundle:
             text = session.run_decode().texts[0]
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
-            raise WorkError(
-                f"{self.path}: generation failed for a prompt of {len(self.tokenize(rendered))} "
-                f"tokens ({error}); prompt and answer must fit the KV cache"
-            ) from error
+            raise self._failed(rendered, error) from error
         finally:
             session.close()
         # The stop token is counted but is no part of the text. When the cache is full the engine
@@ -173,6 +170,24 @@ class Bundle:
                 written = max_new_tokens
             text = text.rstrip("\ufffd")  # a character that the cut left incomplete
         return Answer(text, written, stopped, time.perf_counter() - started)
+
+    def _failed(
+        self, rendered: str, error: RuntimeError, turn: str = "a prompt", held: int = 0
+    ) -> WorkError:
+        """What to say of a prompt that the runtime refused, which gives no reason itself.
+
+        `held`: tokens that the conversation had before it.
+        """
+        tokens = len(self.tokenize(rendered))
+        room, prefills = lengths(self.path)
+        free = room - held
+        full = tokens >= free or free < min(prefills, default=1)
+        why = (
+            f"prompt and answer must fit the KV cache, of which {free} of {room} tokens are free"
+            if full
+            else "it would fit the KV cache: the runtime cannot run this model"
+        )
+        return WorkError(f"{self.path}: no answer to {turn} of {tokens} tokens ({error}); {why}")
 
     def generate_within(self, rendered: str, max_new_tokens: int, room: int) -> Answer:
         """`generate`; no answer (no token, not stopped) where a KV cache of `room` is too small."""
@@ -187,23 +202,36 @@ class Bundle:
                 raise
             return nothing
 
-    def render_chat(self, question: str) -> str:
-        """The prompt that the bundle's own template makes of a question."""
-        with self._engine.create_conversation(sampler_config=self._greedy) as conversation:
+    def render_chat(self, question: str, system: str | None = None) -> str:
+        """The prompt that the bundle's own template makes of a question, after a system message."""
+        with self._conversation(system_message=system) as conversation:
             return conversation.render_message_to_string(question)
 
     def converse(self, questions: Sequence[str], max_new_tokens: int = 256) -> list[str]:
-        """Greedy answers to questions asked one after the other in one conversation."""
-        answers = []
-        with self._engine.create_conversation(
-            sampler_config=self._greedy, max_output_tokens=max_new_tokens
-        ) as conversation:
-            for question in questions:
-                content = conversation.send_message(question).to_json()["content"]
+        """Greedy answers to questions asked one after the other in one conversation.
+
+        Raises WorkError where the runtime gives none.
+        """
+        return [answer for answer, _ in self.exchanges(questions, max_new_tokens)]
+
+    def exchanges(
+        self, questions: Iterable[str], max_new_tokens: int = 256
+    ) -> Iterator[tuple[str, int]]:
+        """`converse`, one by one: (answer, tokens that the conversation holds after it)."""
+        with self._conversation(max_output_tokens=max_new_tokens) as conversation:
+            for number, question in enumerate(questions, 1):
+                held = conversation.token_count
+                try:
+                    content = conversation.send_message(question).to_json()["content"]
+                except RuntimeError as error:
+                    given = self.render_chat(question), error, f"message {number}"
+                    raise self._failed(*given, held) from error
                 if not isinstance(content, str):
                     content = "".join(part.get("text", "") for part in content)
-                answers.append(content)
-        return answers
+                yield content, conversation.token_count
+
+    def _conversation(self, **settings: Any) -> Any:
+        return self._engine.create_conversation(sampler_config=self._greedy, **settings)
 
     def score(self, context: str, targets: str) -> tuple[float, int]:
         """Log-likelihood of `targets` after `context`, by the weights inside the bundle.
@@ -230,10 +258,20 @@ class Bundle:
 
     def score_ids(self, context: list[int], targets: list[int]) -> tuple[float, int]:
         """`score` of token ids; the engine need not be open."""
+        return self._scores().score(context, targets)
+
+    def next_token(self, context: list[int], longest: int) -> Any:
+        """Logits after `context`, an array over the vocabulary.
+
+        By the bundle's model, run without the runtime in steps of at most `longest` tokens.
+        """
+        return self._scores().next_token(context, longest)
+
+    def _scores(self) -> Scorer:
         if self._scorer is None:
             with one_at_a_time(self.unpacked / "lock"):
                 self._scorer = Scorer(self.path, self.threads, self.unpacked)
-        return self._scorer.score(context, targets)
+        return self._scorer
 
     def benchmark(self, rendered: str | None = None) -> dict[str, float]:
         """Speed of one prompt and its answer of at most 64 tokens.

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Generator
 
-from liteguard.errors import WorkError
 from liteguard.runtime.bundle import Answer, Bundle
 
 
@@ -48,10 +47,7 @@ class StreamedBundle(Bundle):
             ended = True
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
-            raise WorkError(
-                f"{self.path}: no answer to a prompt of {len(self.tokenize(rendered))} tokens "
-                f"({error}); prompt and answer must fit the KV cache"
-            ) from error
+            raise self._failed(rendered, error) from error
         finally:
             if not ended:
                 with contextlib.suppress(RuntimeError):
