@@ -242,7 +242,8 @@ def test_bundle_and_checkpoint_agree(pipeline):
 def test_running_again_reuses_everything(pipeline, tiny_config):
     before = (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns
     assert "reused" in succeed(ROOT / "prepare_datasets.py", "--config", tiny_config, cwd=pipeline)
-    assert "reused" in succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=pipeline)
+    again = succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=pipeline)
+    assert "reused" in again and again.splitlines()[-1] == logs(pipeline)["domain"].splitlines()[-1]
     command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--also")
     assert "reused" in succeed(*command, "--verify", "full", cwd=pipeline)
     # A proof of another kind has not been given.
@@ -644,11 +645,6 @@ def test_scripts_end_with_what_was_made_how_good_it_is_and_what_comes_next(pipel
         closing, following = found[name].splitlines()[-2:]
         assert re.fullmatch(said, closing), closing
         assert following.startswith("next: python ")
-    # What was finished before says it, too.
-    again = succeed(
-        ROOT / "train_safety.py", "--checkpoint", "instruction_checkpoint", cwd=pipeline
-    )
-    assert again.splitlines()[-1] == found["safety"].splitlines()[-1]
     # wandb says what it does; no other library does, and one's own warnings are on stdout.
     assert {n for n, text in found.items() if n.endswith(", stderr") and text} <= {
         "instruction, stderr"

@@ -17,6 +17,7 @@ from liteguard import checkpoints, distributed, doctor_gpu, hub, machine, models
 from liteguard.config import Config, TrainSection
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import gpu_memory_gb, library_versions
+from liteguard.progress import ticking
 from liteguard.records import StageRecord
 from liteguard.rows import again, read_manifest
 from liteguard.training import isolation, validation
@@ -220,9 +221,14 @@ def load_model(stage: Stage) -> Any:
     )
     storage = stage.storage
     print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base {STORED[storage]}")
-    model = models.load_base(
-        stage.config, stage.base_directory, stage.base_revision, dtype, quantize=storage == "nf4"
-    )
+    with ticking("loading the base"):
+        model = models.load_base(
+            stage.config,
+            stage.base_directory,
+            stage.base_revision,
+            dtype,
+            quantize=storage == "nf4",
+        )
     matched = models.lora_targets(model, stage.config.domain.lora_targets)
     model = (
         models.load_adapter(model, stage.parent, trainable=True)
@@ -384,7 +390,8 @@ def both_bases(stage: Run, probe: validation.Rows, trained: float) -> dict[str, 
     adapter is merged into the 16-bit one.
     """
     parameters = models.count_parameters(stage.architecture)
-    shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
+    with ticking("scoring on the 16-bit base"):
+        shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
     found: dict[str, Any] = {
         "rows": len(probe),
         "tokens": sum(int((labels[1:] != -100).sum()) for _, labels in probe),
