@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, models
+from liteguard import checkpoints, cli, models, shown
 from liteguard.config import RECIPES, flatten
 from liteguard.errors import UserError
 from liteguard.records import BundleRecord
@@ -69,7 +69,7 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import apps, measured, outputs, possible, tflite
+    from liteguard.export import apps, measured, outputs, possible, tflite, verify
     from liteguard.export.conversion import Conversion
 
     name = args.output or f"liteguard_{config.model_type}.{args.only or 'task'}"
@@ -105,7 +105,7 @@ def main() -> None:
         f"prefill lengths: {', '.join(map(str, section.ladder))}; KV cache: "
         f"{section.kv_cache_length} tokens\n"
         f"expected peak memory: {tflite.peak_memory(parameters, converter) / 1e9:.1f} GB; "
-        f"{memory / 1e9:.1f} GB must be free, and {disk / 1e9:.1f} GB of disk"
+        f"{memory / 1e9:.1f} GB must be free, and {shown.size(disk)} of disk"
     )
     needed = parameters, converter, output.parent, disk - outputs.left_over(output)
     if args.dry_run:
@@ -119,6 +119,7 @@ def main() -> None:
     published = outputs.finish_publishing(output, inputs)
     if published or (not args.overwrite and outputs.reuse(bundles, inputs)):
         print(f"{output} is finished and was made from the same inputs: reused")
+        print(f"next: python evaluate_model.py --bundle {output}")
         return
     tflite.require_resources(*needed)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,8 @@ def main() -> None:
     )
     outputs.publish(work, bundles, result, apps.deployment(result), apps.gallery(result))
     for path in bundles:
-        print(f"wrote {path} ({result.bytes[path.name] / 1e6:.0f} MB) and {path.name}.json")
+        print(f"wrote {path} ({shown.size(result.bytes[path.name])}) and {path.name}.json")
+    print(f"{verify.closing(facts)}; {shown.duration(result.wall_s)}")
     print(f"next: python evaluate_model.py --bundle {output}")
 
 

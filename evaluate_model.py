@@ -27,9 +27,10 @@ ends with a verdict against the base, SHIP or DO NOT SHIP, by the limits of eval
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, machine
+from liteguard import checkpoints, cli, machine, shown
 from liteguard.errors import UserError
 from liteguard.records import Made
 from liteguard.rows import read_manifest
@@ -58,7 +59,7 @@ def parse_args():
 
 def main() -> None:
     # 1. Configuration
-    args = parse_args()
+    args, started = parse_args(), time.monotonic()
     if args.compare:
         compare(args)
         return
@@ -98,7 +99,9 @@ def main() -> None:
     data_dir = Path(args.data or (parent.data_dir if parent else f"data/{config.model_type}"))
     rows = held_out.held_out(config, data_dir, everything=args.full)
     files = read_manifest(data_dir)["files"]
-    counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
+    counts = ", ".join(
+        f"{len(found):,} {name.replace('_', ' ')}" for name, found in rows.items() if found
+    )
     print(f"{config.evaluate.split} rows: {counts}")
     inputs, trained_on = {}, {}
     for label, target in targets.items():
@@ -154,6 +157,8 @@ def main() -> None:
 
     written = ", ".join(str(output / f"{label}.json") for label in found)
     print(f"\n{comparison.comparison_text(found)}\n\nwrote {written}")
+    took = shown.duration(time.monotonic() - started)
+    print(f"{comparison.closing(found)}; {len(found)} measured in {took}")
     print(f"next: python evaluate_model.py --output {output} --compare {' '.join(found)}")
 
 

@@ -15,9 +15,10 @@ reuses a finished directory; after a change or an interruption, the sources that
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, models, rehearsal
+from liteguard import checkpoints, cli, models, rehearsal, shown
 from liteguard.data import exams, lengths, preparation
 from liteguard.errors import UserError
 from liteguard.rows import read_manifest
@@ -37,7 +38,7 @@ def parse_args():
 
 def main() -> None:
     # 1. Configuration
-    args = parse_args()
+    args, started = parse_args(), time.monotonic()
     config = cli.resolve_config(args)
     if not args.output and not config.model_type:
         raise UserError(
@@ -82,7 +83,9 @@ def main() -> None:
     if args.report:
         print(lengths.write(models.with_base_prompt(config), output))
     data = f" --data {shlex.quote(args.output)}" if args.output else ""
-    print(f"\n{output}\nnext: python train_domain.py {cli.model_flags(args)}{data}")
+    took = shown.duration(time.monotonic() - started)
+    print(f"\n{'wrote' if work else 'found'} {output}: {lengths.closing(manifest)}; {took}")
+    print(f"next: python train_domain.py {cli.model_flags(args)}{data}")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,10 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
+    following = f"next: python train_safety.py --checkpoint {stage.output}"
     run = stage.open(args.overwrite)
     if run is None:
+        print(following)
         return
 
     # 3. Work
@@ -81,8 +83,7 @@ def main() -> None:
     trainer, metrics = loop.run(run, make_trainer)
 
     # 4. Results
-    finish(run, trainer, tokenizer, metrics)
-    print(f"wrote {stage.output}\nnext: python train_safety.py --checkpoint {stage.output}")
+    print(f"{finish(run, trainer, tokenizer, metrics)}\n{following}")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,13 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
+    following = (
+        f"next: python compress_model.py --input {stage.output} "
+        f"--output liteguard_{config.model_type}.task"
+    )
     run = stage.open(args.overwrite)
     if run is None:
+        print(following)
         return
 
     # 3. Work
@@ -78,15 +83,12 @@ def main() -> None:
     from trl import DPOConfig, DPOTrainer
 
     def make_trainer(stage):
-        weight = stage.section.sft_weight
         trainer = DPOTrainer(
             model=load_model(stage),
             # No ref_model: TRL then freezes a copy of the adapter it is given as the reference.
             args=DPOConfig(
                 **arguments.trainer_arguments(stage),
-                beta=stage.section.beta,
-                loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
-                loss_weights=[1.0, weight] if weight else None,
+                **arguments.preference_losses(stage.section),
             ),
             train_dataset=Dataset.from_list(train_set),
             eval_dataset=Dataset.from_list(eval_set),
@@ -98,11 +100,7 @@ def main() -> None:
     trainer, metrics = loop.run(run, make_trainer)
 
     # 4. Results
-    finish(run, trainer, tokenizer, metrics)
-    print(
-        f"wrote {stage.output}\nnext: python compress_model.py --input {stage.output} "
-        f"--output liteguard_{config.model_type}.task"
-    )
+    print(f"{finish(run, trainer, tokenizer, metrics)}\n{following}")
 
 
 if __name__ == "__main__":

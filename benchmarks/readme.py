@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import notebook  # noqa: E402
 import reference  # noqa: E402
 
 from liteguard.evaluation.comparison import (  # noqa: E402
@@ -321,9 +322,12 @@ def blocks() -> dict[str, str]:
 
 
 def documents() -> dict[Path, str]:
-    """README.md, docs/*.md and configs/schema.json as they should be, as rendered now."""
+    """README.md, docs/*.md, the notebook and configs/schema.json as they should be."""
     rendered = blocks()
-    found = {ROOT / "configs/schema.json": reference.schema()}
+    found = {
+        ROOT / "configs/schema.json": reference.schema(),
+        ROOT / "docs/liteguard.ipynb": notebook.notebook(),
+    }
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for name, block in rendered.items():

@@ -149,7 +149,10 @@ def _check_adapter(path: Path, record: StageRecord, advice: str) -> None:
     found = read_dict(file)
     if found is None:
         raise UserError(f"{file} cannot be used: it is no JSON object.{advice}")
-    if changes := describe_changes(record.lora, {key: found.get(key) for key in record.lora}):
+    # Records of version 0.1 do not name the scaling: it was always alpha / r.
+    trained = {"use_rslora": False, **record.lora}
+    stated = {"use_rslora": False, **found}
+    if changes := describe_changes(trained, {key: stated.get(key) for key in trained}):
         raise UserError(
             f"{file} is not what {RECORD} says that the adapter was trained with:\n"
             + "\n".join(changes)

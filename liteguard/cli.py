@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from liteguard import distributed, failures, hub, machine, shown
+from liteguard import distributed, failures, hub, machine, shown, writing
 from liteguard.config import (
     Config,
     build,
@@ -96,7 +96,10 @@ def resolve_config(
         layers.append(("--set", parse_setting(setting)[1]))
     if parent is not None:
         follow_stage(parent)
-    return build(layers)
+    config = build(layers)
+    if not getattr(args, "dry_run", True):
+        _logs.append(Path(config.data.cache_dir) / "logs")
+    return config
 
 
 def follow_stage(record: Made) -> None:
@@ -140,6 +143,21 @@ def print_config(config: Config, *sections: str) -> None:
             print(f"  {name:38} {value!r:42} {shown.visible(origin)}")
 
 
+# Where `keep_heard` writes, once it is known.
+_logs: list[Path] = []
+
+
+def keep_heard() -> None:
+    """Write what libraries warned of to logs/SCRIPT.log in the cache, for whoever looks for it."""
+    if machine.heard and _logs and distributed.is_main():
+        lines = [f"{count} x {text}\n" for text, count in machine.heard.items()]
+        with contextlib.suppress(OSError):
+            _logs[-1].mkdir(parents=True, exist_ok=True)
+            writing.write_text(
+                _logs[-1] / f"{Path(sys.argv[0]).stem}.log", "".join(lines), shared=True
+            )
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main(): one message and the right exit code instead of a traceback."""
     machine.quiet_libraries()
@@ -167,3 +185,5 @@ def run(main: Callable[[], None]) -> None:
             text = told[0].replace("error:", f"error{place}:", 1)
             print(f"\n{shown.message(text)}", file=sys.stderr)
         sys.exit(told[1])
+    finally:
+        keep_heard()

@@ -6,6 +6,7 @@ Every request goes through huggingface_hub, so its own settings hold: a token fr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from liteguard import shown
 from liteguard.errors import LiteGuardError, UserError, WorkError, first_line
+from liteguard.progress import ticking
 
 # What a model needs beside its weights: configuration, tokenizer, chat template.
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
@@ -86,12 +89,13 @@ def model_directory(repository: Repository, commit: str, trust_remote_code: bool
         if not isinstance(try_to_load_from_cache(repository.name, file, revision=commit), str)
     ]
     if missing and not constants.HF_HUB_OFFLINE:
-        size = sum(sizes[file] for file in missing) / 1e9
-        shown = f"{size:.1f} GB" if size >= 0.1 else f"{size * 1000:.1f} MB"
-        print(f"downloading {repository.name}: {shown} into {constants.HF_HUB_CACHE}")
-    (enable_progress_bars if missing and sys.stderr.isatty() else disable_progress_bars)()
+        size = shown.size(sum(sizes[file] for file in missing))
+        print(f"downloading {repository.name}: {size} into {constants.HF_HUB_CACHE}")
+    bars = missing and sys.stderr.isatty()
+    (enable_progress_bars if bars else disable_progress_bars)()
     try:
-        found = snapshot_download(repository.name, revision=commit, allow_patterns=wanted)
+        with contextlib.nullcontext() if bars else ticking(f"downloading {repository.name}"):
+            found = snapshot_download(repository.name, revision=commit, allow_patterns=wanted)
     except Exception as error:  # noqa: BLE001
         raise failure(repository, error, "The download of") from None
     _check_shards(repository, Path(found))

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -50,13 +51,30 @@ QUIET = {
 }
 
 
+# What libraries warned of in this process, and how often: for a log (cli.run), not the screen.
+heard: Counter[str] = Counter()
+_OF_LIBRARIES = (FutureWarning, UserWarning, DeprecationWarning)
+
+
 def quiet_libraries() -> None:
-    """Keep notes of optional parts, which this project does not use, off the screen."""
+    """Keep notes of optional parts, and warnings that only a programmer can act on, off the screen.
+
+    The warnings are kept in `heard`.
+    """
     # In a log file, a bar is a line of thousands of characters.
     bars = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
     os.environ.update({k: v for k, v in (QUIET | bars).items() if k not in os.environ})
-    for category in (FutureWarning, UserWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)
+    for category in _OF_LIBRARIES:
+        warnings.filterwarnings("default", category=category)
+    show = warnings.showwarning
+
+    def hear(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+        if issubclass(category, _OF_LIBRARIES):
+            heard[f"{category.__name__}: {message} ({filename}:{lineno})"] += 1
+        else:
+            show(message, category, filename, lineno, *more)
+
+    warnings.showwarning = hear
     for name in (
         "torchao",
         "torch.utils._pytree",

@@ -19,8 +19,8 @@ CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What stage 1 sets of an adapter's configuration, and what describes its making. The rest has
 # PEFT's default: other values load other modules, replace layers, or change the base model.
-_ADAPTER_KEYS = {"r", "lora_alpha", "lora_dropout", "bias", "target_modules", "task_type"}
-_ADAPTER_KEYS |= {"peft_type", "peft_version", "base_model_name_or_path", "revision"}
+_ADAPTER_KEYS = {"r", "lora_alpha", "use_rslora", "lora_dropout", "bias", "target_modules"}
+_ADAPTER_KEYS |= {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision"}
 _ADAPTER_KEYS |= {"inference_mode", "fan_in_fan_out"}
 TRUST = "--set model.trust_remote_code=true"
 

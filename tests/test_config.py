@@ -134,6 +134,14 @@ def test_other_names_and_optimizers_are_real():
         ("compress.prefill_lengths=[64, 2048]", "kv_cache_length 1280 must exceed the longest"),
         ("compress.prefill_lengths=[0]", "compress.prefill_lengths.0: Input should be greater"),
         ("domain.optimizer=adamm", "domain.optimizer: Input should be 'adamw_torch'"),
+        ("domain.use_dora=true", "domain.use_dora: not offered: DoRA keeps the length"),
+        ("safety.torch_compile=true", "safety.torch_compile: not offered: packed micro-batches"),
+        ("domain.use_liger_kernel=true", "domain.use_liger_kernel: not offered: TRL has dep"),
+        ("safety.neftune_noise_alpha=5", "not offered: the noise is for learning answers: set ins"),
+        ("safety.preference_loss=simpo", "simpo is not offered: it has no reference model"),
+        ("safety.preference_loss=aot", "aot is not offered: it compares a pair with the others"),
+        ("safety.preference_loss=apo", "apo_zero, where chosen answers are better"),
+        ("safety.preference_loss=sigmod", "safety.preference_loss: Input should be 'sigmoid'"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_when_it_is_read(setting, said):

@@ -364,7 +364,7 @@ def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) ->
         convert()
     monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
     monkeypatch.setattr(tflite.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    with pytest.raises(UserError, match="GB of disk"):
+    with pytest.raises(UserError, match="10 MB of disk"):
         tflite.require_resources(10**9, "v2", tmp_path, 10**7)
     (tmp_path / "merged" / "generation_config.json").write_text("{}")
     with pytest.raises(UserError, match="eos_token_id"):

@@ -71,6 +71,39 @@ def test_sums_are_rounded_once(config, tiny_phi, adapter, dtype):
         assert unlike < 1e-3, f"{name}: {unlike:.2%} of the elements"
 
 
+def test_rslora_scales_by_the_root_of_the_rank(tiny_phi, tmp_path):
+    """In training, by our own layers, and in what ships: alpha 6 over sqrt(4)."""
+    import torch
+    from safetensors.torch import load_file
+
+    from liteguard.training import lora_linear
+
+    lora = {"lora_rank": 4, "lora_alpha": 6, "use_rslora": True}
+    values = {"model": {"path": str(tiny_phi)}, "domain": lora}
+    config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", values)])
+    base = models.load_base(config, str(tiny_phi), None, torch.float32, quantize=False)
+    adapted = models.add_adapter(base, config)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    adapted.save_pretrained(tmp_path)
+    assert lora_linear.fuse_lora(adapted) == 12
+    model = merged.load_stored(tiny_phi)
+    before = {name: value.double() for name, value in model.state_dict().items()}
+    merged.merge_adapter(model, tmp_path, torch.float32)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name, down in saved.items():
+        if "lora_A" in name:
+            layer = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            up = saved[name.replace("lora_A", "lora_B")]
+            wanted = before[layer] + 3 * (up.double() @ down.double())
+            torch.testing.assert_close(model.state_dict()[layer].double(), wanted)
+    ids = torch.arange(5, 41)[None]
+    with torch.no_grad():
+        trained, shipped = adapted(ids).logits, model.float()(ids).logits
+    torch.testing.assert_close(trained, shipped, rtol=1e-4, atol=1e-4)
+
+
 def test_16_bit_weights_compute_what_float32_ones_do(config, adapter, monkeypatch):
     import torch
 

@@ -283,3 +283,40 @@ def test_a_weighted_step_has_the_loss_and_gradient_of_its_definition(tiny_phi, r
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for mine, other in zip(found, gradients(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def embedded(model, inputs):
+    """What the embedding gives the first layer in a forward pass, row by row without padding."""
+    found = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda m, a, out: found.append(out))
+    model(**inputs, fused_lm_head=True)
+    handle.remove()
+    [rows] = found
+    keep = inputs["attention_mask"].bool()
+    flat = rows[0] if rows.shape[0] == 1 else rows[keep]
+    return flat.detach().split(keep.sum(1).tolist())
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_noise_is_that_of_a_row_alone(tiny_phi, pack):
+    """Its bound is alpha / sqrt(tokens x hidden size), of the row and not of the batch."""
+    import torch
+
+    model = adapted(tiny_phi, "sdpa")
+    model = packed(model) if pack else model
+    inputs = batch((40, 7, 90))
+    model.train()
+    plain = embedded(model, inputs)
+    packing.add_noise(model.get_base_model(), 5.0)
+    noisy = embedded(model, inputs)
+    for clean, dirty in zip(plain, noisy, strict=True):
+        bound = 5 / (len(clean) * 64) ** 0.5
+        noise = (dirty - clean).abs()
+        assert 0.95 * bound < noise.max() <= bound * 1.0001
+        assert noise.mean() == pytest.approx(bound / 2, rel=0.15)
+    assert not noisy[0].equal(embedded(model, inputs)[0]), "the same noise again"
+    # What is measured has none.
+    with torch.no_grad():
+        assert embedded(model, inputs)[2].equal(plain[2])
+    model.eval()
+    assert embedded(model, inputs)[0].equal(plain[0])

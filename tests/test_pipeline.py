@@ -150,7 +150,10 @@ def test_both_bases_are_measured_on_the_same_rows(pipeline, monkeypatch):
         assert 0 < abs(found["trained_loss"] - found["shipped_loss"]) < 0.5
         assert found["shipped_perplexity"] == pytest.approx(math.exp(found["shipped_loss"]))
         printed = logs(pipeline)[stage]
-        assert f" {found['trained_perplexity']:.2f} on the base as trained on (nf4)" in printed
+        assert (
+            f" {found['trained_perplexity']:.2f} on the base as trained on (stored as nf4)"
+            in printed
+        )
         assert f" {found['shipped_perplexity']:.2f} on the 16-bit base that ships" in printed
         assert record(Path(OUTPUTS[stage]))["metrics"]["best_eval_loss"] == pytest.approx(
             min(losses(Path(OUTPUTS[stage]), "eval_loss"))
@@ -239,7 +242,8 @@ def test_bundle_and_checkpoint_agree(pipeline):
 def test_running_again_reuses_everything(pipeline, tiny_config):
     before = (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns
     assert "reused" in succeed(ROOT / "prepare_datasets.py", "--config", tiny_config, cwd=pipeline)
-    assert "reused" in succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=pipeline)
+    again = succeed(ROOT / "train_domain.py", "--config", tiny_config, cwd=pipeline)
+    assert "reused" in again and again.splitlines()[-1] == logs(pipeline)["domain"].splitlines()[-1]
     # Both containers are the default, which --also names.
     command = (ROOT / "compress_model.py", "--input", "final_checkpoint")
     assert "reused" in succeed(*command, "--verify", "full", cwd=pipeline)
@@ -629,11 +633,30 @@ def test_full_disk_leaves_nothing_under_the_final_name(pipeline, tiny_config, tm
     assert (tmp_path / "domain_checkpoint/stage.json").exists()
 
 
+def test_scripts_end_with_what_was_made_how_good_it_is_and_what_comes_next(pipeline):
+    found, took = logs(pipeline), r"\d+(\.\d)? (s|min)"
+    told = {
+        "prepare": rf"wrote data/tiny: [\d,]+ training rows \(.*\), \d+ held out .*; {took}",
+        "domain": rf"wrote domain_checkpoint: adapter .*, validation perplexity [\d.]+; {took}",
+        "safety": rf"wrote final_checkpoint: .* \d+% of validation pairs told apart; {took}",
+        "compress": rf"int8 weights, proven .*: perplexity [+-]\d.*% of answers .*tok/s.*; {took}",
+        "evaluate": rf"Bundle: perplexity .*, harmful refused \d+%.*; 5 measured in {took}",
+    }
+    for name, said in told.items():
+        closing, following = found[name].splitlines()[-2:]
+        assert re.fullmatch(said, closing), closing
+        assert following.startswith("next: python ")
+    # wandb says what it does; no other library does, and one's own warnings are on stdout.
+    assert {n for n, text in found.items() if n.endswith(", stderr") and text} <= {
+        "instruction, stderr"
+    }
+
+
 def test_a_stage_may_train_against_the_16_bit_base(pipeline):
     command = (ROOT / "train_instruction.py", "--checkpoint", "domain_checkpoint", "--dry_run")
     other = ("--output", "other", "--set", "instruction.quantization=none")
     assert "base stored as nf4" in succeed(*command, "--output", "other", cwd=pipeline)
-    assert "base stored as none" in succeed(*command, *other, cwd=pipeline)
+    assert "base not quantised" in succeed(*command, *other, cwd=pipeline)
     # It is one of the inputs: the finished checkpoint was made with NF4 and is not reused.
     message = fail(2, *command[:-1], "--set", "instruction.quantization=none", cwd=pipeline)
     assert "quantization" in message and "nf4" in message

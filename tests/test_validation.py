@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT, diseases
 
 from liteguard import machine, models
-from liteguard.config import build, read_yaml
+from liteguard.config import PREFERENCE_LOSSES, build, read_yaml
 from liteguard.training import arguments, callbacks, loop, patches, validation
 from liteguard.training.feed import make_feed, pair_counts
 from liteguard.training.reference import precompute_reference
@@ -90,15 +91,13 @@ def dpo_trainer(stage: Run, pairs: list[dict], held_out: list[dict], reference: 
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    model, weight = load_model(stage), stage.section.sft_weight
+    model = load_model(stage)
     disturb(model, reference)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(
             **arguments.trainer_arguments(stage),
-            beta=stage.section.beta,
-            loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
-            loss_weights=[1.0, weight] if weight else None,
+            **arguments.preference_losses(stage.section),
         ),
         train_dataset=Dataset.from_list(pairs),
         eval_dataset=Dataset.from_list(held_out),
@@ -283,6 +282,50 @@ def test_a_step_of_pairs_learns_the_same_in_every_shape(tiny_phi, tmp_path, coun
         assert other_losses == pytest.approx(losses, abs=1e-4)
         for name, weight in weights.items():
             torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+def test_every_loss_of_pairs_is_trls(kind):
+    """What validation computes, against the trainer's own from the same log-probabilities."""
+    import torch
+    from trl import DPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 9, 1, 5, 9, 2])  # of three chosen answers, then three rejected ones
+    mask = (torch.arange(1, 12) > 1) & (torch.arange(1, 12) <= 1 + lengths[:, None])
+    policy, reference = (-4 * torch.rand(6, 10, generator=generator) * mask[:, 1:] for _ in "ab")
+    given = SimpleNamespace(log_probs=policy, entropy=policy, mean_logits=policy)
+    given.is_top1 = mask[:, 1:]
+    sums = reference.sum(1).chunk(2)
+    trainer = SimpleNamespace(
+        **{
+            "model": torch.nn.Linear(1, 1),
+            "beta": 0.3,
+            "loss_types": [kind],
+            "loss_weights": [1.0],
+        },
+        **{"ld_alpha": None, "precompute_ref_logps": True, "f_divergence_type": "reverse_kl"},
+        **{"use_weighting": False, "aux_loss_enabled": False, "label_smoothing": 0.0},
+        **{
+            "_metrics": defaultdict(lambda: defaultdict(list)),
+            "_total_train_tokens": 0,
+            "_tp_size": 1,
+        },
+        accelerator=SimpleNamespace(
+            **{"device": "cpu", "gather_for_metrics": lambda t: t, "gather": lambda t: t}
+        ),
+    )
+    batch = {
+        "input_ids": torch.zeros(6, 11, dtype=torch.long),
+        "attention_mask": torch.ones(6, 11, dtype=torch.long),
+        "completion_mask": mask.long(),
+        "ref_chosen_logps": sums[0],
+        "ref_rejected_logps": sums[1],
+    }
+    theirs = DPOTrainer._compute_loss(trainer, lambda **kwargs: given, batch, False)
+    ours = validation.pair_scores(trainer, lambda **kwargs: given, batch)["pair_loss"][0]
+    assert ours.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert ours.shape == (3,) and ours.std() > 0.01
 
 
 def first_logps(stage: Run, pair: dict) -> list[float]:

@@ -33,6 +33,7 @@ from liteguard.config.measuring import (
 )
 from liteguard.config.training import (
     OPTIMIZERS,
+    PREFERENCE_LOSSES,
     DomainSection,
     InstructionSection,
     SafetySection,
@@ -56,6 +57,7 @@ __all__ = [
     "OTHER_NAMES",
     "OWN",
     "OWN_SETS",
+    "PREFERENCE_LOSSES",
     "RECIPES",
     "SET_KINDS",
     "SafetySection",

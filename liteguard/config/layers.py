@@ -15,6 +15,7 @@ from liteguard import shown, yaml_text
 from liteguard.config.config import Config
 from liteguard.config.data import SourceSection
 from liteguard.config.measuring import SetSection
+from liteguard.config.training import REFUSED_KEYS
 from liteguard.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -220,6 +221,8 @@ def _line(problem: Any) -> str:
     location = problem["loc"]
     name = ".".join(str(part) for part in location) or "(file)"
     if problem["type"] == "extra_forbidden":
+        if why := REFUSED_KEYS.get(str(location[-1])):
+            return f"  {name}: not offered: {why}."
         return f"  {name}: unknown key; {_nearest(location)}"
     got = problem.get("input")
     hidden = isinstance(got, Mapping) or "llm_judge" in location

@@ -17,6 +17,7 @@ from liteguard.data.readers import Broken, read_rows
 from liteguard.data.shards import code_version, file_hashes
 from liteguard.data.values import given
 from liteguard.errors import UserError
+from liteguard.progress import ticking
 from liteguard.rows import Row
 from liteguard.wheels import WHEELS
 
@@ -158,7 +159,8 @@ def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
     if not path.exists() or not report.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, str] = {}
-        index = OverlapIndex.build(evaluation_texts(config, found))
+        with ticking("reading evaluation sets"):
+            index = OverlapIndex.build(evaluation_texts(config, found))
         if empty := set(sets) - set(index.names):
             raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")
         checkpoints.write_json(report, found, shared=True)

@@ -165,6 +165,34 @@ def _splits_by_name(files: list[Path], path: Path) -> dict[Path, str | None]:
     return parts if "train" in named and named & {"test", "validation"} else whole
 
 
+def expected_rows(source: SourceSection) -> int | None:
+    """About how many rows will be read of a source; None where only reading it tells.
+
+    Of files with lines: those of their beginnings, for all of the bytes.
+    """
+    if not source.path:
+        return source.limit if source.hub else None
+    total = 0.0
+    try:
+        files = local_files(source)
+        sample = max(_SAMPLE // max(len(files), 1), 1 << 12)
+        for file in files:
+            ending, packed = kind(file)
+            if ending == ".parquet":
+                import pyarrow.parquet
+
+                total += pyarrow.parquet.read_metadata(file).num_rows
+            elif packed or ending not in (".jsonl", ".ndjson", ".csv", ".tsv"):
+                return None
+            else:
+                with file.open("rb") as opened:
+                    head = opened.read(sample)
+                total += head.count(b"\n") * file.stat().st_size / max(len(head), 1)
+    except Exception:  # noqa: BLE001 - reading the rows will say what is wrong, and where
+        return None
+    return min(round(total), source.limit or round(total)) or None
+
+
 # --- opening --------------------------------------------------------------------------------------
 def open_data(path: Path, encoding: str | None = None) -> BinaryIO:
     """A text file as bytes of UTF-8, unpacked; UTF-16 is recognised without being named."""

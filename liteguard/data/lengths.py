@@ -49,6 +49,15 @@ def table(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def closing(manifest: dict[str, Any]) -> str:
+    """How many rows there are to train on, of each stage, and how many are held out."""
+    rows = {name: entry["rows"] for name, entry in manifest["counts"].items()}
+    trained = {part: rows[f"{part}/train.jsonl"] for part in FIELDS}
+    of_each = ", ".join(f"{count:,} {part}" for part, count in trained.items())
+    test = sum(rows[f"{part}/test.jsonl"] for part in FIELDS)
+    return f"{sum(trained.values()):,} training rows ({of_each}), {test:,} held out for testing"
+
+
 def write(config: Config, data_dir: Path) -> str:
     """Count tokens of the training rows; write report.json and lengths.png beside the data."""
     tokenizer = models.load_base_tokenizer(config)

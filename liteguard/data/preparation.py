@@ -38,12 +38,17 @@ from liteguard.data.splits import (
     write_part,
 )
 from liteguard.errors import UserError
+from liteguard.progress import ticking
 from liteguard.registry import ASKED_KINDS
 from liteguard.rows import FIELDS
 from liteguard.wheels import WHEELS, Wheel
 
 if TYPE_CHECKING:
     from liteguard.config import Config
+
+
+# Seconds a row of comparing rows with each other, on two cores (benchmarks/data_report.json).
+COMPARE_S = 7e-5
 
 
 def check_sources(config: Config) -> None:
@@ -194,16 +199,18 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
             for name in FIELDS
         }
     parts = [Part.join(name, shards[name]) for name in FIELDS]
-    for name, sentence in guess_entities(parts, data, names).items():
-        print(f"  {name:12} {sentence}")
-    for part in parts:
-        drop_duplicates(part, data.near_duplicate_threshold, data.several_answers)
     index = OverlapIndex.load(index_path) if index_path else None
-    drop_overlaps(parts, index, data.question_similarity)
+    rows = sum(len(part.row) for part in parts)
+    with ticking(f"comparing {rows:,} rows", COMPARE_S * rows):
+        for name, sentence in guess_entities(parts, data, names).items():
+            print(f"  {name:12} {sentence}")
+        for part in parts:
+            drop_duplicates(part, data.near_duplicate_threshold, data.several_answers)
+        drop_overlaps(parts, index, data.question_similarity)
     seen = next(trained_entities(part) for part in parts if part.name == "domain")
     counts: dict[str, Any] = {}
     entries = []
-    with (work / "dropped.jsonl").open("wb") as dropped:
+    with ticking(f"writing {rows:,} rows"), (work / "dropped.jsonl").open("wb") as dropped:
         for part in parts:
             counts |= write_part(part, work, dropped, seen)
             entries += source_entries(part)

@@ -27,10 +27,11 @@ from liteguard.data import cleaning
 from liteguard.data.cleaning import ARRAYS, Chunk, Rules
 from liteguard.data.conversations import NO_SLOT, SYSTEM
 from liteguard.data.datasets import DATASETS
-from liteguard.data.files import local_files, unreadable
+from liteguard.data.files import expected_rows, local_files, unreadable
 from liteguard.data.readers import Broken, Tally, hub_commit
 from liteguard.errors import WorkError
 from liteguard.machine import end_with_parent, one_at_a_time, starting_children
+from liteguard.progress import Progress
 from liteguard.rows import FIELDS, Row
 from liteguard.wheels import WHEELS
 
@@ -241,8 +242,6 @@ def _finished(directory: Path, source: SourceSection) -> Shard | None:
 
 
 def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, Any]:
-    from tqdm import tqdm
-
     source = rules.source
     tally = Tally(DATASETS[source.dataset][1](source, Path(rules.data.cache_dir)), source)
     rows: Iterable[Any] = tally
@@ -250,8 +249,10 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
         rows = _sample(rows, source.limit, f"{rules.data.seed}{source.dataset}", rules.part)
     counts: Counter[str] = Counter()
     read = kept = added = 0
+    total = expected_rows(source)
+    progress = Progress(source.dataset, total, unit="rows", about=True, quiet=True)
     with (
-        tqdm(desc=source.dataset, unit=" rows", disable=None, leave=False) as bar,
+        contextlib.closing(progress),
         (directory / "rows.jsonl").open("wb") as lines,
         (directory / "dropped.jsonl").open("wb") as dropped,
     ):
@@ -265,7 +266,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
             dropped.writelines(chunk.dropped)
             for name, file in files.items():
                 file.write(np.ascontiguousarray(chunk.arrays[name]).data)
-            bar.update(chunk.read)
+            progress.add(count=chunk.read)
         for file in files.values():
             file.close()
     tally.check()

@@ -44,6 +44,18 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def closing(results: dict[str, dict[str, Any]]) -> str:
+    """The last model's headline numbers, in a line."""
+    label, result = list(results.items())[-1]
+    wanted = ("perplexity", "rouge1", "refused_harmful", "refused_benign")
+    numbers = [
+        f"{title} {cell(result, key, form)}"
+        for key, title, form in COLUMNS
+        if key in wanted and key in result
+    ]
+    return f"{TITLES.get(label, label)}: {', '.join(numbers)}"
+
+
 def cell(result: dict[str, Any], key: str, form: str) -> str:
     """A number as text; a dash where the data had no such rows."""
     return form.format(result[key]) if key in result else "-"

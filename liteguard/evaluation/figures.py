@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from liteguard import shown
 from liteguard.evaluation import against_base
 from liteguard.evaluation.against_base import share
 from liteguard.evaluation.comparison import TITLES
@@ -111,18 +112,13 @@ def _size_and_speed(
     own = f"{speeds[label]:.0f} tokens/s"
     if bundle is None or label != "bundle":
         return Figure("Speed", own, f"{BATCHES}; no bundle yet", bars)
-    size = megabytes(next(iter(bundle["bytes"].values())))
+    size = shown.size(next(iter(bundle["bytes"].values())))
     return Figure("Size and speed", f"{size}, {own}", BATCHES, bars)
 
 
 def speed(result: dict[str, Any]) -> float:
     """Tokens a second that a model wrote while it was measured."""
     return result["cost"]["generated_tokens"] / max(result["cost"]["generation_s"], 1e-3)
-
-
-def megabytes(size: int) -> str:
-    """A file's size as people read it."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.{size < 1e7:d}f} MB"
 
 
 def _title(label: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from liteguard import writing
+from liteguard.progress import Progress
 
 
 class Journal:
@@ -125,41 +125,6 @@ def _entry(line: bytes) -> tuple[str, int, Any, float]:
 
 def _is_score(score: Any, tokens: Any) -> bool:
     return (score is None or isinstance(score, float)) and type(tokens) is int
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line at most every 15 seconds. Tokens/s in both."""
-
-    EVERY_S = 15.0
-
-    def __init__(self, what: str, total: int, done: int = 0):
-        from tqdm import tqdm
-
-        self.what, self.total, self.done, self.tokens = what, total, done, 0
-        self.started = self.printed = time.monotonic()
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=f"  {what}",
-            disable=not sys.stdout.isatty(),
-            file=sys.stdout,
-            dynamic_ncols=True,
-        )
-
-    def add(self, tokens: int) -> None:
-        """One more is done, with so many tokens."""
-        self.done, self.tokens = self.done + 1, self.tokens + tokens
-        now = time.monotonic()
-        speed = f"{self.tokens / max(now - self.started, 1e-9):.0f} tokens/s"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(speed, refresh=False)
-            self.bar.update()
-        elif self.done == self.total or now - self.printed >= self.EVERY_S:
-            print(f"  {self.what} {self.done}/{self.total}, {speed}", flush=True)
-            self.printed = now
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def journalled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from liteguard.evaluation.held_out import REQUESTS, requests, scored
 from liteguard.evaluation.journal import Journal, journalled
 from liteguard.evaluation.summary import summarise
 from liteguard.machine import release_memory
+from liteguard.progress import ticking
 from liteguard.rows import conversation_text
 
 
@@ -78,7 +80,9 @@ def collect(
         return
     release_memory()
     begin = time.monotonic()
-    with open_model() as model:
+    with contextlib.ExitStack() as opened:
+        with ticking("loading the model"):
+            model = opened.enter_context(open_model())
         journal.add_run(time.monotonic() - begin)
         for part, what in (("scores", "texts scored"), ("options", "options scored")):
             if todo[part]:

@@ -19,6 +19,7 @@ from liteguard import checkpoints, machine, merged
 from liteguard.config import Config
 from liteguard.errors import UserError, WorkError
 from liteguard.export import chosen, gptq, quantization
+from liteguard.progress import Progress
 from liteguard.rows import load_split
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 LONGEST_ROW = 256
 # Tokens of a batch, padding counted.
 _BATCH = 1024
-# Seconds between two lines of progress.
-_EVERY = 15.0
 
 
 def folder(work: Path, recipe: str, config: Config) -> Path | None:
@@ -222,26 +221,6 @@ def _decoder_layers(model: Any) -> Any:
     raise WorkError(f"{type(model).__name__} has no list of {count} layers to calibrate")
 
 
-class _Progress:
-    """A line at most every 15 seconds: layers done, seconds a layer, minutes left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.started = total, time.monotonic()
-        self.printed, self.done = self.started, 0
-
-    def add(self, place: int) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if now - self.printed < _EVERY and place + 1 < self.total:
-            return
-        each, self.printed = (now - self.started) / self.done, now
-        left = each * (self.total - place - 1) / 60
-        print(
-            f"  calibrated layer {place + 1}/{self.total}, {each:.1f} s each, {left:.0f} min left",
-            flush=True,
-        )
-
-
 def calibrate(
     merged_dir: Path, rows: list[list[int]] | None, recipe: str, output: Path
 ) -> dict[str, Any]:
@@ -274,7 +253,7 @@ def calibrate(
             batches = list(_batches(model, layers[0], rows))
         remaining = list(layers)
         del model, layers  # embedding and output layer are not needed any more
-        progress = _Progress(len(remaining))
+        progress = Progress("calibrating", len(remaining), unit="layers")
         for place in range(len(remaining)):
             layer, remaining[place] = remaining[place].float(), None
             names = [
@@ -298,7 +277,8 @@ def calibrate(
                 if not batch.hidden[batch.real].isfinite().all():
                     raise WorkError(f"layer {place + 1} gives no finite numbers once it is rounded")
             del layer
-            progress.add(place)
+            progress.add()
+        progress.close()
     return {
         "method": "gptq" if rows else "least_squares",
         "rows": len(rows or ()),

@@ -49,7 +49,7 @@ class Conversion:
     work: Path
 
     def __post_init__(self) -> None:
-        self.steps = Steps(self.work)
+        self.steps = Steps(self.work, self.parameters)
         self.merged = self.work / "merged"
         self.sentencepiece = self.work / "tokenizer.model"
         self.exact = self.work / "float.tflite"

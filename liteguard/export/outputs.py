@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, writing
+from liteguard import checkpoints, shown, writing
 from liteguard.errors import UserError, WorkError
 from liteguard.export.verify import TooCoarse
 from liteguard.machine import peak_rss_gb
+from liteguard.progress import ticking
 from liteguard.records import BundleRecord
 
 SUFFIXES = (".task", ".litertlm")
@@ -119,22 +120,35 @@ def left_over(output: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
 
 
+# Seconds, and seconds per billion parameters, on two cores (benchmarks/full_size_report.json).
+SECONDS = {
+    "merge": (5.0, 22.0),
+    "export": (60.0, 60.0),
+    "quantize": (5.0, 16.0),
+    "bundle": (1.0, 5.0),
+}
+
+
 class Steps:
     """The steps of a conversion in its work directory, timed; those that are kept are done once."""
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, parameters: int = 0) -> None:
+        self.work, self.billions = work, parameters / 1e9
         self.timings: dict[str, float] = {}  # seconds
         self.peaks: dict[str, float] = {}  # GB of 10^9 bytes, of this process until then
 
     def run(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
-        """Do a step and print its time."""
+        """Do a step and print its time, and every 15 seconds that it is still at work."""
         print(f"{name} ...")
         begin = time.time()
-        result = function(*positional, **named)
+        # What calibrates and proves counts its own layers, answers and texts.
+        known = SECONDS.get(name.split("_")[0])
+        expected = known and known[0] + known[1] * self.billions
+        with ticking(name, expected) if known else contextlib.nullcontext():
+            result = function(*positional, **named)
         self.timings[name] = round(time.time() - begin, 1)
         self.peaks[name] = peak_rss_gb()
-        print(f"  {name}: {self.timings[name]:.0f} s")
+        print(f"  {name}: {shown.duration(self.timings[name])}")
         return result
 
     def keep(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:

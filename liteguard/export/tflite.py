@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from liteguard import machine, writing
+from liteguard import machine, shown, writing
 from liteguard.config import RECIPES
 from liteguard.errors import UserError, WorkError
 from liteguard.export import quantization
@@ -219,7 +219,7 @@ def export(
         require_resources(parameters, chosen, output.parent, disk)
     say(
         f"converting {parameters / 1e6:.1f} million parameters ({chosen}); expect up to "
-        f"{memory / 1e9:.1f} GB of memory and {disk / 1e9:.1f} GB of disk"
+        f"{memory / 1e9:.1f} GB of memory and {shown.size(disk)} of disk"
     )
     arguments = {
         "model": str(merged_dir),
@@ -303,8 +303,8 @@ def require_resources(
     free_disk = shutil.disk_usage(folder).free
     if free_disk < disk:
         raise UserError(
-            f"the conversion needs about {disk / 1e9:.1f} GB of disk in {folder} for "
-            f"intermediate files, and {free_disk / 1e9:.1f} GB is free"
+            f"the conversion needs about {shown.size(disk)} of disk in {folder} for "
+            f"intermediate files, and {shown.size(free_disk)} is free"
         )
 
 
@@ -385,11 +385,15 @@ def _run_child(
             env=environment,
         )
         try:
+            said = ""
             for line in child.stdout or ():
                 sink.write(line)
                 found = _STEP.search(line)
                 if found and found[2] == "START":
-                    say(f"  {found[1]} {found[3].split(' > ')[-1].strip()}")
+                    step = found[3].split(" > ")[-1].strip()
+                    if step != said:  # some come twice
+                        say(f"  {found[1]} {step}")
+                    said = step
             return child.wait()
         except BaseException:
             child.kill()

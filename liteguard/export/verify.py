@@ -466,3 +466,17 @@ def verify_bundle(
         workers = BundleWorkers(bundle, workers=1, unpacked=unpacked)
         result["speed"] = speed(workers, prompt, question, table)
     return {**result, "steps": table.rows}
+
+
+def closing(facts: dict[str, Any]) -> str:
+    """How good a bundle is, in a line, from the facts of its conversion."""
+    recipe = facts["quantize"]["recipe"]
+    found = facts.get("verify")
+    if found is None:
+        return f"{recipe} weights, not proven (--verify none)"
+    same = found["bundle"]
+    return (
+        f"{recipe} weights, proven against the merged model: perplexity "
+        f"{same['perplexity_change']:+.1%}, {same['agree_16']:.0%} of answers begin alike; "
+        f"{found['speed']['decode_tok_s']:.0f} tok/s on this machine"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from liteguard import distributed, models
+from liteguard.config import SafetySection
 from liteguard.training.stage import Run
 
 
@@ -57,4 +58,14 @@ def trainer_arguments(stage: Run) -> dict[str, Any]:
         "remove_unused_columns": False,
         "max_length": min(section.max_length, stage.config.model.context_length),
         "pad_token": stage.config.prompt.pad_token,
+    }
+
+
+def preference_losses(section: SafetySection) -> dict[str, Any]:
+    """DPOConfig's arguments for the loss of a pair, and the likelihood term beside it."""
+    weight = section.sft_weight
+    return {
+        "beta": section.beta,
+        "loss_type": [section.preference_loss, *(["sft"] if weight else [])],
+        "loss_weights": [1.0, weight] if weight else None,
     }

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from liteguard import distributed, writing
+from liteguard import distributed, shown, writing
 from liteguard.config import TrainSection, flatten
 from liteguard.errors import WorkError
 from liteguard.machine import gpu_memory_gb
@@ -131,6 +131,7 @@ def progress(stage: Stage, counts: Counts) -> Any:
             from tqdm import tqdm
 
             self.clock, self.step = time.monotonic(), state.global_step
+            self.begun, self.first = self.clock, self.step
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -148,6 +149,12 @@ def progress(stage: Stage, counts: Counts) -> Any:
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
+
+        def left(self, state):
+            """How long the remaining steps take, evaluations included as far as they came."""
+            done, remaining = state.global_step - self.first, state.max_steps - state.global_step
+            seconds = (time.monotonic() - self.begun) / max(done, 1) * remaining
+            return f"  {shown.duration(seconds)} left" if seconds > 10 else ""
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             logs = logs or {}
@@ -168,17 +175,17 @@ def progress(stage: Stage, counts: Counts) -> Any:
                 "rewards/margins": "margin",
                 "rewards/accuracies": "accuracy",
             }
-            shown = {name: float(logs[key]) for key, name in names.items() if key in logs}
-            shown["gpu_memory"] = gpu_memory_gb()
-            shown |= speeds
+            numbers = {name: float(logs[key]) for key, name in names.items() if key in logs}
+            numbers["gpu_memory"] = gpu_memory_gb()
+            numbers |= speeds
             # An evaluation's time is not the steps'.
             self.clock, self.step = time.monotonic(), state.global_step
             for tracker in self.trackers:
-                tracker.log(shown, state.global_step)
+                tracker.log(numbers, state.global_step)
             text = "  ".join(
                 [
                     f"{key} {value:.4g}"
-                    for key, value in shown.items()
+                    for key, value in numbers.items()
                     if value and key not in speeds
                 ]
             )
@@ -186,7 +193,8 @@ def progress(stage: Stage, counts: Counts) -> Any:
                 found, supervised = speeds.values()
                 text += f"  {found:,.0f} tok/s ({supervised:,.0f} supervised)"
             if self.bar.disable:
-                print(f"  {stage.name} {state.global_step}/{state.max_steps}  {text}")
+                place = f"{state.global_step}/{state.max_steps}"
+                print(f"  {stage.name} {place}  {text}{self.left(state) if speeds else ''}")
             else:
                 self.bar.set_postfix_str(text)
 

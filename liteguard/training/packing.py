@@ -346,6 +346,43 @@ def weigh_rows(model: Any) -> None:
     model.forward = forward
 
 
+def add_noise(model: Any, alpha: float) -> None:
+    """Add noise to the embeddings of training rows, of each row as if it were alone: NEFTune.
+
+    Uniform between plus and minus alpha / sqrt(tokens of the row x hidden size) (Jain et al. 2023,
+    arXiv:2310.05914, algorithm 1). transformers takes the length of the batch, padding included,
+    and of a packed batch that is the sum of all rows: noise that shrinks with the batch.
+    """
+    import torch
+
+    inner = model.forward
+    scales: list[torch.Tensor] = []  # of the batch at hand, by row and place
+    embedding = model.get_input_embeddings()
+
+    def disturb(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if not scales:
+            return None
+        scale = scales[-1]
+        if output.shape[:2] != scale.shape:  # `pack_forward` has taken the padding out
+            scale = scale[scale > 0][None]
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise.mul_(scale[..., None].to(output.dtype))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (kwargs.get("fused_lm_head") and model.training and torch.is_grad_enabled()):
+            return inner(*args, **kwargs)
+        mask = kwargs["attention_mask"]
+        values = mask.sum(1, keepdim=True) * embedding.embedding_dim
+        scales.append(alpha * mask / values.sqrt())
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            scales.pop()
+
+    embedding.register_forward_hook(disturb)
+    model.forward = forward
+
+
 def watch_losses(model: Any, on_bad_batch: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Call `on_bad_batch` with a training batch as soon as one of its log-probabilities is not
     finite, before anything is learned from it."""

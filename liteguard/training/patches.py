@@ -28,6 +28,7 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     7. `hook_losses`: the trainer's own losses and sets, which 6 has given a column more.
     8. `watch_losses`, `weigh_rows`: outermost around `forward`. The watch comes first and so sees
        log-probabilities before they are weighted: a weight of 0 must not hide a bad batch.
+    9. `add_noise`: needs the padded batch, and must not be there when 5 compares.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if distributed.uses_fsdp():
@@ -50,6 +51,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     packing.watch_losses(base, keep_bad_batch(stage))
     if getattr(stage.section, "loss_reduction", "token") != "token":
         packing.weigh_rows(base)
+    if noise := getattr(stage.section, "neftune_noise_alpha", None):
+        packing.add_noise(base, noise)
 
 
 # Attributes by which a model's head does more than one linear layer; TRL knows how, ours does not.

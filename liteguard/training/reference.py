@@ -7,6 +7,7 @@ from typing import Any
 
 from liteguard import distributed, writing
 from liteguard.errors import WorkError
+from liteguard.progress import Progress
 from liteguard.training.stage import Run, Stage
 
 
@@ -74,7 +75,6 @@ def precompute_reference(stage: Run, trainer: Any) -> None:
     import torch
     from safetensors.torch import load_file, save_file
     from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     path = stage.work / "reference.safetensors"
     sets = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
@@ -86,9 +86,12 @@ def precompute_reference(stage: Run, trainer: Any) -> None:
                 rows, batch_size=stage.section.batch_size, collate_fn=trainer.data_collator
             )
             scores = []
-            for batch in tqdm(batches, desc=f"reference, {name}", disable=None):
+            progress = Progress(f"reference, {name}", len(batches), unit="batches", quiet=True)
+            for batch in batches:
                 batch = {key: value.to(trainer.model.device) for key, value in batch.items()}
                 scores.append(torch.stack(trainer.compute_ref_log_probs(trainer.model, batch)))
+                progress.add()
+            progress.close()
             both = torch.cat(scores, dim=1).float().cpu()
             found[f"{name}.chosen"], found[f"{name}.rejected"] = (row.clone() for row in both)
         with writing.replacing(path) as beside:

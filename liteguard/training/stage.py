@@ -13,16 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, distributed, doctor_gpu, hub, machine, models, records
+from liteguard import checkpoints, distributed, doctor_gpu, hub, machine, models, records, shown
 from liteguard.config import Config, TrainSection
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import gpu_memory_gb, library_versions
+from liteguard.progress import ticking
 from liteguard.records import StageRecord
 from liteguard.rows import again, read_manifest
 from liteguard.training import isolation, validation
 
 PART = {"domain": "domain", "instruction": "instruction", "safety": "preference"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+STORED = {"nf4": "stored as nf4", "none": "not quantised"}
+# Settings that finished stages may not know, at the values that these were made with.
+LATER = {"use_rslora": False, "neftune_noise_alpha": None, "preference_loss": "sigmoid"}
 
 
 @dataclass(kw_only=True)
@@ -162,7 +166,9 @@ def _plan(
         **{
             f"data/{s}": manifest["files"].get(f"{part}/{s}.jsonl") for s in ("train", "validation")
         },
-        **{f"{name}.{key}": value for key, value in section.items()},
+        **{
+            f"{name}.{key}": value for key, value in section.items() if LATER.get(key, ...) != value
+        },
         **{
             f"prompt.{key}": value
             for key, value in config.prompt.model_dump().items()
@@ -214,10 +220,15 @@ def load_model(stage: Stage) -> Any:
         stage.config.model.compute_dtype, stage.architecture.model_type
     )
     storage = stage.storage
-    print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base stored as {storage}")
-    model = models.load_base(
-        stage.config, stage.base_directory, stage.base_revision, dtype, quantize=storage == "nf4"
-    )
+    print(f"precision: {str(dtype).removeprefix('torch.')} ({reason}); base {STORED[storage]}")
+    with ticking("loading the base"):
+        model = models.load_base(
+            stage.config,
+            stage.base_directory,
+            stage.base_revision,
+            dtype,
+            quantize=storage == "nf4",
+        )
     matched = models.lora_targets(model, stage.config.domain.lora_targets)
     model = (
         models.load_adapter(model, stage.parent, trainable=True)
@@ -281,8 +292,11 @@ def _name_hub_base(path: Path, stage: Stage) -> None:
     checkpoints.write_json(path, json.loads(path.read_text(encoding="utf-8")) | base)
 
 
-def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> None:
-    """Save adapter, tokenizer, curves and stage.json, and give the directory its final name."""
+def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) -> str:
+    """Save adapter, tokenizer, curves and stage.json, and give the directory its final name.
+
+    Returns what was made, how good it is and how long it took, in a line.
+    """
     work = stage.work
     probe = validation.probe_rows(trainer)
     with trainer.compute_loss_context_manager():
@@ -291,7 +305,7 @@ def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) ->
     state = trainer.accelerator.get_state_dict(trainer.model) if distributed.uses_fsdp() else None
     if not distributed.is_main():
         distributed.barrier()
-        return
+        return ""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # DPO adds a frozen copy named "ref"; only the trained adapter is a result.
     model.save_pretrained(
@@ -323,7 +337,10 @@ def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) ->
         config_sources=config.sources,
         metrics=metrics,
         processes=distributed.world_size(),
-        lora={name: getattr(model.peft_config["default"], name) for name in ("r", "lora_alpha")},
+        lora={
+            name: getattr(model.peft_config["default"], name)
+            for name in ("r", "lora_alpha", "use_rslora")
+        },
         versions=library_versions(),
         wall_s=round(time.time() - stage.started, 1),
         peak_rss_gb=machine.peak_rss_gb(),
@@ -347,6 +364,23 @@ def finish(stage: Run, trainer: Any, tokenizer: Any, metrics: dict[str, Any]) ->
     files = [*ADAPTER_FILES, *tokenizer_files, "log_history.json", "curves.png"]
     checkpoints.publish(work, stage.output, record.model_dump(), files)
     distributed.barrier()
+    return closing(stage.output, record, trainer.state.log_history)
+
+
+def closing(output: Path, record: StageRecord, history: list[dict[str, Any]]) -> str:
+    """What a stage made, how good it is and how long it took, in a line."""
+    size = shown.size((output / ADAPTER_FILES[1]).stat().st_size)
+    bases = record.metrics["both_bases"]
+    found = bases["shipped_perplexity"] or bases["trained_perplexity"]
+    good = f"validation perplexity {found:.2f}"
+    pairs = [entry for entry in history if "eval_rewards/accuracies" in entry]
+    if pairs:
+        best = min(pairs, key=lambda entry: entry["eval_loss"])
+        good += f", {best['eval_rewards/accuracies']:.0%} of validation pairs told apart"
+    return (
+        f"wrote {output}: adapter of rank {record.lora['r']} ({size}), {good}; "
+        f"{shown.duration(record.wall_s)}"
+    )
 
 
 def both_bases(stage: Run, probe: validation.Rows, trained: float) -> dict[str, Any]:
@@ -356,7 +390,8 @@ def both_bases(stage: Run, probe: validation.Rows, trained: float) -> dict[str, 
     adapter is merged into the 16-bit one.
     """
     parameters = models.count_parameters(stage.architecture)
-    shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
+    with ticking("scoring on the 16-bit base"):
+        shipped = validation.shipped_loss(stage.config, stage.work, parameters, probe)
     found: dict[str, Any] = {
         "rows": len(probe),
         "tokens": sum(int((labels[1:] != -100).sum()) for _, labels in probe),
@@ -369,7 +404,7 @@ def both_bases(stage: Run, probe: validation.Rows, trained: float) -> dict[str, 
         found[f"{name}_perplexity"] = None if loss is None else math.exp(loss)
     print(
         f"{stage.name}: perplexity of {found['rows']} validation rows ({found['tokens']:,} tokens) "
-        f"{found['trained_perplexity']:.2f} on the base as trained on ({stage.storage})"
+        f"{found['trained_perplexity']:.2f} on the base as trained on ({STORED[stage.storage]})"
         + ("" if shipped is None else f", {math.exp(shipped):.2f} on the 16-bit base that ships")
     )
     return found

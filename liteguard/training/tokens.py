@@ -6,6 +6,7 @@ the rows, the tokenizer, the prompt and the length limit, and mapped into memory
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from liteguard import checkpoints, distributed, models, writing
 from liteguard.config import Config, SafetySection
 from liteguard.errors import UserError
+from liteguard.progress import Progress
 from liteguard.prompts import Prompt, Turn
 from liteguard.rows import balanced, check_split, check_system_texts, load_split, read_manifest
 
@@ -255,7 +257,6 @@ def _cached(
 ) -> TokenRows:
     """The rows of one file through `tokenize`, from the cache if they have been there before."""
     import numpy as np
-    from tqdm import tqdm
 
     key = checkpoints.sha256_json(
         {
@@ -274,7 +275,8 @@ def _cached(
     else:
         rows = load_split(data_dir, part, split)[:limit]
         ids, hidden, lengths, prompts, cut = [], [], [], [], []
-        with tqdm(total=len(rows), desc=f"tokenizing {part}", unit=" rows", disable=None) as bar:
+        progress = Progress(f"tokenizing {part}", len(rows), unit="rows", quiet=True)
+        with contextlib.closing(progress):
             for start in range(0, len(rows), 1_000):
                 found = list(tokenize(rows[start : start + 1_000]))
                 ids.append(np.fromiter(itertools.chain(*(row.ids for row in found)), np.uint32))
@@ -283,7 +285,7 @@ def _cached(
                 lengths += [len(row.ids) for row in found]
                 prompts += [row.prompt for row in found]
                 cut += [row.cut for row in found]
-                bar.update(len(found))
+                progress.add(count=len(found))
         ends = np.cumsum(lengths, dtype=np.int64)
         flags = np.concatenate([np.zeros(0, bool), *hidden])
         arrays: dict[str, np.ndarray] = {

@@ -46,8 +46,7 @@ def pair_scores(trainer: Any, model: Any, batch: dict[str, torch.Tensor]) -> Sco
     """Scores of a batch of stage 3 (TRL's collator: chosen answers, then rejected ones), by pair.
 
     A reward is beta times the distance from the reference in log-probability, the loss of a pair
-    -log sigmoid of the difference of its rewards (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
-    `sft_loss` is the mean over the tokens of chosen answers.
+    the trainer's own (`pair_losses`). `sft_loss` is the mean over the tokens of chosen answers.
     """
     import torch
 
@@ -64,18 +63,60 @@ def pair_scores(trainer: Any, model: Any, batch: dict[str, torch.Tensor]) -> Sco
         reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
     else:
         reference = trainer.compute_ref_log_probs(model, batch)
-    chosen, rejected = (
-        trainer.beta * (ours - theirs) for ours, theirs in zip(policy, reference, strict=True)
-    )
+    gained = [ours - theirs for ours, theirs in zip(policy, reference, strict=True)]
+    lengths = [part.sum(1) for part in mask.chunk(2)]
+    losses = pair_losses(trainer.loss_types[0], trainer.beta, *gained, *lengths)
+    chosen, rejected = (trainer.beta * nats for nats in gained)
     one = torch.ones_like(chosen)
     return {
-        "dpo_loss": (-torch.nn.functional.logsigmoid(chosen - rejected), one),
+        "pair_loss": (losses, one),
         "sft_loss": (-policy[0], mask.chunk(2)[0][:, 1:].sum(1)),
         "rewards/chosen": (chosen, one),
         "rewards/rejected": (rejected, one),
         "rewards/margins": (chosen - rejected, one),
         "rewards/accuracies": (chosen > rejected, one),
     }
+
+
+def pair_losses(
+    kind: str,
+    beta: float,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    chosen_tokens: torch.Tensor,
+    rejected_tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Losses of pairs, shape (pairs,), by their name in TRL's DPOTrainer.
+
+    chosen, rejected: nats by which an answer is likelier than to the reference, shape (pairs,).
+    sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290, eq. 7), sigmoid_norm DPO by token, hinge
+    SLiC's (Zhao et al. 2023, arXiv:2305.10425), ipo that of Azar et al. 2023 (arXiv:2310.12036,
+    eq. 17) by token, apo_* D'Oosterlinck et al. 2024 (arXiv:2408.06266, eq. 7 and 8), nca_pair Chen
+    et al. 2024 (arXiv:2402.05369), bco_pair Jung et al. 2024 (arXiv:2404.04656) without its shift,
+    sppo_hard Wu et al. 2024 (arXiv:2405.00675, eq. 4.7).
+    """
+    from torch.nn.functional import logsigmoid
+
+    a, b = beta * chosen, beta * rejected
+    if kind in ("ipo", "sigmoid_norm"):
+        by_token = chosen / chosen_tokens.clamp(min=1) - rejected / rejected_tokens.clamp(min=1)
+        if kind == "ipo":
+            return (by_token - 1 / (2 * beta)) ** 2
+        return -logsigmoid(beta * by_token)
+    if kind == "sigmoid":
+        return -logsigmoid(a - b)
+    if kind == "hinge":
+        return (1 - (a - b)).relu()
+    if kind == "apo_zero":
+        return 1 - a.sigmoid() + b.sigmoid()
+    if kind == "apo_down":
+        return a.sigmoid() + 1 - (a - b).sigmoid()
+    if kind == "nca_pair":
+        return -logsigmoid(a) - 0.5 * logsigmoid(-a) - 0.5 * logsigmoid(-b)
+    if kind == "bco_pair":
+        return -logsigmoid(a) - logsigmoid(-b)
+    assert kind == "sppo_hard", kind
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
 
 def score_whole_set(
@@ -86,7 +127,7 @@ def score_whole_set(
     """Let a trainer evaluate by `row_scores`: `eval_NAME` is sums over counts of the whole set.
 
     Rows that fill up the last batch of several processes are not counted. Of pairs `eval_loss` is
-    `eval_dpo_loss` plus `sft_weight` times `eval_sft_loss`.
+    `eval_pair_loss` plus `sft_weight` times `eval_sft_loss`.
     """
     import torch
 
@@ -110,8 +151,8 @@ def score_whole_set(
         output = evaluate(*args, **kwargs)
         sums = torch.cat(gathered).sum(0).view(-1, 2)
         found = dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
-        if "dpo_loss" in found:
-            found["loss"] = found["dpo_loss"] + sft_weight * found["sft_loss"]
+        if "pair_loss" in found:
+            found["loss"] = found["pair_loss"] + sft_weight * found["sft_loss"]
         output.metrics.update({f"eval_{name}": value for name, value in found.items()})
         return output
 

@@ -1,0 +1,93 @@
+"""The notebook and the files for rented GPUs: every command is one that its script takes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import shlex
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from benchmarks.readme import documents
+from liteguard.config import available_configs
+
+NOTEBOOK = ROOT / "docs/liteguard.ipynb"
+EXAMPLES = sorted((ROOT / "docs/examples").glob("*.yaml")) + [
+    ROOT / "docs/examples/phi2.dstack.yml"
+]
+STEPS = ["prepare_datasets", "train_domain", "train_instruction", "train_safety"]
+STEPS += ["compress_model", "evaluate_model", "evaluate_model"]
+
+
+def code_cells() -> list[str]:
+    content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
+    cells = content["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        assert cell.keys() - {"execution_count", "outputs"} == {
+            *("cell_type", "id", "metadata", "source")
+        }
+        assert not cell.get("outputs"), "results are not for the repository"
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def of_the_notebook() -> list[str]:
+    found = [line for cell in code_cells() for line in cell.splitlines() if line.startswith("!")]
+    return [line[1:].replace("{MODEL}", "smollm2") for line in found]
+
+
+def of_an_example(path) -> list[str]:
+    """Its commands, all of which are run in one shell."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "run" in content:
+        return [*content["setup"].splitlines(), *content["run"].splitlines()]
+    return content["commands"]
+
+
+def take(command: str, monkeypatch) -> str:
+    """The name of the script that a command runs, which takes all of its flags."""
+    words = shlex.split(command.split("| ")[-1])
+    script = ROOT / words[1].removeprefix("/workflow/")
+    specification = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr("sys.argv", [script.name, *words[2:]])
+    args = vars(module.parse_args())
+    assert args.get("model_type") in (None, *available_configs())
+    return script.stem
+
+
+def test_the_notebook_runs_the_six_scripts_in_order(monkeypatch):
+    commands = of_the_notebook()
+    scripts = [take(c, monkeypatch) for c in commands if "python " in c]
+    assert [name for name in scripts if name in STEPS] == STEPS
+    assert {*scripts} - {*STEPS} == {"doctor", "plan", "chat"}
+    others = [c for c in commands if "python " not in c]
+    assert others == ["pip install -q -r requirements.txt -c constraints.txt"]
+
+
+def test_its_other_cells_are_python():
+    cells = [cell for cell in code_cells() if not cell.startswith("!")]
+    assert len(cells) == 2
+    for cell in cells:
+        ast.parse(cell)
+    assert "train_domain.py" in cells[0] and "report.html" in cells[1]
+
+
+def test_it_says_what_make_readme_would_write():
+    assert NOTEBOOK.read_text(encoding="utf-8") == documents()[NOTEBOOK]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_a_rented_gpu_runs_the_six_scripts_in_order(path, monkeypatch):
+    commands = of_an_example(path)
+    scripts = [take(c, monkeypatch) for c in commands if c.startswith("python ")]
+    assert scripts == ["doctor", *STEPS]
+    others = [c for c in commands if not c.startswith("python ")]
+    named = [word for c in others for word in c.split() if word.endswith(".txt")]
+    assert named and all((ROOT / name).is_file() for name in named)
+    assert "Not run by us" in path.read_text(encoding="utf-8")
