@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from liteguard import limits
 from liteguard.errors import UserError, WorkError
@@ -68,11 +68,18 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("default", category=category)
     show = warnings.showwarning
 
-    def hear(message: Any, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    def hear(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, _OF_LIBRARIES):
             heard[f"{category.__name__}: {message} ({filename}:{lineno})"] += 1
         else:
-            show(message, category, filename, lineno, *more)
+            show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = hear
     for name in (
