@@ -11,10 +11,12 @@ imported (`Warm.suits`), and what a fresh start shows is left to the fixtures `p
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,7 @@ class Warm:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         _all.append(self)
 
@@ -73,11 +76,14 @@ class Warm:
     ) -> subprocess.CompletedProcess:
         """A script from its start to its end."""
         assert self.process.stdin and self.process.stdout
-        logs = [f"{self.folder.name}/{name}" for name in ("out", "err")]
-        request = {"command": command, "cwd": str(cwd), "logs": logs}
+        logs = [Path(self.folder.name, name) for name in ("out", "err")]
+        request = {"command": command, "cwd": str(cwd), "logs": [str(log) for log in logs]}
         request["environment"] = {**environment, **self.hub}
         with self.lock:
-            watch = threading.Timer(timeout, self.process.kill)
+            for log in logs:  # those of the last run may be open in what it has left
+                log.unlink(missing_ok=True)
+                log.touch()
+            watch = threading.Timer(timeout, self.kill)
             watch.start()
             try:
                 self.process.stdin.write(json.dumps(request) + "\n")
@@ -85,14 +91,18 @@ class Warm:
                 code = self.process.stdout.readline()
             finally:
                 watch.cancel()
-            texts = [Path(log).read_text(encoding="utf-8", errors="replace") for log in logs]
+            texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
         assert code, f"{command} did not end in {timeout} s\n{texts[0]}\n{texts[1]}"
         return subprocess.CompletedProcess([sys.executable, *command], int(code), *texts)
 
+    def kill(self) -> None:
+        """End it with all that runs in it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def end(self) -> None:
-        """Let it go; what it still runs is killed by nobody."""
         _all.remove(self)
-        self.process.kill()
+        self.kill()
         self.process.communicate()
         self.folder.cleanup()
 
@@ -126,7 +136,7 @@ def be(request: dict, answers: int) -> NoReturn:
     """
     os.close(answers)
     for number, path in enumerate((os.devnull, *request["logs"])):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
