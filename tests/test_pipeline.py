@@ -393,7 +393,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     )
     output = tmp_path / "smaller"
     command = (script, "--checkpoint", "domain_checkpoint", "--output", output)
-    log = succeed(*command, cwd=pipeline)
+    log = succeed(*command, cwd=pipeline, fresh=False)
     assert "out of memory with micro-batch 4 x 1" in log and "2 x 2" in log and "1 x 4" in log
     found = record(output)
     assert [step["batch_size"] for step in found["metrics"]["out_of_memory"]] == [4, 2]

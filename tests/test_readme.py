@@ -113,7 +113,7 @@ FINISHED = [c for c in SCRIPTS if any(part in c for part in MADE)]
 
 
 @pytest.mark.parametrize("command", [c for c in SCRIPTS if c not in FINISHED])
-def test_commands_from_a_base_model(command, tmp_path, embedded):
+def test_commands_from_a_base_model(command, tmp_path, pipeline):
     words = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))[1:]
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     extra = [] if "--dry_run" in words else ["--dry_run"]
@@ -127,7 +127,7 @@ def test_commands_from_a_base_model(command, tmp_path, embedded):
         return
     extra += ["--set", f"data.cache_dir={CACHE}"]
     if words[0] == "train_domain.py":
-        extra += ["--data", embedded]
+        extra += ["--data", pipeline / "data/tiny"]
     result = run_script(ROOT / words[0], *words[1:], *extra, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
 
@@ -176,8 +176,13 @@ def test_the_runtimes_own_commands_open_the_litertlm(pipeline, tmp_path):
         served.wait()
 
 
-def test_the_memory_table_is_what_the_command_prints():
-    printed = succeed("-m", "liteguard.memory").splitlines()
+def test_the_memory_table_is_what_the_command_prints(tmp_path):
+    script = tmp_path / "memory.py"
+    script.write_text(
+        f"import runpy, sys\nsys.path[0] = {str(ROOT)!r}\n"
+        "runpy.run_module('liteguard.memory', run_name='__main__')\n"
+    )
+    printed = succeed(script, fresh=False).splitlines()
     quoted = re.search(r"```text\n(model .*?)```", TEXT, re.DOTALL).group(1).splitlines()
     assert len(quoted) >= 8
     for line in quoted:

@@ -180,11 +180,10 @@ def _harmful_pairs(
                 comply = partial(
                     _empty_compliance,
                     rng,
-                    task,
                     catalogue[f"{quiet}compliance_openings"],
                     catalogue[f"{quiet}compliance_fillers"],
                 )
-                rejected = balances[split].nearest(comply, chosen)
+                rejected = balances[split].nearest(comply, task, chosen)
                 yield PreferencePair(prompt, chosen, rejected, "harmful", name, wording, split)
 
 
@@ -206,11 +205,11 @@ def _harmless_pairs(
             wording, split = f"{kind}/{question['id']}", splits[question["id"]]
             rng = random.Random(f"{seed}:{wording}")
             answer, gentle = question["answer"], question.get("gentle", False)
-            refuse = partial(_unwarranted_refusal, rng, question["task"], openings, reasons, ways)
+            refuse = partial(_unwarranted_refusal, rng, openings, reasons, ways)
             # Requests as often as questions, as in the harmful stems: form must not be a cue.
             asks = question["asks"] + [question["request"]] * len(question["asks"])
             for prompt, _ in _prompts(catalogue, rng, asks, {}, gentle, PROMPTS_PER_QUESTION, seen):
-                rejected = balances[split].nearest(refuse, answer)
+                rejected = balances[split].nearest(refuse, question["task"], answer)
                 yield PreferencePair(prompt, answer, rejected, kind, group["topic"], wording, split)
 
 
@@ -231,23 +230,20 @@ def _wanted_refusal(
     raise ValueError(f"no refusal of {MIN_WORDS} to {MAX_WORDS} words for {task!r}")
 
 
-def _empty_compliance(
-    rng: random.Random, task: str, openings: list[str], fillers: list[str]
-) -> str:
-    """Willing words about the task with nothing in them."""
-    return _join(task, rng.choice(openings), *rng.sample(fillers, rng.randint(2, 5)))
+def _empty_compliance(rng: random.Random, openings: list[str], fillers: list[str]) -> list[str]:
+    """Willing words about the task with nothing in them, as sentences to be filled in."""
+    return [rng.choice(openings), *rng.sample(fillers, rng.randint(2, 5))]
 
 
 def _unwarranted_refusal(
-    rng: random.Random, task: str, openings: list[str], reasons: list[str], ways: list[str]
-) -> str:
+    rng: random.Random, openings: list[str], reasons: list[str], ways: list[str]
+) -> list[str]:
     """A refusal like a wanted one; longer answers need a second reason or way to match."""
-    return _join(
-        task,
+    return [
         rng.choice(openings),
         *dict.fromkeys(rng.sample(reasons, rng.randint(1, 2))),  # the list may repeat a reason
         *rng.sample(ways, rng.randint(1, 2)),
-    )
+    ]
 
 
 # --------------------------------------------------------------------------- splits
@@ -359,16 +355,28 @@ class _LengthBalance:
         self.words = 0  # rejected minus chosen so far, within LARGEST_DEBT
         self.characters = 0
 
-    def nearest(self, draw: Callable[[], str], target: str) -> str:
-        """Of many drawn texts, the one that best fits ``target`` and the balance so far."""
+    def nearest(self, draw: Callable[[], list[str]], task: str, target: str) -> str:
+        """Of many drawn answers about ``task``, the one that best fits ``target`` and the balance.
+
+        Drawn are sentences that stand in many answers: each is filled in and counted once.
+        """
         words = self.words - len(target.split())
         characters = self.characters - len(target)
+        sizes: dict[str, tuple[int, int]] = {}  # of a sentence with the space behind it
 
-        def distance(text: str) -> int:
+        def distance(parts: list[str]) -> int:
+            word_count, length = words, characters - 1
+            for part in parts:
+                if part not in sizes:
+                    text = _join(task, part)
+                    sizes[part] = len(text.split()), len(text) + 1
+                more, longer = sizes[part]
+                word_count += more
+                length += longer
             # A word is about six characters with its space, so the two weigh the same.
-            return 6 * abs(len(text.split()) + words) + abs(len(text) + characters)
+            return 6 * abs(word_count) + abs(length)
 
-        best = min((draw() for _ in range(LENGTH_DRAWS)), key=distance)
+        best = _join(task, *min((draw() for _ in range(LENGTH_DRAWS)), key=distance))
         self.words = _clip(words + len(best.split()), LARGEST_DEBT)
         self.characters = _clip(characters + len(best), 6 * LARGEST_DEBT)
         return best

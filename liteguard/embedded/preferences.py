@@ -5,6 +5,7 @@ Rows name their `split` themselves where whole areas and wordings are held out."
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,13 @@ MISMATCHED_SHARE = 0.75
 
 def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[Row]:
     """Harmful requests (refuse, point to care) and ordinary or borderline ones (answer)."""
+    for row in _catalogue():
+        yield dict(row)
+
+
+@functools.cache
+def _catalogue() -> tuple[Row, ...]:
+    """The rows of the catalogue: three sources are read from them, and they take seconds."""
     from liteguard.embedded.catalogue import preference_pairs
 
     pairs = preference_pairs()
@@ -33,19 +41,23 @@ def safety_catalogue(source: SourceSection | None, cache_dir: Path) -> Iterator[
         split: _OfLength({p.chosen for p in pairs if p.kind != "harmful" and p.split == split})
         for split in SPLITS
     }
+    rows = []
     for pair in pairs:
         rejected = pair.rejected
         if pair.kind == "harmful" and unit(f"mismatched{pair.prompt}") < MISMATCHED_SHARE:
             rejected = helpful[pair.split].pick(pair.chosen, pair.prompt)
-        yield {
-            "prompt": pair.prompt,
-            "chosen": pair.chosen,
-            "rejected": rejected,
-            "kind": pair.kind,
-            "area": pair.area,
-            "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
-            "split": pair.split,
-        }
+        rows.append(
+            {
+                "prompt": pair.prompt,
+                "chosen": pair.chosen,
+                "rejected": rejected,
+                "kind": pair.kind,
+                "area": pair.area,
+                "entity": f"{pair.kind}/{pair.area}/{pair.wording}",
+                "split": pair.split,
+            }
+        )
+    return tuple(rows)
 
 
 class _OfLength:
