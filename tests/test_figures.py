@@ -64,9 +64,9 @@ def test_outside_rows_decide_where_there_are_some_and_what_is_missing_is_left_ou
 
 def test_numbers_have_units_that_people_read():
     said = [shown.duration(seconds) for seconds in (0.4, 43, 119, 743, 7100, 9000)]
-    assert said == ["0 s", "43 s", "119 s", "12 min", "118 min", "2.5 h"]
-    assert [figures.megabytes(size) for size in (321_000, 139_400_000, 2_780_000_000)] == [
-        "0.3 MB",
+    assert said == ["0.4 s", "43 s", "119 s", "12 min", "118 min", "2.5 h"]
+    assert [shown.size(size) for size in (321_000, 139_400_000, 2_780_000_000)] == [
+        "321 KB",
         "139 MB",
         "2.8 GB",
     ]
