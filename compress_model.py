@@ -1,19 +1,21 @@
 """Turn the final checkpoint into a bundle for a phone, and prove that it answers like its model.
 
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task
-    python compress_model.py --input final_checkpoint --output liteguard_phi2.task --also
+    python compress_model.py --input final_checkpoint --output liteguard_phi2.task --only task
     python compress_model.py --input final_checkpoint --quantize mixed --verify full
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task --dry_run
 
 Merges the adapter into the 16-bit base model on the CPU, converts to TFLite and quantises it
 (litert-torch, in child processes), makes the tokenizer, and bundles all as a .task
-(SentencePiece with the same token ids) or a LiteRT-LM .litertlm (the original tokenizer). Then it
-opens the bundle in LiteRT-LM and compares it with the merged model on held-out rows: token ids,
-perplexity, answers, where they stop, who is refused. The first step that leaves its tolerance is
-named, and only a bundle that passes gets its name. An interrupted run goes on where it was.
+(SentencePiece with the same token ids) and a LiteRT-LM .litertlm (the original tokenizer), or as
+the one that --only names. Then it opens them in LiteRT-LM and compares the one of --output with the
+merged model on held-out rows: token ids, perplexity, answers, where they stop, who is refused. The
+first step that leaves its tolerance is named, and only bundles that pass get their names. An
+interrupted run goes on where it was.
 
-Writes the bundle, a record beside it (NAME.task.json) and what an app needs to know
-(NAME.deploy.json: prompt, stop tokens, lengths, sha256, licence).
+Writes NAME.task and NAME.litertlm, a record beside each (NAME.task.json), what an app needs to know
+(NAME.deploy.json: prompt, stop tokens, lengths, sha256, licence) and an entry for AI Edge Gallery
+(NAME.gallery.json).
 """
 
 from __future__ import annotations
@@ -26,16 +28,21 @@ from liteguard.config import RECIPES, flatten
 from liteguard.errors import UserError
 from liteguard.records import BundleRecord
 
-SUFFIXES = (".task", ".litertlm")
-
 
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--input", metavar="DIR", required=True, help="a final checkpoint")
     parser.add_argument(
-        "--output", metavar="FILE", help="default: liteguard_<model_type>.task; or a .litertlm"
+        "--output",
+        metavar="FILE",
+        help="default: liteguard_<model_type>.task; its container is compared whole, of the other "
+        "one the form",
     )
-    parser.add_argument("--also", action="store_true", help="write the other container as well")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--only", choices=("task", "litertlm"), help="write one container; default: both"
+    )
+    which.add_argument("--also", action="store_true", help="both containers: the default now")
     parser.add_argument(
         "--quantize",
         metavar="RECIPE",
@@ -59,26 +66,27 @@ def main() -> None:
     }
     config = cli.resolve_config(args, flags, parent=record)
     section = config.compress
-    output = Path(args.output or f"liteguard_{config.model_type}.task")
-    if output.suffix not in SUFFIXES:
-        raise UserError(f"--output {output}: the bundle's name must end in .task or .litertlm")
-    other = output.with_suffix(SUFFIXES[1 - SUFFIXES.index(output.suffix)])
-    bundles = [output, other] if args.also else [output]
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import bundle, measured, outputs, possible, tflite
+    from liteguard.export import apps, measured, outputs, possible, tflite
     from liteguard.export.conversion import Conversion
 
-    outputs.check(bundles)
+    name = args.output or f"liteguard_{config.model_type}.{args.only or 'task'}"
+    wanted = outputs.containers(Path(name), args.only)
     base, revision, architecture = models.model_config(config)
     identity = models.base_identity(base, revision)
     checkpoints.require_same(source, record, config.prompt, identity, config.model.name)
+    longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    tflite.check_positions(section.kv_cache_length, longest)
     own, data_dir = models.load_base_tokenizer(config), Path(record.data_dir)
     can = possible.possible(config, architecture, own, base, data_dir)
-    if any(can.why_not(path.suffix) for path in bundles):
+    bundles = [path for path in wanted if not can.why_not(path.suffix)]
+    if not bundles:
         raise UserError(f"{source}: {can}. Name an --output that can be made.")
     print(can)
+    output = bundles[0]
+    outputs.check(bundles)
     samples = None
     if section.verify.level != "none":
         samples = measured.collect_samples(config, data_dir, own.backend_tokenizer)
@@ -87,12 +95,15 @@ def main() -> None:
         "base": identity,
         "prompt": record.prompt.model_dump(),
         **flatten(section.model_dump(exclude={"python"}), "compress."),
+        "compress.prefill_lengths": section.ladder,
     }
     converter = tflite.choose_converter(section.converter, section.python)
     parameters = models.count_parameters(architecture)
     memory, _ = tflite.required_resources(parameters, converter)
-    disk = tflite.whole_disk(parameters, converter, section.recipes[0])
+    disk = tflite.whole_disk(parameters, converter, section.recipes[0], len(bundles))
     print(
+        f"prefill lengths: {', '.join(map(str, section.ladder))}; KV cache: "
+        f"{section.kv_cache_length} tokens\n"
         f"expected peak memory: {tflite.peak_memory(parameters, converter) / 1e9:.1f} GB; "
         f"{memory / 1e9:.1f} GB must be free, and {disk / 1e9:.1f} GB of disk"
     )
@@ -139,7 +150,7 @@ def main() -> None:
         wall_s=round(time.time() - started, 1),
         peak_rss_gb=conversion.steps.peaks,
     )
-    outputs.publish(work, bundles, result, bundle.deployment(result))
+    outputs.publish(work, bundles, result, apps.deployment(result), apps.gallery(result))
     for path in bundles:
         print(f"wrote {path} ({result.bytes[path.name] / 1e6:.0f} MB) and {path.name}.json")
     print(f"next: python evaluate_model.py --bundle {output}")

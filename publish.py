@@ -1,7 +1,7 @@
 """Push a proven bundle, its adapter or its merged model to a model hub, with card and proof.
 
-    python publish.py liteguard_phi2.task --to me/liteguard-phi2 --dry_run
-    python publish.py liteguard_phi2.task --to me/liteguard-phi2 --private
+    python publish.py liteguard_phi2.litertlm --to me/liteguard-phi2 --dry_run
+    python publish.py liteguard_phi2.litertlm --to me/liteguard-phi2 --private
     python publish.py liteguard_phi2.task --to me/liteguard-phi2-lora --what adapter
     python publish.py liteguard_phi2.task --to me/liteguard-phi2-merged --what merged
 
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".publish.", dir=bundle.parent) as folder:
         work = Path(folder)
         if args.dry_run:
-            files = package.collect(source, config, card, work, merge=False)
+            files = package.collect(source, config, card, work, merge=False, repository=args.to)
             print(f"{card.split('---')[1].strip()}\n\nwould go up to {args.to}:")
             print(upload.listing(files))
             if args.what == "merged":
@@ -65,7 +65,7 @@ def main() -> None:
         hub = upload.Hub(args.to)
 
         # 3. Work
-        files = package.collect(source, config, card, work)
+        files = package.collect(source, config, card, work, repository=args.to)
         print(upload.listing(files))
         made = hub.prepare(args.private)
         commit = hub.send(files, f"{args.what} {bundle.name}, proven by LiteGuard")

@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     tflite.export(
         merged,
         exact,
-        prefill_lengths=config.compress.prefill_lengths,
+        prefill_lengths=config.compress.ladder,
         kv_cache_length=config.compress.kv_cache_length,
         progress=None,
     )

@@ -94,6 +94,12 @@ class Export(BaseModel):
     kv_cache_length: int
     prefill_lengths: list[int] = []
 
+    @property
+    def conversation_tokens(self) -> int:
+        """Tokens of a conversation from which on the runtime refuses a message: as soon as fewer
+        places are free than the shortest prefill has."""
+        return self.kv_cache_length - min(self.prefill_lengths, default=1) + 1
+
 
 class BundleRecord(Made):
     """NAME.task.json or NAME.litertlm.json: a finished bundle, and how it was made and proven."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,26 @@ def test_each_step_of_the_rounding_loses_less():
     # Equal inputs that have nothing to do with each other tell nothing.
     alike = gptq.quantize(weight, torch.eye(128), FOUR)
     assert all(map(torch.equal, alike, gptq.quantize(weight, None, FOUR)))
+
+
+def test_blocks_near_zero_get_a_scale_that_the_device_accepts(monkeypatch):
+    """The library's own rounding gives 0, and XNNPACK refuses "scale value (0.000000)"."""
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as library
+
+    largest = np.array([[0.0, 1e-30, 1e-7, 0.7]], np.float32)
+    block, row = qtyping.QuantGranularity.BLOCKWISE_32, qtyping.QuantGranularity.CHANNELWISE
+
+    def scales(kind: qtyping.QuantGranularity) -> list[float]:
+        found = library.tensor_zp_scale_from_min_max(-largest, largest, 4, True, kind)
+        return found[1][0].tolist()
+
+    library_own = library.tensor_zp_scale_from_min_max
+    monkeypatch.setattr(library, "tensor_zp_scale_from_min_max", library_own)
+    without, of_rows = scales(block), scales(row)
+    assert without[:3] == [0, 0, 0]
+    quantization._no_scale_of_zero()
+    assert scales(block) == [2**-14] * 3 + [without[3]] and scales(row) == of_rows
 
 
 def test_what_is_chosen_can_be_stored():

@@ -7,7 +7,7 @@ from conftest import ROOT, fail
 
 from liteguard import config
 from liteguard.cli import parser, resolve_config
-from liteguard.config import OTHER_NAMES, find_config, valid_names
+from liteguard.config import OTHER_NAMES, CompressSection, find_config, valid_names
 from liteguard.errors import UserError
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -33,6 +33,22 @@ def test_shipped_files_have_the_same_sections_in_the_same_order():
     full = [p for p in SHIPPED if "extends" not in p.read_text()]
     orders = {p.name: list(yaml.safe_load(p.read_text())) for p in full}
     assert len(full) >= 3 and len({tuple(o) for o in orders.values()}) == 1, orders
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ladder"),
+    [
+        ([64], [1, 8, 64]),
+        ([64, 256, 1024], [1, 8, 64, 256, 1024]),
+        ([1024], [1, 8, 64, 1024]),
+        ([32, 4], [1, 4, 32]),
+        ([1, 16], [1, 16]),
+    ],
+)
+def test_prefill_lengths_go_down_to_one(lengths, ladder):
+    """With [64] a conversation ends at 67 of 128 tokens."""
+    section = CompressSection(prefill_lengths=lengths)
+    assert section.ladder == ladder and section.prefill_lengths == lengths
 
 
 @pytest.mark.parametrize("name", ["phi-2", "phi-1_5"])

@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from mediapipe_bytes import MEMBERS
 
-from liteguard.export import bundle, task_format
+from liteguard.errors import UserError
+from liteguard.export import apps, bundle, outputs, task_format
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
+from liteguard.records import BundleRecord, Export
 from liteguard.runtime.container import tflite_model
 
 MEDIAPIPE = json.loads((ROOT / "tests/fixtures/mediapipe_bytes.json").read_text())
@@ -64,3 +67,62 @@ def test_a_prompts_metadata_has_its_stops_and_guards_its_newlines():
     for text in ["<|end|>", "<|endoftext|>", "Be kind.Instruct: "]:
         assert text.encode() in found
     assert f"{GUARD}\n".encode() in found, "the runtime strips an unguarded newline"
+
+
+def test_both_containers_are_made_unless_one_is_asked_for():
+    def names(*asked: str) -> list[str]:
+        return [str(path) for path in outputs.containers(Path(asked[0]), *asked[1:])]
+
+    assert names("a/x.task") == ["a/x.task", "a/x.litertlm"]
+    assert names("x.litertlm") == ["x.litertlm", "x.task"], "what is named is proven whole"
+    assert names("x.litertlm", "litertlm") == ["x.litertlm"]
+    for wrong in (("x.bin",), ("x.task", "litertlm")):
+        with pytest.raises(UserError, match="--output"):
+            names(*wrong)
+
+
+def record_of(*files: str, **more) -> BundleRecord:
+    found = {
+        "base_model": "a/base",
+        "base_licence": "MIT",
+        "files": dict.fromkeys(files, "0"),
+        "bytes": {name: 10 + len(name) for name in files},
+        "export": Export(kv_cache_length=1280, prefill_lengths=[1, 8, 64]),
+        "quantize": {"recipe": "int8"},
+        "bundles": {name: {"prompt_tokens": 5, "stop_tokens": {"<|end|>": 2}} for name in files},
+        "prompt": Prompt(),
+        "tokenizer": {"replaced": {}},
+        "verify": {"runtime_cache_bytes": 216, "steps": []},
+    }
+    return BundleRecord.model_construct(**(found | more))
+
+
+def test_an_app_is_promised_what_a_conversation_can_hold():
+    """LiteRT-LM refuses a message once fewer places are free than the shortest prefill has."""
+    facts = apps.deployment(record_of("x.task", "x.litertlm"))
+    assert facts["conversation_tokens"] == facts["context_length"] == 1280
+    assert facts["runtime_cache_bytes"] == 216
+    assert "1280 tokens" in facts["notes"]["end_of_cache"]
+    older = Export(kv_cache_length=1280, prefill_lengths=[64, 256])
+    assert apps.deployment(record_of("x.task", export=older))["conversation_tokens"] == 1217
+    # What is said of system messages is about a .task.
+    assert "system_message" in facts["notes"]
+    assert "system_message" not in apps.deployment(record_of("x.litertlm"))["notes"]
+
+
+def test_the_gallery_gets_one_greedy_model():
+    entry = apps.gallery(record_of("x.task", "x.litertlm"))["models"][0]
+    assert (entry["name"], entry["modelFile"], entry["sizeInBytes"]) == ("x", "x.litertlm", 20)
+    assert entry["localModelFilePathOverride"] == "/data/local/tmp/x.litertlm"
+    assert entry["defaultConfig"] == {
+        "topK": 1,
+        "topP": 1.0,
+        "temperature": 0.0,
+        "maxTokens": 1280,
+        "accelerators": "cpu",
+    }
+    assert entry["taskTypes"] == ["llm_chat", "llm_prompt_lab"]
+    assert apps.gallery(record_of("x.task"))["models"][0]["modelFile"] == "x.task"
+    fetched = apps.gallery(record_of("x.task", "x.litertlm"), "x.task", "me/x")["models"][0]
+    assert (fetched["modelFile"], fetched["modelId"]) == ("x.task", "me/x")
+    assert "localModelFilePathOverride" not in fetched

@@ -137,7 +137,7 @@ def test_every_kill_while_bundles_get_their_names(stand, overwrite, also):
     def publish(work: Path, inputs: dict) -> None:
         found = {path.name: checkpoints.sha256_file(work / path.name) for path in bundles}
         record = BundleRecord.model_construct(inputs=inputs, files=found)
-        outputs.publish(work, bundles, record, {"bundles": found})
+        outputs.publish(work, bundles, record, {"bundles": found}, {"models": [found]})
 
     def command(inputs: dict) -> str:
         """As compress_model.py goes on."""
@@ -175,7 +175,8 @@ def test_every_kill_while_bundles_get_their_names(stand, overwrite, also):
     stand.keep()
     publish(work, {"a": 2})
     names = [f"{path.name}{end}" for path in bundles for end in ("", ".json")]
-    wanted = {name: (stand.place / name).read_text() for name in (*names, "x.deploy.json")}
+    names += ["x.deploy.json", "x.gallery.json"]
+    wanted = {name: (stand.place / name).read_text() for name in names}
     counts: dict[str, int] = {}
     for count in every_kill(stand.place, stand.back, lambda: publish(work, {"a": 2})):
         stand.forget_locks()
@@ -259,7 +260,7 @@ def test_a_directory_with_files_of_others_is_not_replaced(tmp_path):
     assert checkpoints.open_work(output, INPUTS, overwrite=True)
 
 
-@pytest.mark.parametrize("name", ["x.task", "x.task.json", "x.deploy.json"])
+@pytest.mark.parametrize("name", ["x.task", "x.task.json", "x.deploy.json", "x.gallery.json"])
 def test_what_a_bundle_cannot_replace_is_refused_before_the_work(tmp_path, name):
     bundles = [tmp_path / "x.task"]
     outputs.check(bundles)

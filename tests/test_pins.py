@@ -105,6 +105,10 @@ NAMES = {
         "TFLOperationName.FULLY_CONNECTED",
         "UniformQuantParams",
     ],
+    "ai_edge_quantizer.algorithms.uniform_quantize.uniform_quantize_tensor": [
+        "is_blockwise",
+        "tensor_zp_scale_from_min_max",
+    ],
     "ai_edge_quantizer.quantizer": ["Quantizer.load_quantization_recipe", "Quantizer.quantize"],
     "ai_edge_quantizer.recipe": [
         "TFLOperationName.ALL_SUPPORTED",

@@ -194,13 +194,16 @@ def package_of(kind: str, work: Path) -> dict[str, Path]:
     args = cli.parser("").parse_args([])
     config = cli.resolve_config(args, parent=source.stage_record or source.record)
     text = package.readme(source, facts, NAME)
-    return package.collect(source, config, text, work)
+    return package.collect(source, config, text, work, repository=NAME)
 
 
 def test_a_bundle_goes_up_with_card_and_proof(proven, hub, tmp_path):
     files = package_of("bundle", tmp_path)
     wanted = {"README.md", "liteguard_tiny.task", "liteguard_tiny.task.json"}
-    assert {*files} == wanted | {"liteguard_tiny.deploy.json"}
+    assert {*files} == wanted | {f"liteguard_tiny.{told}.json" for told in ("deploy", "gallery")}
+    entry = json.loads(files["liteguard_tiny.gallery.json"].read_text())["models"][0]
+    assert (entry["modelId"], entry["modelFile"]) == (NAME, "liteguard_tiny.task")
+    assert "localModelFilePathOverride" not in entry, "it is fetched from there"
     text = files["README.md"].read_text()
     assert text.startswith("---\nlanguage: en\nlicense: mit\nbase_model: test/tiny-phi\n")
     assert "| perplexity |" in text.split("## Proof")[1] and "Not medical" not in text[:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from conftest import ROOT, fail, succeed
 
 from liteguard.config import RECIPES, Config, VerifySection
 from liteguard.errors import UserError, WorkError
-from liteguard.export import measured, merge, quantization, silence, tflite, tokenizer, verify
+from liteguard.export import (
+    measured,
+    merge,
+    possible,
+    quantization,
+    silence,
+    tflite,
+    tokenizer,
+    verify,
+)
 from liteguard.export.bundle import write_litertlm, write_task
 from liteguard.prompts import Prompt
 from liteguard.runtime.bundle import Bundle
@@ -74,13 +84,15 @@ def make(parts: dict, path: Path, **changed) -> Path:
 
 
 def test_the_pipelines_bundles_were_proven(pipeline, parts):
-    """--also and --verify full: both containers, the float model and the 8-bit one."""
+    """--verify full: both containers, the float model and the 8-bit one."""
     record = parts["record"]
     steps = [step["step"] for step in record["verify"]["steps"]]
     assert steps == [
-        *["opens", "stop tokens", "prompt", "conversation"] * 2,
+        *["opens", "stop tokens", "prompt", "conversation", "empty message", "system message"],
+        *["opens", "stop tokens", "prompt", "conversation", "empty message"],
         "tokenizer",
         "text survives",
+        *["prompt lengths", "too long a message", "fills its cache"],
         *(
             f"{name}{label}"
             for label in (" of float TFLite", "")
@@ -106,12 +118,37 @@ def test_deploy_json_says_what_an_app_needs(pipeline, parts):
         assert entry["sha256"] == sha256_file(pipeline / name)
         assert entry["bytes"] == (pipeline / name).stat().st_size
     assert len(facts["bundles"]) == 2
-    assert facts["context_length"] == 128 and facts["prefill_lengths"] == [64]
+    assert facts["context_length"] == facts["conversation_tokens"] == 128
+    assert facts["prefill_lengths"] == [1, 8, 64], "of [64] in the YAML"
+    assert facts["runtime_cache_bytes"] > 100_000
     assert facts["base_model"] == "test/tiny-phi" and "licence" in facts
     prompt = Prompt(**facts["prompt"])
     assert facts["prompt_example"] == prompt.render_question("QUESTION")
     assert list(facts["stop_tokens"]) == prompt.stop_tokens
     assert facts["proof"] and facts["sampler"]["top_k"] == 1
+
+
+def test_the_gallery_is_told_of_the_litertlm(pipeline):
+    entry = json.loads((pipeline / "liteguard_tiny.gallery.json").read_text())["models"][0]
+    assert entry["modelFile"] == "liteguard_tiny.litertlm"
+    assert entry["sizeInBytes"] == (pipeline / "liteguard_tiny.litertlm").stat().st_size
+    assert entry["defaultConfig"]["maxTokens"] == 128 and entry["defaultConfig"]["topK"] == 1
+
+
+def test_where_no_task_can_be_made_the_litertlm_is(pipeline, monkeypatch, capsys):
+    monkeypatch.chdir(pipeline)
+    why = possible.Possible("the prompt has other ids in SentencePiece", "", "")
+    monkeypatch.setattr(possible, "possible", lambda *_: why)
+    main = runpy.run_path(str(ROOT / "compress_model.py"))["main"]
+    command = ["compress_model.py", "--input", "final_checkpoint", "--output", "z.task"]
+    monkeypatch.setattr("sys.argv", [*command, "--dry_run"])
+    main()
+    printed = capsys.readouterr().out
+    assert "and write z.litertlm; proof" in printed
+    assert "bundles: .litertlm only; no .task can be made: the prompt has other ids" in printed
+    monkeypatch.setattr("sys.argv", [*command, "--only", "task", "--dry_run"])
+    with pytest.raises(UserError, match="no .task can be made: the prompt has other ids"):
+        main()
 
 
 def test_both_containers_hold_the_same_model_but_for_what_a_task_cannot_show(
@@ -486,6 +523,8 @@ def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
         pipeline / "final_checkpoint",
         "--output",
         tmp_path / "x.task",
+        "--only",
+        "task",
     )
     impossible = ("--quantize", "int8", "--set", "compress.verify.perplexity_change=1e-9")
     message = fail(1, *command, *impossible, cwd=pipeline)
@@ -510,6 +549,8 @@ def test_bad_names_are_users_mistakes(pipeline):
     message = fail(2, *command, "--output", "y.task", "--quantize", "int3", cwd=pipeline)
     assert "unknown recipe 'int3'" in message and "int4_block32" in message
     assert "quick" in fail(2, *command, "--output", "y.task", "--verify", "some", cwd=pipeline)
+    message = fail(2, *command, "--set", "compress.kv_cache_length=4096", cwd=pipeline)
+    assert "kv_cache_length 4096 exceeds the model's max_position_embeddings 2048" in message
 
 
 # Recipes
@@ -533,6 +574,8 @@ def test_recipes(recipe, parts, exact, tmp_path):
     """
     file = tmp_path / "model.tflite"
     found = tflite.quantize(exact, file, recipe, parts["merged"], progress=None)
+    if recipe in quantization.BLOCKS:
+        assert quantization.unusable_scales(file) == 0
     layers = quantization.linear_layers(
         exact, json.loads((parts["merged"] / "config.json").read_text())
     )

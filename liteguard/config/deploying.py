@@ -27,6 +27,9 @@ RECIPES = {
 }
 
 
+# LiteRT-LM refuses a message once fewer places of its cache are free than the shortest prefill has:
+# with 1 a conversation can use all of them. The others keep what is left fast.
+SHORT_PREFILLS = (1, 8, 64)
 # What "auto" tries, each more exact and larger or slower than the one before.
 AUTO = ("int8", "int8_mixed", "int8_weight_only", "fp16")
 
@@ -110,7 +113,9 @@ class CompressSection(Section):
     prefill_lengths: list[PositiveInt] = Field(
         default_factory=lambda: [1024],
         min_length=1,
-        description="A prompt is padded to one of these; short ones make short questions fast.",
+        description="A prompt is padded to one of these; short ones make short questions fast. "
+        f"Those of {', '.join(map(str, SHORT_PREFILLS))} that are shorter than all of them are "
+        "added: without them a conversation ends before its cache is full.",
     )
     kv_cache_length: int = Field(
         1280,
@@ -153,6 +158,12 @@ class CompressSection(Section):
                 f"prefill_lengths {self.prefill_lengths}: prompt and answer share the cache"
             )
         return self
+
+    @property
+    def ladder(self) -> list[int]:
+        """Prefill lengths that are exported: `prefill_lengths`, with short ones below them."""
+        shortest = min(self.prefill_lengths)
+        return sorted({*self.prefill_lengths, *(n for n in SHORT_PREFILLS if n < shortest)})
 
     @property
     def recipes(self) -> tuple[str, ...]:

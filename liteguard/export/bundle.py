@@ -34,7 +34,6 @@ from liteguard.export import task_format
 from liteguard.export.silence import Silence
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
-from liteguard.records import BundleRecord
 from liteguard.runtime.container import TASK_MODEL
 
 # What the proof is made with: the likeliest token, always.
@@ -215,37 +214,4 @@ def write_litertlm(
         "bytes": output.stat().st_size,
         "stop_tokens": stops,
         "prompt_tokens": len(question.ids),
-    }
-
-
-def deployment(record: BundleRecord) -> dict[str, Any]:
-    """What an app must know of a bundle, from the record that compress_model.py writes.
-
-    Lengths are tokens; `context_length` is prompt and answer together. The sampler is the one that
-    the proof was made with: greedy.
-    """
-    exported, first = record.export, next(iter(record.bundles.values()))
-    return {
-        "bundles": {
-            name: {"sha256": digest, "bytes": record.bytes[name]}
-            for name, digest in record.files.items()
-        },
-        "base_model": record.base_model,
-        "license": record.base_licence,
-        "licence": record.base_licence,  # the older spelling, for one release
-        "quantize": record.quantize["recipe"],
-        "context_length": exported.kv_cache_length,
-        "kv_cache_length": exported.kv_cache_length,
-        "prefill_lengths": exported.prefill_lengths,
-        "prompt": record.prompt.model_dump(),
-        # The runtime puts the start token there.
-        "prompt_example": record.prompt.render_question("QUESTION").removeprefix(
-            record.prompt.bos_token
-        ),
-        "prompt_tokens": first["prompt_tokens"],
-        "start_token": record.prompt.bos_token or None,
-        "stop_tokens": first["stop_tokens"],
-        "sampler": SAMPLER,
-        "replaced_characters": record.tokenizer["replaced"],
-        "proof": (record.verify or {}).get("steps", []),
     }

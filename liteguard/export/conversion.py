@@ -58,20 +58,23 @@ class Conversion:
         """All steps; returns the facts of each for the bundle's record."""
         section = self.config.compress
         facts = self.steps.keep("merge", self._merge)
+        # Kept apart by its name: a rerun may ask for other containers.
+        kind = "sentencepiece" if self._has_task else "original"
+        facts["tokenizer"] = self.steps.keep(f"tokenizer_{kind}", self._tokenizer)
         recipes = self._recipes()
         self.replaced = facts["tokenizer"]["replaced"]
         # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows
         # all.
         report = tokenizer.TokenizerReport(**facts["tokenizer"])
         self.silenced = silence.Silence.of(report, self.merged)
-        if any(path.suffix == ".task" for path in self.bundles):
+        if self._has_task:
             facts["silence"] = self.steps.keep("silence", self.silenced.check, self.merged)
         facts["export"] = self.steps.keep(
             "export",
             tflite.export,
             self.merged,
             self.exact,
-            prefill_lengths=section.prefill_lengths,
+            prefill_lengths=section.ladder,
             kv_cache_length=section.kv_cache_length,
             converter=self.converter,
             python=section.python,
@@ -93,17 +96,19 @@ class Conversion:
         writing.remove(self.merged)
         prompt, trusted = self.config.prompt, self.config.model.trust_remote_code
         parts = self.base, self.checkpoint, self.merged, prompt, self.revision, trusted
-        return {
-            "merge": machine.in_child("merge", merge.merge_adapter, *parts),
-            "tokenizer": self._tokenizer().to_dict(),
-        }
+        return {"merge": machine.in_child("merge", merge.merge_adapter, *parts)}
 
-    def _tokenizer(self) -> tokenizer.TokenizerReport:
+    @property
+    def _has_task(self) -> bool:
+        return any(path.suffix == ".task" for path in self.bundles)
+
+    def _tokenizer(self) -> dict[str, Any]:
         """Make the SentencePiece model of a `.task`; a `.litertlm` has the original tokenizer."""
-        if not any(path.suffix == ".task" for path in self.bundles):
-            return tokenizer.original(self.merged)
+        if not self._has_task:
+            return tokenizer.original(self.merged).to_dict()
         native = Path(self.base) / "tokenizer.model"
-        return tokenizer.build_sentencepiece(self.merged, self.sentencepiece, native=native)
+        made = tokenizer.build_sentencepiece(self.merged, self.sentencepiece, native=native)
+        return made.to_dict()
 
     def _write(self, model: Path, path: Path) -> dict[str, Any]:
         """The container that the path's ending names."""
@@ -116,7 +121,8 @@ class Conversion:
         """Quantise, bundle and prove; the facts of all three."""
         quantized = self.work / f"{recipe}.tflite"
         if not quantized.exists():
-            machine.check_disk(self.work, tflite.bundle_disk(self.parameters, recipe) / 1e9)
+            disk = tflite.bundle_disk(self.parameters, recipe, len(self.bundles))
+            machine.check_disk(self.work, disk / 1e9)
         calibrated = calibration.folder(self.work, recipe, self.config)
         parts = self.exact, quantized, recipe, self.merged, calibrated
         found = {}

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 DAMPING = 0.01
 # Scales to try, as shares of that which the largest weight asks for.
 _SHARES = [0.45 + 0.03 * step for step in range(21)]
-# Smallest scale: the smallest normal float16. A block of zeros would get 0 and divide by it.
-_SMALLEST = 2.0**-14
+# Smallest scale: the smallest normal float16. A block of zeros would get 0, divide by it, and be
+# refused by XNNPACK ("unsupported scale value (0.000000)").
+SMALLEST = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def storable(scale: Tensor) -> Tensor:
     """Scales as a TFLite file keeps those of blocks: float16 with the 8 bits of a bfloat16."""
     import torch
 
-    return scale.to(torch.bfloat16).to(torch.float16).to(torch.float32).clamp_min(_SMALLEST)
+    return scale.to(torch.bfloat16).to(torch.float16).to(torch.float32).clamp_min(SMALLEST)
 
 
 def dequantized(integers: Tensor, scales: Tensor) -> Tensor:

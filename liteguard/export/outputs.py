@@ -15,11 +15,32 @@ from liteguard.export.verify import TooCoarse
 from liteguard.machine import peak_rss_gb
 from liteguard.records import BundleRecord
 
+SUFFIXES = (".task", ".litertlm")
+
+
+def containers(output: Path, only: str | None = None) -> list[Path]:
+    """The bundles to make: what `output` names, then the other container, or the one of `only`.
+
+    Args:
+        output: the file of `--output`.
+        only: "task" or "litertlm"; None for both.
+
+    Raises UserError for another ending, and where `only` contradicts it.
+    """
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"--output {output}: the bundle's name must end in .task or .litertlm")
+    if only and output.suffix != f".{only}":
+        raise UserError(f"--output {output} and --only {only} contradict each other")
+    other = output.with_suffix(SUFFIXES[1 - SUFFIXES.index(output.suffix)])
+    return [output] if only else [output, other]
+
 
 def beside(bundles: list[Path]) -> list[Path]:
-    """The records of `bundles`, and what an app needs to know of them."""
+    """The records of `bundles`, then what an app, and AI Edge Gallery, need to know of them."""
     records = [path.with_name(f"{path.name}.json") for path in bundles]
-    return [*records, bundles[0].with_name(f"{bundles[0].stem}.deploy.json")]
+    stem = bundles[0].stem
+    told = [bundles[0].with_name(f"{stem}.{which}.json") for which in ("deploy", "gallery")]
+    return [*records, *told]
 
 
 def check(bundles: list[Path]) -> None:
@@ -44,7 +65,8 @@ def _is_ours(path: Path) -> bool:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and bool({"files", "bundles"} & {*found})
+    keys = {"models"} if path.name.endswith(".gallery.json") else {"files", "bundles"}
+    return isinstance(found, dict) and bool(keys & {*found})
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -55,8 +77,8 @@ def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
         if not output.exists():
             made = next(path for path in bundles if path.exists())
             raise UserError(
-                f"{made} was made without {output.name}. Choose another --output for both, or pass "
-                "--overwrite to convert again."
+                f"{made} was made without {output.name}. Pass --only {made.suffix[1:]} to keep it "
+                "so, choose another --output for both, or pass --overwrite to convert again."
             )
         try:
             record = checkpoints.read_bundle(output)
@@ -162,20 +184,20 @@ class Steps:
         raise WorkError("\n".join(f"{entry['recipe']}: {entry['error']}" for entry in tries))
 
 
-def publish(
-    work: Path, bundles: list[Path], record: BundleRecord, deployment: dict[str, Any]
-) -> None:
+def publish(work: Path, bundles: list[Path], record: BundleRecord, *told: dict[str, Any]) -> None:
     """Give bundles and their records their final names, and drop the intermediate files.
 
     They are several files, so that no single rename does it. What decides is one: once the list of
     them is in the work directory, the next run goes on giving names (`finish_publishing`); until
     then nothing outside of it was touched. In between a bundle may stand beside another's record,
     which `checkpoints.read_bundle` refuses.
+
+    `told`: what apps are told, in the order of `beside`.
     """
     records = beside(bundles)
-    for path in records[:-1]:
-        writing.write_json(work / path.name, record.to_dict())
-    writing.write_json(work / records[-1].name, deployment)
+    contents = [record.to_dict()] * len(bundles) + [*told]
+    for path, content in zip(records, contents, strict=True):
+        writing.write_json(work / path.name, content)
     for path in bundles:
         writing.flush(work / path.name)
     files = [path.name for path in (*bundles, *records)]

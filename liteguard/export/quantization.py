@@ -9,6 +9,7 @@ because converter v2 names linear layers by number only.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import mmap
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.export import chosen
+from liteguard.export import chosen, gptq
 
 # Bits of a weight in (FFN, attention, embedding and output layer).
 BITS = {
@@ -241,6 +242,66 @@ def _share_quantization_parameters() -> None:
     schema.QuantizationParametersT.Pack = shared
 
 
+def _no_scale_of_zero() -> None:
+    """Makes the quantiser give every block a scale that the device accepts.
+
+    A block's scale is a float16, which becomes 0 where all weights are below 2e-7: rows that
+    training left near zero. XNNPACK refuses such a tensor when the first prompt comes. With the
+    smallest normal scale the weights of the block are zero, as they almost were.
+    """
+    import numpy as np
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as library
+
+    choose = library.tensor_zp_scale_from_min_max
+    given = inspect.signature(choose)
+
+    def normal(*positional: Any, **named: Any) -> tuple[Any, Any]:
+        zero, scale = choose(*positional, **named)
+        if library.is_blockwise(given.bind(*positional, **named).arguments["granularity"]):
+            scale = np.maximum(scale, np.float32(gptq.SMALLEST))
+        return zero, scale
+
+    library.tensor_zp_scale_from_min_max = normal
+
+
+def unusable_scales(file: Path) -> int:
+    """How many scales of blocks in a TFLite file the device refuses: zero, or no normal float16."""
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+
+    model, content = _open(file)
+    buffers = set()
+    for index in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(index)
+        for number in range(graph.TensorsLength()):
+            if (blocks := _blocks(graph.Tensors(number))) is not None:
+                scales = graph.Tensors(blocks.Scales())
+                assert scales.Type() == schema.TensorType.FLOAT16
+                buffers.add(scales.Buffer())
+    found = 0
+    for index in buffers:
+        buffer = model.Buffers(index)
+        if buffer.DataLength():
+            values = buffer.DataAsNumpy().view(np.float16)
+        else:
+            count = buffer.Size() // 2
+            values = np.frombuffer(content, np.float16, count, offset=buffer.Offset())
+        found += int((~np.isfinite(values) | (values < gptq.SMALLEST)).sum())
+    return found
+
+
+def _blocks(tensor: Any) -> Any:
+    """The blockwise quantisation of a tensor; None where it has none."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    scales = tensor.Quantization()
+    if not scales or scales.DetailsType() != schema.QuantizationDetails.BlockwiseQuantization:
+        return None
+    blocks = schema.BlockwiseQuantization()
+    blocks.Init(scales.Details().Bytes, scales.Details().Pos)
+    return blocks
+
+
 def quantize(
     source: Path,
     output: Path,
@@ -256,6 +317,7 @@ def quantize(
     from ai_edge_quantizer import quantizer
 
     _share_quantization_parameters()
+    _no_scale_of_zero()
     engine = quantizer.Quantizer(str(source))
     kept = chosen.Chosen(sorted(calibrated.glob("*.safetensors")) if calibrated else [])
     algorithm = kept.register() if calibrated else None
@@ -266,6 +328,8 @@ def quantize(
             f"{len(kept.open)} calibrated weights are not in the converted file: the converter "
             "changed them. Use --set compress.calibrate=false"
         )
+    if count := unusable_scales(output):
+        raise WorkError(f"{count} blocks of weights have a scale that no device accepts")
 
 
 def stored_weights(file: Path) -> dict[str, int]:
@@ -293,10 +357,7 @@ def stored_weights(file: Path) -> dict[str, int]:
         for number in range(graph.TensorsLength()):
             tensor = graph.Tensors(number)
             tensors.setdefault(tensor.Buffer(), tensor)
-            scales = tensor.Quantization()
-            if scales and scales.DetailsType() == schema.QuantizationDetails.BlockwiseQuantization:
-                blocks = schema.BlockwiseQuantization()
-                blocks.Init(scales.Details().Bytes, scales.Details().Pos)
+            if (blocks := _blocks(tensor)) is not None:
                 scale_buffers.add(graph.Tensors(blocks.Scales()).Buffer())
     seen: set[bytes] = set()
     weights = weight_bytes = repeated = 0

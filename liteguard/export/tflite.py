@@ -126,22 +126,23 @@ def peak_memory(parameters: int, converter: Literal["v1", "v2"]) -> int:
     return int(min(fixed * 1e9 + slope * parameters for fixed, slope in lines))
 
 
-def bundle_disk(parameters: int, recipe: str) -> int:
-    """Bytes of disk for a recipe's file, its bundle, and what the proof unpacks of it.
+def bundle_disk(parameters: int, recipe: str, containers: int = 2) -> int:
+    """Bytes of disk for a recipe's file, its bundles, and what the proof unpacks of one.
 
     LiteRT-LM and the scoring model unpack a file of weights each, in 8 bits or in float32; the
     latter reads a copy of the TFLite file (Phi-2 in int8: 13.8 GB, benchmarks/full_size.py).
     """
     stored = max(quantization.BITS[recipe]) / 8
     unpacked = 4 if recipe in ("int8_weight_only", "fp16", "none") else stored
-    return int(parameters * (3 * stored + 2 * unpacked))
+    return int(parameters * ((2 + containers) * stored + 2 * unpacked))
 
 
-def whole_disk(parameters: int, converter: Literal["v1", "v2"], recipe: str) -> int:
-    """Bytes of disk from a checkpoint to a proven bundle: merged model, conversion, bundle."""
-    return parameters * 2 + max(
-        parameters * _DISK[converter], parameters * 4 + bundle_disk(parameters, recipe)
-    )
+def whole_disk(
+    parameters: int, converter: Literal["v1", "v2"], recipe: str, containers: int = 2
+) -> int:
+    """Bytes of disk from a checkpoint to proven bundles: merged model, conversion, bundles."""
+    bundles = bundle_disk(parameters, recipe, containers)
+    return parameters * 2 + max(parameters * _DISK[converter], parameters * 4 + bundles)
 
 
 def _check(merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: int) -> None:
@@ -162,11 +163,15 @@ def _check(merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: in
             f"{list(prefill_lengths)}: prompt and answer share the cache"
         )
     model = json.loads((merged_dir / "config.json").read_text())
-    longest = model.get("max_position_embeddings")
+    check_positions(kv_cache_length, model.get("max_position_embeddings"))
+
+
+def check_positions(kv_cache_length: int, longest: int | None) -> None:
+    """Raise UserError for a cache longer than a model's positions; None: it has no such limit."""
     if longest and kv_cache_length > longest:
         raise UserError(
-            f"kv_cache_length {kv_cache_length} exceeds the model's max_position_embeddings "
-            f"{longest}"
+            f"compress.kv_cache_length {kv_cache_length} exceeds the model's "
+            f"max_position_embeddings {longest}"
         )
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from liteguard import machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import WorkError
 from liteguard.evaluation import refusals
-from liteguard.export import tokenizer
+from liteguard.export import conditions, tokenizer
 from liteguard.export.measured import (
     AGREEMENT_TOKENS,
     Change,
@@ -121,12 +122,18 @@ def check_form(
             and bundle.tokenize(own) == bundle.tokenize(text),
             f"the bundle renders {own!r} where training rendered {text!r}",
         )
-        turns = _three_turns(bundle, prompt, question, turn_tokens)
+        try:
+            turns = _three_turns(bundle, prompt, question, turn_tokens)
+        except WorkError as error:
+            table.add("conversation", "no answer", "three turns", False, str(error))
+            raise
         same = sum(chat == raw for chat, raw in turns)
         where = next((f"{c!r} instead of {r!r}" for c, r in turns if c != r), "")
         table.add(
             "conversation", f"{same} of {len(turns)} turns equal", "all", same == len(turns), where
         )
+        for row in conditions.messages(bundle, prompt, question):
+            table.add(*row)
     finally:
         bundle.__exit__(None, None, None)
 
@@ -398,7 +405,8 @@ def verify_bundle(
         say: receives the table's lines.
 
     Returns:
-        ``steps`` (the table), ``tokenizer``, ``float`` (full only), ``bundle``, ``speed``.
+        ``steps`` (the table), ``tokenizer``, ``float`` (full only), ``bundle``, ``speed``,
+        ``runtime_cache_bytes`` (what the runtime wrote beside the bundle to open it).
 
     Raises:
         WorkError: names the first step that left its tolerance; TooCoarse where a finer recipe
@@ -419,6 +427,8 @@ def verify_bundle(
     if also:
         say(f"  {also.name}")
         check_form(also, prompt, question, table, turn)
+        if also.suffix == ".task":  # its tokenizer was made; a .litertlm has the original one
+            check_tokenizer(also, model_dir, replaced, samples, table, section)
         say(f"  {bundle.name}")
     silence = silence if bundle.suffix == ".task" else None
     kept = work / ("merged_model_silenced.jsonl" if silence else "merged_model.jsonl")
@@ -438,9 +448,16 @@ def verify_bundle(
         check_form(bundle, prompt, question, table, turn, unpacked)
         # A .litertlm has the original tokenizer.json and replaces nothing.
         plain = replaced if bundle.suffix == ".task" else {}
+        result["runtime_cache_bytes"] = sum(
+            path.stat().st_size for path in unpacked.rglob("*") if path.is_file()
+        )
         result["tokenizer"] = check_tokenizer(
             bundle, model_dir, plain, samples, table, section, unpacked
         )
+        room = config.compress.kv_cache_length
+        given = config.compress.ladder, room, " ".join(samples.texts)[: 8 * room], unpacked
+        for row in machine.in_child("conditions", conditions.measure, bundle, prompt, *given):
+            table.add(*row)
         if float_bundle is not None:
             with unpacked_weights(float_bundle) as folder:
                 result["float"] = measure(float_bundle, folder, 0.002, " of float TFLite")

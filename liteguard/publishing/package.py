@@ -17,6 +17,7 @@ from liteguard import checkpoints, machine, models, records, shown
 from liteguard.config import Config, of_a_record
 from liteguard.errors import UserError
 from liteguard.evaluation import card, comparison, report, verdict
+from liteguard.export import apps
 from liteguard.records import BundleRecord, Result, StageRecord
 
 KINDS = ("bundle", "adapter", "merged")
@@ -139,10 +140,16 @@ def _for_others(record: BundleRecord | StageRecord) -> dict[str, Any]:
 
 
 def collect(
-    source: Source, config: Config, card_text: str, work: Path, merge: bool = True
+    source: Source,
+    config: Config,
+    card_text: str,
+    work: Path,
+    merge: bool = True,
+    repository: str = "",
 ) -> dict[str, Path]:
     """Name in the repository -> file; what has to be made is made in `work`.
 
+    repository: where they go, for AI Edge Gallery to fetch a bundle from.
     merge: whether to make the merged model, where that goes up; its files are missing without.
     """
     files = {"README.md": work / "README.md"}
@@ -153,6 +160,10 @@ def collect(
         name = f"{source.bundle.name}.json"
         files[name] = work / name
         checkpoints.write_json(files[name], _for_others(source.record))
+        listed = f"{source.bundle.stem}.gallery.json"
+        files[listed] = work / listed
+        entry = apps.gallery(source.record, source.bundle.name, repository)
+        checkpoints.write_json(files[listed], entry)
         return files
     files["proof.json"] = work / "proof.json"
     proof = _for_others(source.record)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,9 @@ from liteguard.errors import UserError, WorkError
 from liteguard.machine import one_at_a_time, quiet_stderr
 from liteguard.runtime.container import unpacked_weights
 from liteguard.runtime.scorer import Scorer
+
+# Of LiteRT-LM 0.18.1's messages about a prompt that is too long for what is left of the cache.
+_NO_ROOM = ("state entries", "too long", "maximum number of tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +161,8 @@ class Bundle:
             text = session.run_decode().texts[0]
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
-            raise WorkError(
-                f"{self.path}: generation failed for a prompt of {len(self.tokenize(rendered))} "
-                f"tokens ({error}); prompt and answer must fit the KV cache"
+            raise self._failed(
+                f"a prompt of {len(self.tokenize(rendered))} tokens", error
             ) from error
         finally:
             session.close()
@@ -173,6 +175,16 @@ class Bundle:
                 written = max_new_tokens
             text = text.rstrip("\ufffd")  # a character that the cut left incomplete
         return Answer(text, written, stopped, time.perf_counter() - started)
+
+    def _failed(self, what: str, error: RuntimeError) -> WorkError:
+        """What to say of an answer that the runtime refused: by its own words, the cache or not."""
+        full = any(words in str(error) for words in _NO_ROOM)
+        why = (
+            "prompt and answer must fit the KV cache"
+            if full
+            else "the runtime cannot run this model, whatever the prompt"
+        )
+        return WorkError(f"{self.path}: no answer to {what} ({error}); {why}")
 
     def generate_within(self, rendered: str, max_new_tokens: int, room: int) -> Answer:
         """`generate`; no answer (no token, not stopped) where a KV cache of `room` is too small."""
@@ -187,23 +199,34 @@ class Bundle:
                 raise
             return nothing
 
-    def render_chat(self, question: str) -> str:
-        """The prompt that the bundle's own template makes of a question."""
-        with self._engine.create_conversation(sampler_config=self._greedy) as conversation:
+    def render_chat(self, question: str, system: str | None = None) -> str:
+        """The prompt that the bundle's own template makes of a question, after a system message."""
+        with self._conversation(system_message=system) as conversation:
             return conversation.render_message_to_string(question)
 
     def converse(self, questions: Sequence[str], max_new_tokens: int = 256) -> list[str]:
-        """Greedy answers to questions asked one after the other in one conversation."""
-        answers = []
-        with self._engine.create_conversation(
-            sampler_config=self._greedy, max_output_tokens=max_new_tokens
-        ) as conversation:
-            for question in questions:
-                content = conversation.send_message(question).to_json()["content"]
+        """Greedy answers to questions asked one after the other in one conversation.
+
+        Raises WorkError where the runtime gives none.
+        """
+        return [answer for answer, _ in self.exchanges(questions, max_new_tokens)]
+
+    def exchanges(
+        self, questions: Iterable[str], max_new_tokens: int = 256
+    ) -> Iterator[tuple[str, int]]:
+        """`converse`, one by one: (answer, tokens that the conversation holds after it)."""
+        with self._conversation(max_output_tokens=max_new_tokens) as conversation:
+            for number, question in enumerate(questions, 1):
+                try:
+                    content = conversation.send_message(question).to_json()["content"]
+                except RuntimeError as error:
+                    raise self._failed(f"message {number} of a conversation", error) from error
                 if not isinstance(content, str):
                     content = "".join(part.get("text", "") for part in content)
-                answers.append(content)
-        return answers
+                yield content, conversation.token_count
+
+    def _conversation(self, **settings: Any) -> Any:
+        return self._engine.create_conversation(sampler_config=self._greedy, **settings)
 
     def score(self, context: str, targets: str) -> tuple[float, int]:
         """Log-likelihood of `targets` after `context`, by the weights inside the bundle.
@@ -230,10 +253,20 @@ class Bundle:
 
     def score_ids(self, context: list[int], targets: list[int]) -> tuple[float, int]:
         """`score` of token ids; the engine need not be open."""
+        return self._scores().score(context, targets)
+
+    def gap(self, context: list[int], targets: list[int], longest: int) -> float:
+        """How much less likely than the likeliest a token of `targets` is, in nats, at worst.
+
+        By the bundle's model, run without the runtime in steps of at most `longest` tokens.
+        """
+        return self._scores().gap(context, targets, longest)
+
+    def _scores(self) -> Scorer:
         if self._scorer is None:
             with one_at_a_time(self.unpacked / "lock"):
                 self._scorer = Scorer(self.path, self.threads, self.unpacked)
-        return self._scorer.score(context, targets)
+        return self._scorer
 
     def benchmark(self, rendered: str | None = None) -> dict[str, float]:
         """Speed of one prompt and its answer of at most 64 tokens.

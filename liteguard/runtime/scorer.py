@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ class Scorer:
         # Length in tokens -> (signature, its inputs, its outputs, details of its inputs).
         self._signatures = {1: self._buffers("decode")}
         for name in self._model.get_signature_list():
-            if name.removeprefix("prefill_").isdigit():
-                self._signatures[int(name.removeprefix("prefill_"))] = self._buffers(name)
+            length = name.removeprefix("prefill_")
+            if length.isdigit() and length != "1":  # one token: decode, which gives logits too
+                self._signatures[int(length)] = self._buffers(name)
         self._prefilled: list[int] | None = []  # tokens whose keys and values the cache holds
         outputs = self._model.get_output_tensor_details("decode")
         self._vocabulary = int(outputs["logits"]["shape"][-1])
@@ -92,6 +94,26 @@ class Scorer:
         """See `Bundle.score`; ids instead of text."""
         import numpy as np
 
+        likelihood = 0.0
+        for logits, target in self._predictions(context, targets):
+            top = logits.max()
+            likelihood += float(logits[target] - top - np.log(np.exp(logits - top).sum()))
+        return likelihood, len(targets)
+
+    def gap(self, context: list[int], targets: list[int], longest: int) -> float:
+        """See `Bundle.gap`."""
+        if self._prefilled:
+            self._prefilled = []  # perhaps computed in longer steps
+        found = self._predictions(context, targets, longest)
+        return max(float(logits.max() - logits[target]) for logits, target in found)
+
+    def _predictions(
+        self, context: list[int], targets: list[int], longest: int | None = None
+    ) -> Iterator[tuple[Any, int]]:
+        """(logits, the target that they are of) for each target, one after the other.
+
+        `longest`: most tokens to compute at a time; None for what is fastest.
+        """
         total = len(context) + len(targets)
         if not context or not targets:
             raise UserError("scoring needs a context and a target of at least one token each")
@@ -106,8 +128,9 @@ class Scorer:
                 self._clear_cache()  # numbers of a run that failed may be none
             self._prefilled = None  # in case that this one fails half way
             done = 0
+        allowed = [n for n in sorted(self._signatures) if longest is None or n <= longest]
         while done < known:
-            fitting = [n for n in sorted(self._signatures) if done + n <= self.cache_length]
+            fitting = [n for n in allowed if done + n <= self.cache_length]
             # The shortest that covers the rest, else the longest. Padding lands in cache slots
             # that the mask hides until they are overwritten.
             length = next((n for n in fitting if n >= known - done), fitting[-1])
@@ -115,12 +138,6 @@ class Scorer:
             self._run(length, chunk + [0] * (length - len(chunk)), done)
             done += len(chunk)
         self._prefilled = context[:known]
-        likelihood = 0.0
         sequence = context + targets
         for position in range(known, total - 1):
-            logits = self._run(1, [sequence[position]], position)
-            top = logits.max()
-            likelihood += float(
-                logits[sequence[position + 1]] - top - np.log(np.exp(logits - top).sum())
-            )
-        return likelihood, len(targets)
+            yield self._run(1, [sequence[position]], position), sequence[position + 1]

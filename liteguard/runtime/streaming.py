@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Generator
 
-from liteguard.errors import WorkError
 from liteguard.runtime.bundle import Answer, Bundle
 
 
@@ -48,9 +47,8 @@ class StreamedBundle(Bundle):
             ended = True
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
-            raise WorkError(
-                f"{self.path}: no answer to a prompt of {len(self.tokenize(rendered))} tokens "
-                f"({error}); prompt and answer must fit the KV cache"
+            raise self._failed(
+                f"a prompt of {len(self.tokenize(rendered))} tokens", error
             ) from error
         finally:
             if not ended:
