@@ -116,7 +116,7 @@ class World:
         return self.own("evaluate_model.py", *flags)
 
     def compress(self, output: Path) -> list[str | Path]:
-        flags = ("--output", output, "--verify", "none", "--quantize", "int8")
+        flags = ("--output", output, "--only", "task", "--verify", "none", "--quantize", "int8")
         return self.own("compress_model.py", "--input", self.final, *flags)
 
     def make(self) -> None:

@@ -309,11 +309,13 @@ def run_family(family: str, work: Path, sources: Path, cache: Path, int4: bool) 
     if prepared and all(step("train", *stage) for stage in stages):
         compress = ("compress_model.py", "--input", "final_checkpoint", "--quantize")
         for ending in ("litertlm", "task"):
-            step(ending, *compress, "int8_mixed", "--output", f"{family}.{ending}")
+            one = ("--only", ending, "--output", f"{family}.{ending}")
+            step(ending, *compress, "int8_mixed", *one)
         made = "litertlm" if found["litertlm"] == "yes" else "task"
         found["int8"] = found[made]
         if int4 and found[made] == "yes":
-            step("int4", *compress, "int4_block32", "--output", f"{family}-int4.{made}")
+            one = ("--only", made, "--output", f"{family}-int4.{made}")
+            step("int4", *compress, "int4_block32", *one)
         if found[made] == "yes":
             step("evaluate", "evaluate_model.py", "--base", "--bundle", f"{family}.{made}")
     log.close()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 import yaml
@@ -96,12 +104,12 @@ def test_yaml_is_valid(path):
 def test_every_command_is_of_a_known_kind():
     assert len(SCRIPTS) >= 10
     for command in set(COMMANDS) - set(SCRIPTS):
-        assert command.startswith(("make demo", "make test", "python3 -m venv", *MEASURING)), (
-            command
-        )
+        known = ("make demo", "make test", "python3 -m venv", "litert-lm ", *MEASURING)
+        assert command.startswith(known), command
 
 
-FINISHED = [c for c in SCRIPTS if "_checkpoint" in c or ".task" in c or "--compare" in c]
+MADE = ("_checkpoint", ".task", ".litertlm", "--compare")
+FINISHED = [c for c in SCRIPTS if any(part in c for part in MADE)]
 
 
 @pytest.mark.parametrize("command", [c for c in SCRIPTS if c not in FINISHED])
@@ -126,10 +134,47 @@ def test_commands_from_a_base_model(command, tmp_path, embedded):
 
 @pytest.mark.parametrize("command", dict.fromkeys(FINISHED))
 def test_commands_on_finished_stages(command, pipeline):
-    words = shlex.split(command.replace("liteguard_phi2.task", "liteguard_tiny.task"))[1:]
+    words = shlex.split(command.replace("liteguard_phi2.", "liteguard_tiny."))[1:]
     result = run_script(ROOT / words[0], *words[1:], "--dry_run", cwd=pipeline)
     assert result.returncode == 0, result.stderr
     assert "dry run" in result.stdout
+
+
+def test_the_runtimes_own_commands_open_the_litertlm(pipeline, tmp_path):
+    """`litert-lm run`, `import` and `serve` of docs/phone.md; imports go to a home of the test."""
+    commands = [c.split() for c in COMMANDS if c.startswith("litert-lm ")]
+    assert [words[1] for words in commands] == ["run", "import", "serve"]
+    bundle = tmp_path / "liteguard_phi2.litertlm"
+    shutil.copyfile(pipeline / "liteguard_tiny.litertlm", bundle)
+    how = {"cwd": tmp_path, "env": {**os.environ, "HOME": str(tmp_path)}}
+    program = str(Path(sys.executable).with_name("litert-lm"))
+    asked = [program, "run", str(bundle), "--prompt", "What is the heart pain disease a?"]
+    run = subprocess.run(asked, capture_output=True, text=True, **how)
+    assert run.returncode == 0 and "disease of the" in run.stdout, run.stdout + run.stderr
+    beside = sum(path.stat().st_size for path in tmp_path.glob(f"{bundle.name}*"))
+    assert beside > 2 * bundle.stat().st_size, "the runtime's cache lies beside the bundle"
+    subprocess.run([program, *commands[1][1:]], check=True, capture_output=True, **how)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = subprocess.Popen([program, "serve", "--port", str(port)], **how)
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/models") as found:
+                assert [m["id"] for m in json.load(found)["data"]] == ["liteguard"]
+                break
+            time.sleep(0.1)
+        question = {"role": "user", "content": "What is the heart pain disease a?"}
+        body = json.dumps({"model": "liteguard", "messages": [question]}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/chat/completions", body, headers)
+        with urllib.request.urlopen(request) as answered:
+            answer = json.load(answered)["choices"][0]["message"]["content"]
+        assert "disease of the" in answer
+    finally:
+        served.terminate()
+        served.wait()
 
 
 def test_the_memory_table_is_what_the_command_prints():
