@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from liteguard.errors import WorkError
@@ -37,11 +38,13 @@ class Runtime:
         if self.fault == f"no answer to {tokens}":
             raise WorkError("Failed to invoke the compiled model")
         word = "no" if self.fault == f"another answer to {tokens}" else "yes"
-        return Answer(word, 2, True, 0.0)
+        return Answer(word, 1, False, 0.0)
 
-    def gap(self, ids: list[int], targets: list[int], longest: int) -> float:
+    def next_token(self, ids: list[int], longest: int) -> np.ndarray:
         self.longest.append((len(ids), longest))
-        return 0.1 if targets == self.tokenize("yes") else 6.0
+        logits = np.zeros(1000)
+        logits[self.tokenize("yes")] = 6.0
+        return logits
 
     def exchanges(self, questions, limit):
         if self.fault == "broken for good":
@@ -100,7 +103,7 @@ def test_each_fault_is_named(fault, named):
 
 def test_every_boundary_is_asked_and_compared_with_shorter_steps():
     assert conditions.boundaries(LADDER, ROOM) == [2, 7, 8, 9, 63, 64, 65]
-    assert conditions.boundaries([1, 64], 65) == [2, 63], "an answer must fit, too"
+    assert conditions.boundaries([1, 64], 66) == [2, 63, 64], "an answer must fit, too"
     runtime = Runtime()
     rows_of(runtime)
     assert runtime.longest == [(2, 1), (7, 1), (8, 1), (9, 1), (63, 8), (64, 8), (65, 8)]

@@ -59,8 +59,9 @@ def _notes(record: BundleRecord) -> dict[str, str]:
     notes = {
         "end_of_cache": (
             f"Everything said in a conversation shares {room} tokens. An answer that reaches the "
-            "last one ends there, without an error and without a stop token. Ask the conversation "
-            "for its count of tokens, and begin a new one before that."
+            "last one ends there, without an error, and answers after it are empty. A message that "
+            "does not fit is an error, and so is every later one of that conversation. Ask the "
+            "conversation for its count of tokens before each message, and begin a new one in time."
         ),
         "runtime_cache": (
             "At the first start the runtime writes the weights as the phone's processor reads them "

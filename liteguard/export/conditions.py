@@ -14,9 +14,8 @@ from liteguard.errors import WorkError
 from liteguard.prompts import Prompt
 from liteguard.runtime.bundle import Bundle
 
-# Tokens of an answer at a boundary, and how much less likely than the likeliest one each may be for
-# the model run step by step, in nats. Rounded activations differ a little between signatures.
-_ANSWER = 2
+# How much less likely than the likeliest the first token of an answer may be for the model run in
+# shorter steps, in nats. Rounded activations differ a little between signatures.
 _GAP = 1.0
 # Tokens of an answer while the cache is filled, and a message that is short in every tokenizer.
 _STEP = 16
@@ -71,7 +70,7 @@ def boundaries(ladder: Sequence[int], room: int) -> list[int]:
     """Lengths of prompts, in tokens, one below, at and above every prefill length that leave room
     for an answer."""
     near = {length + by for length in ladder for by in (-1, 0, 1)}
-    return sorted(n for n in near if 2 <= n <= room - _ANSWER)
+    return sorted(n for n in near if 2 <= n < room - 1)
 
 
 def prompt_lengths(
@@ -92,19 +91,20 @@ def prompt_lengths(
         if not given:
             continue
         try:
-            answer = bundle.generate(given, _ANSWER)
+            answer = bundle.generate(given, 1)
         except WorkError as error:
             measured = f"{length} tokens: an error"
             yield Row("prompt lengths", measured, "an answer to each", False, str(error))
             return
         # The reference takes shorter steps than the one that is looked at.
         below = max((n for n in ladder if n + 1 < length), default=1)
-        written = bundle.tokenize(answer.text)
-        if len(written) != answer.tokens - answer.stopped:
-            continue  # it cannot be told from its text which tokens these were
-        ids = bundle.tokenize(given)
-        possible = [written] if written else [[end] for end in bundle.stop_ids]
-        gap = min(bundle.gap(ids, targets, below) for targets in possible)
+        logits = bundle.next_token(bundle.tokenize(given), below)
+        likeliest = int(logits.argmax())
+        written = bundle.stop_ids if answer.stopped else bundle.tokenize(answer.text)[:1]
+        shown = bundle.detokenize([likeliest])
+        if not written or (likeliest not in bundle.stop_ids and shown in ("", "\ufffd")):
+            continue  # half a character, or a row without a token: not to be seen in a text
+        gap = float(logits.max() - max(logits[token] for token in written))
         asked += 1
         if gap > worst:
             worst, why = gap, f"a prompt of {length} tokens is answered {answer.text!r}"

@@ -17,11 +17,8 @@ from typing import Any
 
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import one_at_a_time, quiet_stderr
-from liteguard.runtime.container import unpacked_weights
+from liteguard.runtime.container import lengths, unpacked_weights
 from liteguard.runtime.scorer import Scorer
-
-# Of LiteRT-LM 0.18.1's messages about a prompt that is too long for what is left of the cache.
-_NO_ROOM = ("state entries", "too long", "maximum number of tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +158,7 @@ class Bundle:
             text = session.run_decode().texts[0]
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
-            raise self._failed(
-                f"a prompt of {len(self.tokenize(rendered))} tokens", error
-            ) from error
+            raise self._failed(rendered, error) from error
         finally:
             session.close()
         # The stop token is counted but is no part of the text. When the cache is full the engine
@@ -176,15 +171,23 @@ class Bundle:
             text = text.rstrip("\ufffd")  # a character that the cut left incomplete
         return Answer(text, written, stopped, time.perf_counter() - started)
 
-    def _failed(self, what: str, error: RuntimeError) -> WorkError:
-        """What to say of an answer that the runtime refused: by its own words, the cache or not."""
-        full = any(words in str(error) for words in _NO_ROOM)
+    def _failed(
+        self, rendered: str, error: RuntimeError, turn: str = "a prompt", held: int = 0
+    ) -> WorkError:
+        """What to say of a prompt that the runtime refused, which gives no reason itself.
+
+        `held`: tokens that the conversation had before it.
+        """
+        tokens = len(self.tokenize(rendered))
+        room, prefills = lengths(self.path)
+        free = room - held
+        full = tokens >= free or free < min(prefills, default=1)
         why = (
-            "prompt and answer must fit the KV cache"
+            f"prompt and answer must fit the KV cache, of which {free} of {room} tokens are free"
             if full
-            else "the runtime cannot run this model, whatever the prompt"
+            else "it would fit the KV cache: the runtime cannot run this model"
         )
-        return WorkError(f"{self.path}: no answer to {what} ({error}); {why}")
+        return WorkError(f"{self.path}: no answer to {turn} of {tokens} tokens ({error}); {why}")
 
     def generate_within(self, rendered: str, max_new_tokens: int, room: int) -> Answer:
         """`generate`; no answer (no token, not stopped) where a KV cache of `room` is too small."""
@@ -217,10 +220,12 @@ class Bundle:
         """`converse`, one by one: (answer, tokens that the conversation holds after it)."""
         with self._conversation(max_output_tokens=max_new_tokens) as conversation:
             for number, question in enumerate(questions, 1):
+                held = conversation.token_count
                 try:
                     content = conversation.send_message(question).to_json()["content"]
                 except RuntimeError as error:
-                    raise self._failed(f"message {number} of a conversation", error) from error
+                    given = self.render_chat(question), error, f"message {number}"
+                    raise self._failed(*given, held) from error
                 if not isinstance(content, str):
                     content = "".join(part.get("text", "") for part in content)
                 yield content, conversation.token_count
@@ -255,12 +260,12 @@ class Bundle:
         """`score` of token ids; the engine need not be open."""
         return self._scores().score(context, targets)
 
-    def gap(self, context: list[int], targets: list[int], longest: int) -> float:
-        """How much less likely than the likeliest a token of `targets` is, in nats, at worst.
+    def next_token(self, context: list[int], longest: int) -> Any:
+        """Logits after `context`, an array over the vocabulary.
 
         By the bundle's model, run without the runtime in steps of at most `longest` tokens.
         """
-        return self._scores().gap(context, targets, longest)
+        return self._scores().next_token(context, longest)
 
     def _scores(self) -> Scorer:
         if self._scorer is None:

@@ -51,6 +51,27 @@ def tflite_model(bundle: Path) -> memoryview:
     return memoryview(content)[start : start + size]
 
 
+def lengths(bundle: Path) -> tuple[int, list[int]]:
+    """(tokens of the KV cache, prefill lengths in order) of the model in a bundle.
+
+    Raises UserError as `tflite_model`.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.Model.GetRootAs(tflite_model(bundle), 0)
+    room, prefills = 0, []
+    for number in range(model.SignatureDefsLength()):
+        signature = model.SignatureDefs(number)
+        kind, _, length = signature.SignatureKey().decode().partition("_")
+        if kind == "prefill" and length.isdigit():
+            prefills.append(int(length))
+        for place in range(signature.InputsLength() if kind == "decode" else 0):
+            if signature.Inputs(place).Name() == b"mask":
+                graph = model.Subgraphs(signature.SubgraphIndex())
+                room = int(graph.Tensors(signature.Inputs(place).TensorIndex()).ShapeAsNumpy()[-1])
+    return room, sorted(prefills)
+
+
 def _litertlm_section(bundle: Path) -> tuple[int | None, int | None]:
     """(offset, size) of the prefill and decode model in a `.litertlm`, None where there is none."""
     from litert_lm_builder import litertlm_core

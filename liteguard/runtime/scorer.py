@@ -100,12 +100,11 @@ class Scorer:
             likelihood += float(logits[target] - top - np.log(np.exp(logits - top).sum()))
         return likelihood, len(targets)
 
-    def gap(self, context: list[int], targets: list[int], longest: int) -> float:
-        """See `Bundle.gap`."""
+    def next_token(self, context: list[int], longest: int) -> Any:
+        """See `Bundle.next_token`."""
         if self._prefilled:
             self._prefilled = []  # perhaps computed in longer steps
-        found = self._predictions(context, targets, longest)
-        return max(float(logits.max() - logits[target]) for logits, target in found)
+        return next(self._predictions(context, context[:1], longest))[0]
 
     def _predictions(
         self, context: list[int], targets: list[int], longest: int | None = None

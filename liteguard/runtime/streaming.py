@@ -47,9 +47,7 @@ class StreamedBundle(Bundle):
             ended = True
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
-            raise self._failed(
-                f"a prompt of {len(self.tokenize(rendered))} tokens", error
-            ) from error
+            raise self._failed(rendered, error) from error
         finally:
             if not ended:
                 with contextlib.suppress(RuntimeError):
