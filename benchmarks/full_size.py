@@ -112,7 +112,7 @@ def commands(config: Path, limit: int) -> list[tuple[str, list[str]]]:
         ("domain", ["train_domain.py", "--config", str(config), "--data", "data", "--rank", "32"]),
         ("instruction", ["train_instruction.py", "--checkpoint", "domain_checkpoint"]),
         ("safety", ["train_safety.py", "--checkpoint", "instruction_checkpoint"]),
-        ("compress", ["compress_model.py", "--input", final, "--output", bundle]),
+        ("compress", ["compress_model.py", "--input", final, "--output", bundle, "--only", "task"]),
         ("evaluate checkpoint", ["evaluate_model.py", "--checkpoint", final, *size]),
         ("evaluate bundle", ["evaluate_model.py", "--bundle", bundle, *size]),
     ]

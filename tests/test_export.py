@@ -380,6 +380,9 @@ def test_disk_counts_what_a_rerun_finds_and_what_a_recipe_unpacks(tmp_path) -> N
     assert 1_000_000 <= outputs.left_over(output) < 1_010_000
     # Unpacked to float32 twice, for LiteRT-LM and for the scores.
     assert tflite.bundle_disk(100, "int8_weight_only") - tflite.bundle_disk(100, "int8") == 600
+    # The second container is a file of its own.
+    one, two = (tflite.whole_disk(100, "v2", "int8", containers) for containers in (1, 2))
+    assert two - one == 100
 
 
 def test_a_killed_conversion_is_reported_as_out_of_memory(phi_base, tmp_path, monkeypatch) -> None:

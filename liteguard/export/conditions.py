@@ -102,7 +102,8 @@ def prompt_lengths(
         likeliest = int(logits.argmax())
         written = bundle.stop_ids if answer.stopped else bundle.tokenize(answer.text)[:1]
         shown = bundle.detokenize([likeliest])
-        if not written or (likeliest not in bundle.stop_ids and shown in ("", "\ufffd")):
+        hidden = likeliest not in bundle.stop_ids and (not shown or "\ufffd" in shown)
+        if hidden or not written:
             continue  # half a character, or a row without a token: not to be seen in a text
         gap = float(logits.max() - max(logits[token] for token in written))
         asked += 1
