@@ -25,6 +25,7 @@ from liteguard.export.bundle import write_litertlm, write_task
 from liteguard.prompts import Prompt
 from liteguard.runtime.bundle import Bundle
 from liteguard.runtime.container import tflite_model
+from liteguard.runtime.streaming import StreamedBundle
 from liteguard.runtime.workers import BundleWorkers
 
 
@@ -460,6 +461,26 @@ def test_the_runtime_is_given_what_training_renders_of_a_conversation(parts, tmp
         assert ids == device.tokenize(given)
         assert ids == own_tokenizer(parts["merged"]).encode(given, add_special_tokens=False).ids
         assert tokens == len(ids) + len(device.tokenize(answer)) + 1  # and the end token
+
+
+def test_a_system_message_is_for_the_litertlm_alone(pipeline):
+    """As docs/phone.md and deploy.json say: Phi's prompt has no place for one, and leaves it out."""
+    rendered = {}
+    for end in ("task", "litertlm"):
+        with Bundle(pipeline / f"liteguard_tiny.{end}") as device:
+            rendered[end] = [device.render_chat("Hi", said) for said in (None, "Be brief.")]
+    assert rendered["litertlm"][0] == rendered["litertlm"][1]
+    assert rendered["task"][1] == "Be brief." + rendered["task"][0]
+
+
+def test_without_temperature_every_sampler_is_greedy(pipeline):
+    """The smallest top-k of AI Edge Gallery's form is 5: docs/phone.md says to set temperature 0."""
+    prompt = "Instruct: What is the heart pain disease a?\nOutput:\n"
+    with StreamedBundle(pipeline / "liteguard_tiny.litertlm") as device:
+        greedy = "".join(device.stream(prompt, 24))
+        for seed in range(3):
+            drawn = device.stream(prompt, 24, top_k=64, top_p=0.95, temperature=0.0, seed=seed)
+            assert "".join(drawn) == greedy
 
 
 def test_limits_follow_the_merged_models_own_answers():

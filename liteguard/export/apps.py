@@ -65,8 +65,8 @@ def _notes(record: BundleRecord) -> dict[str, str]:
         ),
         "runtime_cache": (
             "At the first start the runtime writes the weights as the phone's processor reads them "
-            "beside the bundle, or in the cache directory that the app names: a file of its own, "
-            "larger than the bundle. Count it as needed space."
+            "beside the bundle, or in the cache directory that the app names: a file of about "
+            "runtime_cache_bytes. Count it as needed space."
         ),
     }
     if any(name.endswith(".task") for name in record.files):

@@ -172,7 +172,7 @@ def full_cache(
         why = str(error)
     yield Row(
         "fills its cache",
-        f"{reached} of {room} tokens",
+        f"{min(reached, room)} of {room} tokens",  # an end token is counted past the last place
         f">= {promised} less a message",
         reached + rest >= min(promised, room - 1),
         f"a conversation ends at {reached} tokens: {why}",
