@@ -464,7 +464,7 @@ def test_the_runtime_is_given_what_training_renders_of_a_conversation(parts, tmp
 
 
 def test_a_system_message_is_for_the_litertlm_alone(pipeline):
-    """As docs/phone.md and deploy.json say: Phi's prompt has no place for one, and leaves it out."""
+    """As deploy.json says. Phi's prompt has no place for one, and leaves it out."""
     rendered = {}
     for end in ("task", "litertlm"):
         with Bundle(pipeline / f"liteguard_tiny.{end}") as device:
@@ -474,7 +474,7 @@ def test_a_system_message_is_for_the_litertlm_alone(pipeline):
 
 
 def test_without_temperature_every_sampler_is_greedy(pipeline):
-    """The smallest top-k of AI Edge Gallery's form is 5: docs/phone.md says to set temperature 0."""
+    """AI Edge Gallery's form allows no top-k below 5: docs/phone.md says to set temperature 0."""
     prompt = "Instruct: What is the heart pain disease a?\nOutput:\n"
     with StreamedBundle(pipeline / "liteguard_tiny.litertlm") as device:
         greedy = "".join(device.stream(prompt, 24))
