@@ -104,6 +104,7 @@ def test_each_fault_is_named(fault, named):
 def test_every_boundary_is_asked_and_compared_with_shorter_steps():
     assert conditions.boundaries(LADDER, ROOM) == [2, 7, 8, 9, 63, 64, 65]
     assert conditions.boundaries([1, 64], 66) == [2, 63, 64], "an answer must fit, too"
+    assert conditions.boundaries([256, 1024], 1280) == [255, 256, 257, 1025], "long ones once"
     runtime = Runtime()
     rows_of(runtime)
     assert runtime.longest == [(2, 1), (7, 1), (8, 1), (9, 1), (63, 8), (64, 8), (65, 8)]

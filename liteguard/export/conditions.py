@@ -17,6 +17,9 @@ from liteguard.runtime.bundle import Bundle
 # How much less likely than the likeliest the first token of an answer may be for the model run in
 # shorter steps, in nats. Rounded activations differ a little between signatures.
 _GAP = 1.0
+# Above so many tokens only the prompt one longer is asked: two prefills, the costly case of a large
+# model (Phi-2: a minute a thousand tokens, and the same again for the reference).
+_LONG = 256
 # Tokens of an answer while the cache is filled, and a message that is short in every tokenizer.
 _STEP = 16
 _MORE = "And then?"
@@ -68,8 +71,8 @@ def messages(bundle: Bundle, prompt: Prompt, question: str) -> Iterator[Row]:
 
 def boundaries(ladder: Sequence[int], room: int) -> list[int]:
     """Lengths of prompts, in tokens, one below, at and above every prefill length that leave room
-    for an answer."""
-    near = {length + by for length in ladder for by in (-1, 0, 1)}
+    for an answer; of long ones only above (`_LONG`)."""
+    near = {length + by for length in ladder for by in ((1,) if length > _LONG else (-1, 0, 1))}
     return sorted(n for n in near if 2 <= n < room - 1)
 
 
