@@ -78,7 +78,7 @@ def test_no_disease_is_on_two_sides(embedded):
             assert (entity in train["domain"]) == (tier == "seen"), row
             assert entity not in train["instruction"] and entity not in train["preference"], row
             assert (tier is None) == (row["dataset"] in CATALOGUE), row
-    assert 600 < sizes["instruction", "seen"] < 0.6 * sizes["instruction", "unseen"]
+    assert 200 < sizes["instruction", "seen"] < 0.6 * sizes["instruction", "unseen"]
     assert sizes["preference", "seen"] > 100 and sizes["preference", None] > 1000
 
 

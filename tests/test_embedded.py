@@ -301,7 +301,9 @@ def test_a_structure_is_one_entity_in_texts_and_questions(structures):
 def test_settings_that_a_source_cannot_use_are_errors():
     values = read_yaml(ROOT / "configs/smollm2-135m.yaml")
     values["data"]["instruction"][0]["kinds"] = {"anatomy": 5}
-    values["data"]["instruction"][2]["phrasings"] = 2
+    everyday = values["data"]["instruction"][3]
+    assert everyday["dataset"] == "everyday_questions"
+    everyday["phrasings"] = 2
     with pytest.raises(UserError) as error:
         preparation.check_sources(build([("test", values)]))
     assert "mondo_questions has no questions of kind anatomy" in str(error.value)

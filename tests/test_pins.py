@@ -21,6 +21,8 @@ from conftest import ROOT
 
 # Module -> names in it, dotted where an attribute of an object is meant.
 NAMES = {
+    "threading": ["_shutdown"],
+    "atexit": ["_run_exitfuncs"],
     "torch": [
         "ops.mkldnn._is_mkldnn_bf16_supported",
         "ops.mkldnn._reorder_linear_weight",
@@ -51,7 +53,7 @@ NAMES = {
     "peft": ["set_peft_model_state_dict", "PeftModel.delete_adapter"],
     "peft.tuners.tuners_utils": ["_get_tuner_state_dict_key_prefixes"],
     "peft.tuners.lora": ["Linear.get_delta_weight", "LoraLayer.get_base_layer"],
-    "trl": ["DPOTrainer.compute_ref_log_probs"],
+    "trl": ["DPOTrainer.compute_ref_log_probs", "DPOTrainer._compute_loss"],
     "trl.trainer.utils": ["FusedCausalLMOutput", "add_fused_lm_head"],
     "huggingface_hub": ["HfApi.resolve_revision", "HfApi.list_repo_tree", "get_token"],
     "huggingface_hub.constants": ["ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE"],

@@ -646,10 +646,11 @@ def test_scripts_end_with_what_was_made_how_good_it_is_and_what_comes_next(pipel
         closing, following = found[name].splitlines()[-2:]
         assert re.fullmatch(said, closing), closing
         assert following.startswith("next: python ")
-    # wandb says what it does; no other library does, and one's own warnings are on stdout.
-    assert {n for n, text in found.items() if n.endswith(", stderr") and text} <= {
-        "instruction, stderr"
-    }
+    # wandb says what it does; no other library does but LiteRT when it is taken down (its lines
+    # come from native code), and one's own warnings are on stdout.
+    errors = {name: text.splitlines() for name, text in found.items() if name.endswith(", stderr")}
+    loud = {n for n, lines in errors.items() if any(not x.startswith("INFO: [") for x in lines)}
+    assert loud <= {"instruction, stderr"}
 
 
 def test_a_stage_may_train_against_the_16_bit_base(pipeline):

@@ -571,6 +571,9 @@ def test_bad_names_are_users_mistakes(pipeline):
     assert "unknown recipe 'int3'" in message and "int4_block32" in message
     assert "quick" in fail(2, *command, "--output", "y.task", "--verify", "some", cwd=pipeline)
     message = fail(2, *command, "--set", "compress.kv_cache_length=4096", cwd=pipeline)
+    assert "longer than model.context_length 2048: compress.kv_cache_length 4096" in message
+    longer = ("--set", "model.context_length=4096", "--set", "compress.kv_cache_length=4096")
+    message = fail(2, *command, *longer, cwd=pipeline)
     assert "kv_cache_length 4096 exceeds the model's max_position_embeddings 2048" in message
 
 

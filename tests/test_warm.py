@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import ROOT, run_script
 
 
 @pytest.mark.parametrize(
-    ("setting", "code"), [("data.seed=3", 0), ("data.seed=x", 2), ("data.cache_dir=a_file", 1)]
+    ("setting", "code"), [("data.seed=3", 0), ("data.seed=x", 2), ("data.cache_dir=a_file", 2)]
 )
 def test_a_warm_run_is_what_a_fresh_one_is(tiny_config, tmp_path, setting, code):
     command = (ROOT / "prepare_datasets.py", "--config", tiny_config, "--output", "data", "--set")
@@ -21,10 +22,11 @@ def test_a_warm_run_is_what_a_fresh_one_is(tiny_config, tmp_path, setting, code)
         place.mkdir()
         (place / "a_file").touch()
         done = run_script(*command, setting, cwd=place, fresh=fresh)
-        files = sorted(path for path in (place / "data").rglob("*") if path.is_file())
-        written = [path.read_bytes() for path in files]
+        written = [path.read_bytes() for path in sorted((place / "data").rglob("*.jsonl"))]
         assert not [path for path in place.iterdir() if path.name.endswith(".lock")]
-        found.append((done.returncode, done.stdout, done.stderr, written))
+        # Seconds and numbers of processes differ.
+        said = [re.sub(r"\d+(\.\d+)?", "N", text) for text in (done.stdout, done.stderr)]
+        found.append((done.returncode, said, written))
     assert found[0] == found[1] and found[0][0] == code, found
 
 

@@ -9,6 +9,7 @@ because converter v2 names linear layers by number only.
 from __future__ import annotations
 
 import hashlib
+import functools
 import inspect
 import math
 import mmap
@@ -253,8 +254,11 @@ def _no_scale_of_zero() -> None:
     from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as library
 
     choose = library.tensor_zp_scale_from_min_max
+    if hasattr(choose, "__wrapped__"):  # an earlier file of this process
+        return
     given = inspect.signature(choose)
 
+    @functools.wraps(choose)
     def normal(*positional: Any, **named: Any) -> tuple[Any, Any]:
         zero, scale = choose(*positional, **named)
         if library.is_blockwise(given.bind(*positional, **named).arguments["granularity"]):
