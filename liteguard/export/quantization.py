@@ -8,8 +8,8 @@ because converter v2 names linear layers by number only.
 
 from __future__ import annotations
 
-import hashlib
 import functools
+import hashlib
 import inspect
 import math
 import mmap
