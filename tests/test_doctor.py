@@ -301,3 +301,13 @@ def test_the_record_of_versions_is_read_in_another_environment():
     other = sys.executable.replace("/bin/", "/bin/./")
     found = doctor_packages._versions(["PyYAML", "not-there"], other)
     assert found == {"PyYAML": "6.0.3", "not-there": None}
+
+
+def test_the_allocator_that_slows_a_training_down_is_named(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    (found,) = doctor.allocator("")
+    assert found.state == "note" and "LD_PRELOAD=libjemalloc.so.2" in found.remedy
+    (found,) = doctor.allocator("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2")
+    assert found.state == "ok"
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    assert not [*doctor.allocator("")]
