@@ -63,6 +63,7 @@ def test_blocks_near_zero_get_a_scale_that_the_device_accepts(monkeypatch):
         return found[1][0].tolist()
 
     library_own = library.tensor_zp_scale_from_min_max
+    library_own = getattr(library_own, "__wrapped__", library_own)  # an earlier test's file
     monkeypatch.setattr(library, "tensor_zp_scale_from_min_max", library_own)
     without, of_rows = scales(block), scales(row)
     assert without[:3] == [0, 0, 0]

@@ -21,8 +21,6 @@ from conftest import ROOT
 
 # Module -> names in it, dotted where an attribute of an object is meant.
 NAMES = {
-    "threading": ["_shutdown"],
-    "atexit": ["_run_exitfuncs"],
     "torch": [
         "ops.mkldnn._is_mkldnn_bf16_supported",
         "ops.mkldnn._reorder_linear_weight",
@@ -162,7 +160,7 @@ PARAMETERS = {
 }
 
 # Private names that are not a module's: set by the library on its objects. And Python's own.
-ON_OBJECTS = {"_attn_implementation", "_exit"}
+ON_OBJECTS = {"_attn_implementation", "_exit", "_run_exitfuncs", "_shutdown"}
 
 
 # Libraries that are looked at in one process: TensorFlow and torch bring their own protobuf
