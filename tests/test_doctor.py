@@ -59,11 +59,13 @@ def test_the_build_of_torch_is_held_against_the_driver(
 
 def test_without_a_card_the_cpu_is_no_failure(monkeypatch):
     torch = TORCH | NO_GPU | {"cuda": None, "cpu_bfloat16": False}
-    first, second = torch_lines(monkeypatch, torch, None, card=False)
+    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so.2")
+    first, allocator, second = torch_lines(monkeypatch, torch, None, card=False)
+    assert allocator.state == "ok"
     assert first.state == "ok" and "training on the CPU" in first.found
     assert second.state == "note" and "float32" in second.found and second.remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (first, _) = torch_lines(monkeypatch, TORCH | NO_GPU, NEW)
+    first, *_ = torch_lines(monkeypatch, TORCH | NO_GPU, NEW)
     assert first.state == "note" and "CUDA_VISIBLE_DEVICES" in first.found
 
 
