@@ -262,6 +262,18 @@ def machines_markdown(demo: dict[str, Any], full_size: dict[str, Any], memory: s
     )
 
 
+def allocator_markdown(report: dict[str, list[float]]) -> str:
+    """What the documents show of benchmarks/allocator_report.json: tokens/s, tenth by tenth."""
+    count = len(next(iter(report.values())))
+    lines = ["| allocator | " + " | ".join(map(str, range(1, count + 1))) + " |"]
+    lines.append("|---" * (count + 1) + "|")
+    lines += [
+        f"| {name} | {' | '.join(f'{speed:.0f}' for speed in speeds)} |"
+        for name, speeds in report.items()
+    ]
+    return "\n".join(lines)
+
+
 def support_markdown(report: dict[str, Any]) -> str:
     """What the documents show of benchmarks/support_report.json: what came of each family."""
     steps = {"train": "train", "task": "`.task`", "litertlm": "`.litertlm`", "int4": "4 bits"}
@@ -298,6 +310,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bundle": bundle_markdown,
     "tokenizer": tokenizer_markdown,
     "support": support_markdown,
+    "allocator": allocator_markdown,
 }
 
 
