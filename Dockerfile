@@ -35,6 +35,6 @@ COPY benchmarks benchmarks
 RUN case "$SETS" in *convert*) touch .venv/.installed;; esac
 
 # Results, prepared data and downloads go where a volume is mounted.
-VOLUME /work
-ENV HF_HOME=/work/.cache/huggingface
+VOLUME /results
+ENV HF_HOME=/results/.cache/huggingface
 CMD ["python", "doctor.py"]

@@ -77,8 +77,6 @@ def main() -> None:
     base, revision, architecture = models.model_config(config)
     identity = models.base_identity(base, revision)
     checkpoints.require_same(source, record, config.prompt, identity, config.model.name)
-    longest = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    tflite.check_positions(section.kv_cache_length, longest)
     own, data_dir = models.load_base_tokenizer(config), Path(record.data_dir)
     can = possible.possible(config, architecture, own, base, data_dir)
     bundles = [path for path in wanted if not can.why_not(path.suffix)]

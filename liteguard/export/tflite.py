@@ -163,11 +163,7 @@ def _check(merged_dir: Path, prefill_lengths: Sequence[int], kv_cache_length: in
             f"{list(prefill_lengths)}: prompt and answer share the cache"
         )
     model = json.loads((merged_dir / "config.json").read_text())
-    check_positions(kv_cache_length, model.get("max_position_embeddings"))
-
-
-def check_positions(kv_cache_length: int, longest: int | None) -> None:
-    """Raise UserError for a cache longer than a model's positions; None: it has no such limit."""
+    longest = model.get("max_position_embeddings")
     if longest and kv_cache_length > longest:
         raise UserError(
             f"compress.kv_cache_length {kv_cache_length} exceeds the model's "
