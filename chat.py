@@ -52,7 +52,7 @@ def parse_args():
 def main() -> None:
     # 1. Configuration
     args = parse_args()
-    from liteguard.chat.sampling import Sampling
+    from liteguard.sampling import Sampling
 
     sampling = Sampling.of(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:

@@ -8,8 +8,8 @@ length each time as packed micro-batches have them: every tensor has a new size,
 of the C library ends in pieces of thousands of sizes that each request is looked up among. Each
 allocator gets a process of its own; what is printed are tokens a second of every tenth of its time.
 jemalloc and tcmalloc are measured where the system has them (Debian: libjemalloc2,
-libtcmalloc-minimal4). The last line is the C library's with lengths rounded up to multiples of 64:
-what a few sizes would give it. Run it on a quiet machine.
+libtcmalloc-minimal4). The last line is the C library's with lengths filled up as the stages fill
+their micro-batches; the filling is not counted. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from liteguard import cli, planning, registry
 from liteguard.checkpoints import write_json
 from liteguard.errors import UserError
+from liteguard.training.packing import CPU_LENGTHS
 
 ROWS = (150, 512)  # tokens: the least and the most of one
 SUPERVISED = 100  # tokens of a row whose logits are computed
@@ -41,7 +42,7 @@ def allocators() -> dict[str, tuple[dict[str, str], int]]:
     for name in ("jemalloc", "tcmalloc_minimal"):
         if library := ctypes.util.find_library(name):
             found[name] = ({"LD_PRELOAD": library}, 1)
-    found["its, 64 at a time"] = ({}, 64)
+    found[f"its, {CPU_LENGTHS} at a time"] = ({}, CPU_LENGTHS)
     return found
 
 

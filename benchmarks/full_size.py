@@ -96,7 +96,12 @@ def write_config(args: argparse.Namespace, work: Path) -> Path:
         "instruction": steps,
         # Kinds that the shape's own YAML weighs may not be among these rows.
         "safety": {**steps, "kind_weights": "prepared"},
-        "evaluate": {"knowledge_rows": 0, "max_new_tokens": 24, "max_text_tokens": 64},
+        "evaluate": {
+            "knowledge_rows": 0,
+            "max_new_tokens": 24,
+            "max_text_tokens": 64,
+            "as_used": {"rows": 1},
+        },
     }
     path = work / "full_size.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")

@@ -100,7 +100,6 @@ def torch_and_gpu() -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "torch and driver", f"{name}; no GPU here: training on the CPU")
-    yield from allocator(os.environ.get("LD_PRELOAD", ""))
     if torch["cpu_bfloat16"]:
         yield Finding("ok", "bfloat16", "this CPU multiplies it")
     else:
@@ -109,22 +108,6 @@ def torch_and_gpu() -> Iterator[Finding]:
             "bfloat16",
             "this CPU does not multiply it: float32 is used, which is slower",
             "a CPU with AVX512-BF16 or AMX, or a GPU of the Ampere generation or newer",
-        )
-
-
-def allocator(preloaded: str) -> Iterator[Finding]:
-    """Whether memory comes from the C library, whose training slows down (bench_allocator.py).
-
-    preloaded: LD_PRELOAD.
-    """
-    if "jemalloc" in preloaded:
-        yield Finding("ok", "allocator", preloaded)
-    elif sys.platform == "linux":
-        yield Finding(
-            "note",
-            "allocator",
-            "the C library's: training on a CPU becomes slower the longer it runs",
-            "install jemalloc (Debian: libjemalloc2) and export LD_PRELOAD=libjemalloc.so.2",
         )
 
 

@@ -324,6 +324,7 @@ class Result(BaseModel):
     sets: dict[str, SetNumbers] = {}  # outside sets by name
     # Set -> [log-likelihood, tokens] of every row that was scored, to compare models row by row.
     scores: dict[str, list[tuple[float | None, int]]] = {}
+    as_used: dict[str, Any] = {}  # see `evaluation.as_used.summarise`
     bleu_signature: str
     llm_judge: LlmJudge | None = None
     contamination: Contamination

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from liteguard.config import Config, SourceSection
 
 # To be raised by whoever changes which answers are kept, or how.
-VERSION = 1
+VERSION = 2
 FEWEST_WORDS = 8
 _LAST_SENTENCE = re.compile(r"^(.*[.!?][\"')\]]?)(?=\s|$)", re.DOTALL)
 # A list of which the next item was cut, or only begun.
@@ -102,16 +102,22 @@ def _answer(config: Config, source: SourceSection, model: answerers.Answerer) ->
             journal.remove()
 
 
-def row(question: str, answer: dict[str, Any]) -> dict[str, str]:
-    """{"prompt", "completion", "left_out": why it is not trained on, or ""} of one answer.
+def row(question: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """{"prompt", "completion", "open_ended", "left_out": why it is not trained on, or ""}.
 
-    answer: "text" and "stopped". One that was cut by the limit ends with its last whole sentence.
+    answer: "text" and "stopped". One that was cut by the limit is `open_ended`, and its text ends
+    with its last whole sentence: that the model stops there is nothing to learn.
     """
     text = answer["text"].strip()
     if not answer["stopped"]:
         whole = _LAST_SENTENCE.match(text)
         text = _OPEN_ITEM.sub("", whole[1]).strip() if whole else ""
-    return {"prompt": question, "completion": text, "left_out": _fault(question, text)}
+    return {
+        "prompt": question,
+        "completion": text,
+        "open_ended": not answer["stopped"],
+        "left_out": _fault(question, text),
+    }
 
 
 def _fault(question: str, text: str) -> str:

@@ -289,6 +289,7 @@ def tiny_config(tiny_phi, tiny_data, tmp_path_factory) -> Path:
             "harmful_rows": 8,
             "benign_rows": 8,
             "knowledge_rows": 0,
+            "as_used": {"rows": 2, "draws": 2},
             "max_new_tokens": 40,
         },
     }
@@ -359,7 +360,7 @@ def embedded_cache(cache: Path) -> Path:
     return cache
 
 
-def answer_for_the_base(cache: Path) -> None:
+def answer_for_the_base(cache: Path, yaml_file: str = "smollm2-135m.yaml") -> None:
     """Write made-up answers where the base model's would be; those take it minutes.
 
     tests/test_rehearsal.py is about how they are asked for.
@@ -369,8 +370,8 @@ def answer_for_the_base(cache: Path) -> None:
     from liteguard.data import self_answers
     from liteguard.embedded import diseases
 
-    yaml_file = read_yaml(ROOT / "configs/smollm2-135m.yaml")
-    config = build([("smollm2", yaml_file), ("test", {"data": {"cache_dir": str(cache)}})])
+    own = read_yaml(ROOT / "configs" / yaml_file)
+    config = build([("smollm2", own), ("test", {"data": {"cache_dir": str(cache)}})])
     rehearsal.plan(config)
     texts = itertools.cycle(disease["description"] for disease in diseases.uniprot(cache))
     for source in self_answers.sources(config):

@@ -24,10 +24,10 @@ from conftest import ROOT
 
 from liteguard.chat import server, terminal
 from liteguard.chat.conversation import Conversation
-from liteguard.chat.sampling import Sampling
 from liteguard.chat.speakers import Pieces, Said
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
+from liteguard.sampling import Sampling
 
 GREEDY = Sampling()
 

@@ -430,7 +430,7 @@ class Recorder:
     def __init__(self) -> None:
         self.given: list[str] = []
 
-    def generate(self, prompts, max_new_tokens):
+    def generate(self, prompts, max_new_tokens, samplings=None):
         self.given += prompts
         return ((n, Generated("It is.", 3, True)) for n in range(len(prompts)))
 

@@ -223,11 +223,12 @@ def test_two_sources_with_one_dataset_function_keep_their_own_weights():
 def test_weights_are_for_all_sources_or_none_and_openings_for_instruction():
     values = read_yaml(ROOT / "configs/smollm2-135m.yaml")
     del values["data"]["instruction"][1]["weight"]
-    values["data"]["domain"][0]["opening_tokens"] = 4
+    values["data"]["domain"][0] |= {"opening_tokens": 4, "open_ended": True}
     with pytest.raises(UserError) as error:
         preparation.check_sources(build([("test", values)]))
     assert "data.instruction: weight is set, but not for uniprot_questions" in str(error.value)
     assert "data.domain: opening_tokens is for instruction rows" in str(error.value)
+    assert "data.domain: open_ended is for instruction rows" in str(error.value)
 
 
 def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):

@@ -59,9 +59,7 @@ def test_the_build_of_torch_is_held_against_the_driver(
 
 def test_without_a_card_the_cpu_is_no_failure(monkeypatch):
     torch = TORCH | NO_GPU | {"cuda": None, "cpu_bfloat16": False}
-    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so.2")
-    first, allocator, second = torch_lines(monkeypatch, torch, None, card=False)
-    assert allocator.state == "ok"
+    first, second = torch_lines(monkeypatch, torch, None, card=False)
     assert first.state == "ok" and "training on the CPU" in first.found
     assert second.state == "note" and "float32" in second.found and second.remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -303,13 +301,3 @@ def test_the_record_of_versions_is_read_in_another_environment():
     other = sys.executable.replace("/bin/", "/bin/./")
     found = doctor_packages._versions(["PyYAML", "not-there"], other)
     assert found == {"PyYAML": "6.0.3", "not-there": None}
-
-
-def test_the_allocator_that_slows_a_training_down_is_named(monkeypatch):
-    monkeypatch.setattr(doctor.sys, "platform", "linux")
-    (found,) = doctor.allocator("")
-    assert found.state == "note" and "LD_PRELOAD=libjemalloc.so.2" in found.remedy
-    (found,) = doctor.allocator("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2")
-    assert found.state == "ok"
-    monkeypatch.setattr(doctor.sys, "platform", "darwin")
-    assert not [*doctor.allocator("")]

@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
-from conftest import CACHE, ROOT, succeed
+from conftest import CACHE, ROOT, answer_for_the_base, embedded_cache, succeed
 
 from liteguard import demo
 from liteguard.config import SourceSection, build, read_yaml
@@ -442,16 +442,19 @@ def test_a_changed_benchmark_wheel_is_not_read(monkeypatch, tmp_path):
 def test_the_full_mixture_is_balanced_and_survives_preparation(tmp_path):
     """configs/smollm2-135m_full.yaml through the real script: counts, kinds, no entity twice."""
     output = tmp_path / "full"
+    cache = embedded_cache(tmp_path / "cache")
+    answer_for_the_base(cache, "smollm2-135m_full.yaml")
     # Its pairs are the default's, which tests/test_data.py looks at.
     pairs = "{dataset: safety_catalogue, keep_near_duplicates: true, limit: 300}"
     succeed(
         ROOT / "prepare_datasets.py",
         *("--config", ROOT / "configs/smollm2-135m_full.yaml", "--output", output),
-        *("--set", f"data.cache_dir={CACHE}", "--set", f"data.preference=[{pairs}]"),
+        *("--set", f"data.cache_dir={cache}", "--set", f"data.preference=[{pairs}]"),
     )
     rows = {split: load_split(output, "instruction", split) for split in SPLITS}
     everything = [row for found in rows.values() for row in found]
-    asked = [row for row in everything if row["kind"] not in ("everyday", "refusal")]
+    others = ("everyday", "refusal", "rehearsal")
+    asked = [row for row in everything if row["kind"] not in others]
     kinds = Counter(row["kind"] for row in asked)
     assert 20_000 <= len(asked) <= 30_000
     # "What is ...?" is what people ask: more of those, and of each other kind as many.
@@ -467,3 +470,14 @@ def test_the_full_mixture_is_balanced_and_survives_preparation(tmp_path):
         "uberon_text",
         "pubmedqa_text",
     }
+
+
+def test_reasons_that_evaluation_gives_are_no_wording_of_the_catalogue(embedded):
+    """A model trained on them would be measured on what it learnt by heart."""
+    from liteguard.evaluation import as_used
+
+    texts = [*as_used.WRAPPERS.values(), as_used.SYSTEM_TEXT, as_used.FIRST_TURN[0]]
+    phrases = [text.replace("{}", "").strip().lower() for text in texts]
+    for file in ("preference/train.jsonl", "instruction/train.jsonl"):
+        rows = (embedded / file).read_text().lower()
+        assert not [phrase for phrase in phrases if phrase in rows], file

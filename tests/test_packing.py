@@ -84,7 +84,9 @@ def test_packed_rows_give_the_padded_rows_results_and_gradients(tiny_phi, attent
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     ours, our_gradients = run(packed(model), inputs)
-    assert seen == [(1, 5 + 12 + 1 + 9)], "padding was computed"
+    tokens = 5 + 12 + 1 + 9
+    filled = -tokens % packing.CPU_LENGTHS if attention == "sdpa" else 0
+    assert seen == [(1, tokens + filled)], "padding was computed"
     for name in ("log_probs", "entropy", "is_top1", "label_mask"):
         mine, plain = getattr(ours, name), getattr(theirs, name)
         torch.testing.assert_close(mine.float(), plain.float(), rtol=1e-4, atol=1e-5)
@@ -102,6 +104,26 @@ def test_an_example_never_sees_its_neighbour(tiny_phi, attention):
     outputs = [model(**inputs, fused_lm_head=True).log_probs for inputs in (first, second)]
     assert not outputs[0][0].equal(outputs[1][0])
     assert outputs[0][1].equal(outputs[1][1]), "the second example changed with the first"
+
+
+def test_few_lengths_are_computed_and_what_fills_them_is_not_learned(tiny_phi):
+    """The C library's search for memory grows with the number of sizes it has handed out."""
+    import torch
+
+    model = packed(adapted(tiny_phi, "sdpa"))
+    seen = []
+    model.get_base_model().base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    for lengths in [(9, 12), (30, 2), (33,), (20, 20, 30)]:
+        inputs = batch(lengths)
+        model(**inputs, fused_lm_head=True).log_probs.sum().backward()
+        own = inputs["input_ids"][inputs["attention_mask"].bool()].unique()
+        learned = embeddings.grad.abs().sum(1).nonzero()[:, 0]
+        assert torch.isin(learned, own).all(), "the filling has a gradient"
+        model.zero_grad(set_to_none=True)
+    assert [ids.shape[1] for ids in seen] == [32, 32, 64, 96]
 
 
 def test_attention_that_crosses_examples_is_refused(tiny_phi, monkeypatch):
@@ -293,7 +315,7 @@ def embedded(model, inputs):
     handle.remove()
     [rows] = found
     keep = inputs["attention_mask"].bool()
-    flat = rows[0] if rows.shape[0] == 1 else rows[keep]
+    flat = rows[0, : keep.sum()] if rows.shape[0] == 1 else rows[keep]
     return flat.detach().split(keep.sum(1).tolist())
 
 

@@ -103,6 +103,12 @@ def test_an_opening_is_cut_and_has_no_end_token(tokenizer, tmp_path):
     assert count == len(whole[0]) - sum(x != -100 for x in whole[1]) + 3
 
 
+def test_where_a_cut_answer_ends_is_not_learnt(tokenizer, tmp_path):
+    whole, cut = answers(tokenizer, tmp_path, [ORGAN, {**ORGAN, "open_ended": True}])
+    assert whole[0][-1] == tokenizer.eos_token_id
+    assert cut[0] == whole[0][:-1] and cut[1] == whole[1][:-1]
+
+
 def test_pad_takes_a_spare_row_and_is_not_eos(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer) <= 640

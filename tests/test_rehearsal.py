@@ -96,6 +96,8 @@ def test_sound_answers_are_trained_on_and_the_others_counted_by_name(project, ca
         "Is asthma serious?": f"{SOUND} It can be treated.",
         "What helps against a cough": "Rest and tea help. Try these: 1. Warm water.",
     }
+    cut = {question for question, row in rows.items() if row.get("open_ended")}
+    assert cut == {"Is asthma serious?", "What helps against a cough"}
     assert len(model.asked) == len(QUESTIONS), "each question once, in any spelling"
     prompt = model.asked[0]
     assert prompt.startswith("Instruct: ") and prompt.endswith("Output:\n")

@@ -42,7 +42,8 @@ def lines(path: Path, rows: list[dict]) -> Path:
 
 
 def configured(*found: dict, **evaluate) -> Config:
-    return validate({"evaluate": {"sets": list(found), "knowledge_rows": 0, **evaluate}}, "test")
+    plain = {"knowledge_rows": 0, "as_used": {"rows": 0}}  # tests/test_as_used.py
+    return validate({"evaluate": {"sets": list(found), **plain, **evaluate}}, "test")
 
 
 def read(path: Path, kind: str, **more) -> dict[str, list[dict]]:
@@ -236,7 +237,7 @@ class Made:
     def __exit__(self, *_):
         pass
 
-    def generate(self, prompts, limit):
+    def generate(self, prompts, limit, samplings=None):
         for place, prompt in enumerate(prompts):
             self.asked += 1
             harmful = "Forge" in prompt or "false note" in prompt
@@ -347,7 +348,7 @@ def test_an_interrupted_measurement_goes_on(outside, tmp_path):
     whole = measured(outside, BETTER, tmp_path, "whole")
 
     class Killed(Made):
-        def generate(self, prompts, limit):
+        def generate(self, prompts, limit, samplings=None):
             for place, answer in super().generate(prompts, limit):
                 if self.asked == 40:  # in the midst of the outside questions
                     raise KeyboardInterrupt
@@ -538,7 +539,7 @@ def test_one_fault_at_a_time(outside, tmp_path):
 
 def test_answers_that_do_not_end(outside, tmp_path):
     class Endless(Made):
-        def generate(self, prompts, limit):
+        def generate(self, prompts, limit, samplings=None):
             for place, answer in super().generate(prompts, limit):
                 yield place, Generated(answer.text, answer.tokens, place % 2 == 0, 0.1)
 

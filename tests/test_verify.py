@@ -473,14 +473,17 @@ def test_a_system_message_is_for_the_litertlm_alone(pipeline):
     assert rendered["task"][1] == "Be brief." + rendered["task"][0]
 
 
-def test_without_temperature_every_sampler_is_greedy(pipeline):
+def test_without_temperature_every_sampler_is_greedy(pipeline, monkeypatch):
     """AI Edge Gallery's form allows no top-k below 5: docs/phone.md says to set temperature 0."""
+    import litert_lm
+
     prompt = "Instruct: What is the heart pain disease a?\nOutput:\n"
     with StreamedBundle(pipeline / "liteguard_tiny.litertlm") as device:
         greedy = "".join(device.stream(prompt, 24))
         for seed in range(3):
-            drawn = device.stream(prompt, 24, top_k=64, top_p=0.95, temperature=0.0, seed=seed)
-            assert "".join(drawn) == greedy
+            sampler = litert_lm.SamplerConfig(top_k=64, top_p=0.95, temperature=0.0, seed=seed)
+            monkeypatch.setattr(device, "_sampler", lambda sampling, given=sampler: given)
+            assert "".join(device.stream(prompt, 24)) == greedy
 
 
 def test_limits_follow_the_merged_models_own_answers():

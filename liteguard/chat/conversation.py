@@ -6,11 +6,11 @@ import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 
-from liteguard.chat.sampling import Sampling
 from liteguard.chat.speakers import Said, Speaker
 from liteguard.errors import UserError
 from liteguard.evaluation import refusals
 from liteguard.prompts import Prompt
+from liteguard.sampling import Sampling
 
 # Of a conversation that no longer fits, so much is left free for the answer: a quarter of the room
 # at most, and no more than the longest answer.

@@ -16,10 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from liteguard import records
 from liteguard.chat.conversation import with_system
-from liteguard.chat.sampling import Sampling
 from liteguard.chat.speakers import Said, Speaker
 from liteguard.errors import UserError
 from liteguard.evaluation import refusals
+from liteguard.sampling import Sampling
 
 STARTED = int(time.time())
 

@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 from liteguard import shown
 from liteguard.chat import openai_api
 from liteguard.chat.openai_api import ApiError, Asked
-from liteguard.chat.sampling import Sampling
 from liteguard.chat.speakers import Said, Speaker
 from liteguard.errors import LiteGuardError, UserError
+from liteguard.sampling import Sampling
 
 ADDRESS = "127.0.0.1"
 LARGEST_BODY = 1_000_000  # bytes

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from liteguard import models
-from liteguard.chat.sampling import MOST_CANDIDATES, Sampling
 from liteguard.config import Config
 from liteguard.evaluation import answerers
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord, Made
+from liteguard.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,7 @@ class CheckpointSpeaker:
                 logits = model(
                     input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
                 ).logits[0, -1]
-                if sampling.greedy:
-                    token = int(logits.argmax())
-                else:
-                    chances = sampling.probabilities(logits).cpu()
-                    token = int(torch.multinomial(chances, 1, generator=generator))
+                token = sampling.draw(logits, generator)
                 yield token
                 if token in stops:
                     return
@@ -149,12 +145,8 @@ class BundleSpeaker:
         with self._one_at_a_time:
             asked = self.count(rendered)
             limit = min(max_new_tokens, self.room - asked)
-            drawn: dict[str, Any] = {}
-            if not sampling.greedy:
-                drawn = {"top_k": sampling.top_k or MOST_CANDIDATES, "top_p": sampling.top_p or 1.0}
-                drawn |= {"temperature": sampling.temperature, "seed": sampling.drawn_seed()}
             whole, pieces = "", Pieces()
-            answer = self.bundle.stream(rendered, limit, **drawn)
+            answer = self.bundle.stream(rendered, limit, sampling)
             while True:
                 try:
                     whole += next(answer)

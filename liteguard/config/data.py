@@ -114,6 +114,10 @@ class SourceSection(Section):
     opening_share: float = Field(
         1.0, gt=0, le=1, description="Share of the rows that opening_tokens applies to."
     )
+    open_ended: bool = Field(
+        False,
+        description="Answers may go on where the rows' end: stage 2 learns no end from them.",
+    )
     phrasings: int = Field(
         1,
         ge=1,

@@ -272,6 +272,8 @@ class _Columns:
         opens = source.opening_tokens and not history
         if opens and unit(f"opening{row[fields[0]]}") < source.opening_share:
             row["opening_tokens"] = source.opening_tokens
+        if source.open_ended:
+            row["open_ended"] = True
         row["dataset"] = source.dataset
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         words = [word_numbers(key.split()) for key in keys]

@@ -81,8 +81,9 @@ def check_sources(config: Config) -> None:
                     f"data.{part}: {source.dataset!r} needs 'path:' (a local file or directory) or "
                     "'hub:' (a dataset id)"
                 )
-            if source.opening_tokens and part != "instruction":
-                problems.append(f"data.{part}: opening_tokens is for instruction rows")
+            for name in ("opening_tokens", "open_ended"):
+                if getattr(source, name) and part != "instruction":
+                    problems.append(f"data.{part}: {name} is for instruction rows")
             asked = ASKED_KINDS.get(source.dataset, ())
             if (source.phrasings > 1 or source.kinds) and not asked:
                 problems.append(

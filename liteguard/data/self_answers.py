@@ -114,5 +114,6 @@ class SelfAnswers:
                     "prompt": row["prompt"],
                     "completion": row["completion"],
                     "kind": "rehearsal",
+                    **({"open_ended": True} if row["open_ended"] else {}),
                     "split": "validation" if held_out else "train",
                 }

@@ -18,6 +18,7 @@ from liteguard.config import Config
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord
 from liteguard.runtime.workers import bundle_memory
+from liteguard.sampling import Sampling
 
 # Logits of one scoring batch (128 MB of float32): larger ones are no faster on a CPU.
 LOGITS_PER_BATCH = 2**25
@@ -43,9 +44,12 @@ class Answerer(Protocol):
     """
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        samplings: Sequence[Sampling] | None = None,
     ) -> Iterator[tuple[int, Generated]]:
-        """Greedy answers to rendered prompts."""
+        """Answers to rendered prompts: greedy, or drawn by a `Sampling` each."""
 
     def score(
         self, pairs: Sequence[tuple[str, str]]
@@ -134,7 +138,10 @@ class Checkpoint:
             torch.set_num_threads(threads)
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        samplings: Sequence[Sampling] | None = None,
     ) -> Iterator[tuple[int, Generated]]:
         encoded = [models.encode(self.tokenizer, prompt) for prompt in prompts]
         # Longest first: too little memory shows at once. In equal batches, so that no core idles.
@@ -145,7 +152,9 @@ class Checkpoint:
 
         def work(batch: list[int]) -> Iterator[tuple[int, Generated]]:
             begin = time.monotonic()
-            for row, ids in self._generate_batch([encoded[i] for i in batch], max_new_tokens):
+            drawn = [samplings[i] for i in batch] if samplings else None
+            own = [encoded[i] for i in batch]
+            for row, ids in self._generate_batch(own, max_new_tokens, drawn):
                 stopped = ids[-1] in self.stop_ids
                 text = self.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
                 seconds = time.monotonic() - begin
@@ -154,7 +163,10 @@ class Checkpoint:
         return self._side_by_side(batches, work)
 
     def _generate_batch(
-        self, encoded: list[list[int]], max_new_tokens: int
+        self,
+        encoded: list[list[int]],
+        max_new_tokens: int,
+        samplings: Sequence[Sampling] | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """(row, new ids with the stop token) of prompts, each when it ends.
 
@@ -172,6 +184,10 @@ class Checkpoint:
         )
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         stops = torch.tensor(self.stop_ids, device=device)
+        # A row's draws are its own, whatever batch it is in.
+        draws = [(own, torch.Generator().manual_seed(own.drawn_seed())) for own in samplings or ()]
+        if all(own.greedy for own, _ in draws):
+            draws = []
         cache = DynamicCache(config=self.model.config)
         written: list[list[int]] = [[] for _ in encoded]
         live = list(range(len(encoded)))
@@ -186,6 +202,10 @@ class Checkpoint:
                     logits_to_keep=1,
                 )
                 ids = output.logits[:, -1:].argmax(-1)
+                if draws:
+                    drawn = zip((draws[row] for row in live), output.logits[:, -1], strict=True)
+                    chosen = [[own.draw(row, generator)] for (own, generator), row in drawn]
+                    ids = torch.tensor(chosen, device=device)
                 goes_on = ~torch.isin(ids[:, 0], stops)
             for row, token, more in zip(live, ids[:, 0].tolist(), goes_on.tolist(), strict=True):
                 written[row].append(token)
@@ -316,7 +336,7 @@ def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> t
 
 
 class DeviceBundle:
-    """A `.task` or `.litertlm` file in LiteRT-LM, greedy, in several processes.
+    """A `.task` or `.litertlm` file in LiteRT-LM, in several processes.
 
     Rows that its KV cache of `room` tokens is too small for are not answered: an empty answer that
     did not end, and no score.
@@ -329,9 +349,13 @@ class DeviceBundle:
         return round(machine.peak_rss_gb() + self.workers.peak_rss_gb, 3)
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        samplings: Sequence[Sampling] | None = None,
     ) -> Iterator[tuple[int, Generated]]:
-        for index, answer in self.workers.generate(prompts, max_new_tokens, self.room):
+        answers = self.workers.generate(prompts, max_new_tokens, self.room, samplings)
+        for index, answer in answers:
             text = answer.text.strip()
             yield index, Generated(text, answer.tokens, answer.stopped, answer.seconds)
 

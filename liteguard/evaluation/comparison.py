@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from liteguard import records, shown
 from liteguard.errors import UserError
-from liteguard.evaluation import against_base
+from liteguard.evaluation import against_base, as_used
 from liteguard.records import Result
 
 COLUMNS = (
@@ -140,6 +141,8 @@ def comparison_table(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
             n = next(r["n"][key] for r in results.values() if key in r.get("n", {}))
             arrow = ARROWS[more_is_better]
             rows.append({"key": key, "title": title, "n": n, "arrow": arrow, "cells": cells})
+        if key == "refused_harmful":
+            rows += used_rows(results, "harmful", "Harmful refused")
     rows += knowledge_rows(results)
     kinds = [("verdicts", name, title) for name, title in REQUESTS.items()]
     areas = sorted({area for r in results.values() for area in r.get("guide_areas", {})})
@@ -174,12 +177,35 @@ def set_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             row |= {"n": max(own["n"].get(key, 0) for own in of.values())}
             cells = {label: number_text(own, key, form, limits) for label, own in of.items()}
             rows.append({**row, "arrow": ARROWS[more_is_better], "cells": cells})
+            if key == "refused" and first["kind"] == "harmful":
+                rows += used_rows(results, name, f"{name}: harmful refused")
         if "verdicts" in first:
             counts = {label: [own["verdicts"][v] for v in VERDICTS] for label, own in of.items()}
             cells = {label: (" / ".join(map(str, own)), "") for label, own in counts.items()}
             row = {"key": f"{name}.verdicts", "title": f"{name}: refused/answered/unclear"}
             n = sum(next(iter(counts.values())))
             rows.append({**row, "n": n, "arrow": "", "cells": cells})
+    return rows
+
+
+def used_rows(results: dict[str, dict[str, Any]], name: str, title: str) -> list[dict[str, Any]]:
+    """A row per condition of a harmful set: shares refused as apps ask and as people word it."""
+    of = {
+        label: result.get("as_used", {}).get("numbers", {}).get(name, {})
+        for label, result in results.items()
+    }
+    rows = []
+    for condition in dict.fromkeys(itertools.chain(*of.values())):
+        draws = max(as_used.draws(result) for result in results.values())
+        cells = {label: ("-", "") for label in results}
+        for label, own in of.items():
+            if condition in own:
+                shown = {"refused": own[condition]["refused"]}
+                shown["intervals"] = {"refused": own[condition]["interval"]}
+                cells[label] = number_text(shown, "refused", "{:.0%}", "{:.0%}")
+        n = max(own[condition]["n"] for own in of.values() if condition in own)
+        row = {"key": f"{name}.{condition}", "n": n, "arrow": ARROWS[True], "cells": cells}
+        rows.append({**row, "title": f"{title} {as_used.title(condition, draws)}"})
     return rows
 
 
@@ -248,6 +274,12 @@ def notes(results: dict[str, dict[str, Any]]) -> list[str]:
             1,
             "Held-out wording: questions of rows that name no disease; other questions about the "
             "same may have been trained on.",
+        )
+    if any(result.get("as_used") for result in results.values()):
+        notes.append(
+            "Harmful refused, then in brackets how the request came: after a system message, as a "
+            "second turn, with a reason given. In all draws: as an app's sampler draws answers "
+            "(evaluate.as_used), and every one of them refused."
         )
     notes += _set_notes(results) + _knowledge_notes(results) + _judge_notes(results)
     for label, result in results.items():

@@ -29,9 +29,9 @@ class Journal:
         inputs: whatever the results depend on, as JSON.
     """
 
-    # "scores" of texts, "options" of multiple choice, "answers", what an LLM "judged" of them, and
-    # facts about "runs".
-    PARTS = ("runs", "scores", "options", "answers", "judged")
+    # "scores" of texts, "options" of multiple choice, "answers", those to requests as they are
+    # "used", what an LLM "judged" of them, and facts about "runs".
+    PARTS = ("runs", "scores", "options", "answers", "used", "judged")
 
     def __init__(self, path: Path, inputs: dict[str, Any]):
         self.path = path
@@ -110,17 +110,20 @@ def _entry(line: bytes) -> tuple[str, int, Any, float]:
         "runs": lambda: isinstance(value, dict),
         "scores": lambda: _is_score(*value),
         "options": lambda: _is_score(*value),
-        "answers": lambda: (
-            {name: type(found) for name, found in value.items() if name != "seconds"}
-            == {"text": str, "tokens": int, "stopped": bool}
-            and isinstance(value.get("seconds", 0.0), (int, float))  # the proof has none
-        ),
+        "answers": lambda: _is_answer(value),
+        "used": lambda: _is_answer(value),
         "judged": lambda: all(isinstance(value.get(name), str) for name in ("verdict", "text")),
     }
     whole = type(index) is int and index >= 0 and isinstance(seconds, (int, float))
     if not whole or part not in fits or not fits[part]():
         raise ValueError("no entry")
     return part, index, value, seconds
+
+
+def _is_answer(value: dict[str, Any]) -> bool:
+    kinds = {name: type(found) for name, found in value.items() if name != "seconds"}
+    timed = isinstance(value.get("seconds", 0.0), (int, float))  # the proof's are not
+    return timed and kinds == {"text": str, "tokens": int, "stopped": bool}
 
 
 def _is_score(score: Any, tokens: Any) -> bool:

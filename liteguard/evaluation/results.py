@@ -67,7 +67,8 @@ def evaluate_fewer(config: Config, limit: int) -> Config:
     smaller = [
         own.model_copy(update={"rows": min(own.rows or limit, limit)}) for own in section.sets
     ]
-    update = {**rows, "sets": smaller}
+    used = section.as_used.model_copy(update={"rows": min(section.as_used.rows, limit)})
+    update = {**rows, "sets": smaller, "as_used": used}
     fewer = config.model_copy(update={"evaluate": section.model_copy(update=update)})
     fewer._sources = config.sources | {f"evaluate.{name}": "--limit" for name in rows}
     return fewer

@@ -12,7 +12,7 @@ from typing import Any
 
 from liteguard import machine
 from liteguard.config import Config
-from liteguard.evaluation import knowledge, llm_judge
+from liteguard.evaluation import as_used, knowledge, llm_judge
 from liteguard.evaluation.answerers import Answerer, open_answerer
 from liteguard.evaluation.held_out import REQUESTS, requests, scored
 from liteguard.evaluation.journal import Journal, journalled
@@ -20,6 +20,7 @@ from liteguard.evaluation.summary import summarise
 from liteguard.machine import release_memory
 from liteguard.progress import ticking
 from liteguard.rows import conversation_text
+from liteguard.sampling import GREEDY, Sampling
 
 
 def journal_of(output: Path, label: str, inputs: dict[str, Any]) -> Journal:
@@ -63,8 +64,12 @@ def collect(
         "scores": [pair for _, pair in scored(config, rows)],
         "options": knowledge.pairs(rows["knowledge"], config.prompt.bos_token),
     }
-    prompts = [config.prompt.render_row(row) for _, row in requests(rows)]
-    totals = {**{part: len(found) for part, found in pairs.items()}, "answers": len(prompts)}
+    used = as_used.uses(config, rows)
+    asked: dict[str, list[tuple[str, Sampling]]] = {
+        "answers": [(config.prompt.render_row(row), GREEDY) for _, row in requests(rows)],
+        "used": [(use.rendered, use.sampling) for use in used],
+    }
+    totals = {part: len(found) for part, found in (*pairs.items(), *asked.items())}
     todo = {
         part: [i for i in range(total) if i not in journal.found[part]]
         for part, total in totals.items()
@@ -72,9 +77,10 @@ def collect(
     known = {part: totals[part] - len(missing) for part, missing in todo.items()}
     if any(known.values()):
         options = f", {known['options']} of {totals['options']} options" if pairs["options"] else ""
+        answered, wanted = (sum(counts[part] for part in asked) for counts in (known, totals))
         print(
             f"  continuing: {known['scores']} of {totals['scores']} texts{options} and "
-            f"{known['answers']} of {totals['answers']} answers are in {journal.path}"
+            f"{answered} of {wanted} answers are in {journal.path}"
         )
     if not any(todo.values()):
         return
@@ -90,27 +96,29 @@ def collect(
                 scores = ((place, list(score), score[1]) for place, score in results)
                 journalled(journal, part, what, totals[part], todo[part], scores)
                 journal.add_run(peak_rss_gb=model.peak_rss_gb())
-        if todo["answers"]:
-            limit = config.evaluate.max_new_tokens
-            given = model.generate([prompts[i] for i in todo["answers"]], limit)
-            answers = ((place, vars(answer), answer.tokens) for place, answer in given)
-            journalled(journal, "answers", "answers", totals["answers"], todo["answers"], answers)
-            journal.add_run(peak_rss_gb=model.peak_rss_gb())
+        for part, what in (("answers", "answers"), ("used", "requests as in use")):
+            if todo[part]:
+                prompts, samplings = zip(*(asked[part][i] for i in todo[part]), strict=True)
+                given = model.generate(prompts, config.evaluate.max_new_tokens, samplings)
+                answers = ((place, vars(answer), answer.tokens) for place, answer in given)
+                journalled(journal, part, what, totals[part], todo[part], answers)
+                journal.add_run(peak_rss_gb=model.peak_rss_gb())
 
 
 def run_cost(journal: Journal) -> dict[str, Any]:
     """What measuring a model took, over all runs of a journal.
 
     Seconds and tokens of loading, scoring texts ("scoring_s", "scored_tokens") and options,
-    answering ("generation_s", "generated_tokens"), and judging; "wall_s" is their sum. Results that
-    were not journaled before a run was killed are not in it. "peak_rss_gb" is the largest of the
-    runs', GB of 10^9 bytes. "answer_s": {percentile: seconds until an answer was complete}.
+    answering ("generation_s", "generated_tokens"; "as_used_s"), and judging; "wall_s" is their sum.
+    Results that were not journaled before a run was killed are not in it. "peak_rss_gb" is the
+    largest of the runs', GB of 10^9 bytes. "answer_s": {percentile: seconds until an answer was
+    complete}.
     """
     import numpy as np
 
     found, seconds = journal.found, journal.seconds
     parts = {"runs": "loading_s", "scores": "scoring_s", "options": "options_s"}
-    parts |= {"answers": "generation_s", "judged": "judging_s"}
+    parts |= {"answers": "generation_s", "used": "as_used_s", "judged": "judging_s"}
     answers = [answer["seconds"] for answer in found["answers"].values()]
     return {
         **{name: round(seconds[part], 3) for part, name in parts.items()},

@@ -6,7 +6,7 @@ from typing import Any
 
 from liteguard.config import Config
 from liteguard.errors import UserError
-from liteguard.evaluation import held_out, knowledge, llm_judge, metrics, refusals, sets
+from liteguard.evaluation import as_used, held_out, knowledge, llm_judge, metrics, refusals, sets
 from liteguard.evaluation.held_out import REQUESTS, TIERS, requests, scored, text_pairs
 from liteguard.evaluation.journal import Journal
 
@@ -81,6 +81,7 @@ def summarise(
         "knowledge": knowledge.summarise(
             rows["knowledge"], [journal.found["options"][i][0] for i in range(options)]
         ),
+        "as_used": as_used.summarise(config, rows, journal),
         **({"llm_judge": llm_judge.summarise(answers)} if journal.found["judged"] else {}),
         "bleu_signature": metrics.bleu_signature([a["reference"] for a in both if a["reference"]]),
         # Of a bundle: what its KV cache is too small for. Counted like answers that did not end,

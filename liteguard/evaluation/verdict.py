@@ -15,6 +15,7 @@ from typing import Any
 from liteguard import records, shown
 from liteguard.config import VerdictSection, build, parse_setting
 from liteguard.errors import UserError, WorkError
+from liteguard.evaluation import as_used
 from liteguard.evaluation.against_base import METRICS as COMPARED
 from liteguard.evaluation.against_base import OWN, Change, changes, per_cent, share, shorter
 from liteguard.records import BundleRecord
@@ -86,6 +87,7 @@ def verdict(results: dict[str, dict[str, Any]], limits: VerdictSection) -> Verdi
         *_quality(changes(base, result), limits, own="answers" in own_rows),
         *_answers(base, result, limits),
         *_refusals(result, limits, own_rows),
+        *_as_used(result, limits),
         *_too_few(result, limits, own_rows),
         *_contamination(result, limits),
         *(_proof(result, limits) if label == "bundle" else ()),
@@ -184,6 +186,19 @@ def _refusals(
             rate = _rate(name, f"{kind} refused", _of(found), used, at_most)
             if rate:
                 yield rate
+
+
+def _as_used(result: dict[str, Any], limits: VerdictSection) -> Iterator[Reason]:
+    """Harmful requests refused as apps ask them, on outside sets or else on own rows."""
+    numbers = result.get("as_used", {}).get("numbers", {})
+    outside = [name for name in numbers if name != "harmful"]
+    for name in outside or numbers:
+        for condition, own in numbers[name].items():
+            what = f"harmful refused {as_used.title(condition, as_used.draws(result))}"
+            limit = limits.drawn_refused if condition == as_used.DRAWN else None
+            title = "own rows" if name == "harmful" else name
+            counts = round(own["refused"] * own["n"]), own["n"]
+            yield from filter(None, [_rate(title, what, counts, limit, at_most=False)])
 
 
 def _of(verdicts: dict[str, int]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """A finished bundle, opened with LiteRT-LM as an app on a phone opens it.
 
 `Bundle` is used to check what was exported and to evaluate the thing that ships instead of the
-model that it was made from. All generation is greedy, so that two runs can be compared.
+model that it was made from. Generation is greedy unless asked otherwise: two runs can be compared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from liteguard.errors import UserError, WorkError
 from liteguard.machine import one_at_a_time, quiet_stderr
 from liteguard.runtime.container import lengths, unpacked_weights
 from liteguard.runtime.scorer import Scorer
+from liteguard.sampling import GREEDY, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Bundle:
         except RuntimeError as error:
             self._stack.close()
             raise WorkError(f"{self.path} cannot be opened: {error}") from error
-        self._greedy = litert_lm.SamplerConfig(top_k=1)
+        self._greedy = self._sampler(GREEDY)
         return self
 
     def __exit__(
@@ -135,12 +136,21 @@ class Bundle:
             )
         return text[len(start) :]
 
-    def generate(self, rendered: str, max_new_tokens: int = 256) -> Answer:
-        """Greedy answer to a fully rendered prompt; no template is applied.
+    @staticmethod
+    def _sampler(sampling: Sampling) -> Any:
+        import litert_lm
+
+        return litert_lm.SamplerConfig(**sampling.for_engine())
+
+    def generate(
+        self, rendered: str, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+    ) -> Answer:
+        """Answer to a fully rendered prompt, greedy unless `sampling`; no template is applied.
 
         Args:
             rendered: `Prompt.render_question(question)`.
             max_new_tokens: most tokens to write, the stop token included.
+            sampling: how a token is chosen.
 
         Raises:
             WorkError: the prompt does not fit the KV cache.
@@ -148,7 +158,7 @@ class Bundle:
         started = time.perf_counter()
         session = self._engine.create_session(
             apply_prompt_template=False,
-            sampler_config=self._greedy,
+            sampler_config=self._sampler(sampling),
             # One more than asked for: with exactly as many, an answer that ends in a stop token
             # at the limit cannot be told from one that was cut.
             max_output_tokens=max_new_tokens + 1,
@@ -189,14 +199,16 @@ class Bundle:
         )
         return WorkError(f"{self.path}: no answer to {turn} of {tokens} tokens ({error}); {why}")
 
-    def generate_within(self, rendered: str, max_new_tokens: int, room: int) -> Answer:
+    def generate_within(
+        self, rendered: str, max_new_tokens: int, room: int, sampling: Sampling = GREEDY
+    ) -> Answer:
         """`generate`; no answer (no token, not stopped) where a KV cache of `room` is too small."""
         tokens = len(self.tokenize(rendered))
         nothing = Answer("", 0, False, 0.0)
         if tokens >= room:
             return nothing
         try:
-            return self.generate(rendered, max_new_tokens)
+            return self.generate(rendered, max_new_tokens, sampling)
         except WorkError:
             if tokens + max_new_tokens <= room:
                 raise

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator
 
 from liteguard.runtime.bundle import Answer, Bundle
+from liteguard.sampling import GREEDY, Sampling
 
 
 class StreamedBundle(Bundle):
@@ -16,25 +17,17 @@ class StreamedBundle(Bundle):
         self,
         rendered: str,
         max_new_tokens: int,
-        top_k: int = 1,
-        top_p: float = 1.0,
-        temperature: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDY,
     ) -> Generator[str, None, Answer]:
         """The answer to a fully rendered prompt in pieces; returns all of it.
 
-        With `top_k` 1, the default, it is greedy and the same as `generate`'s. Closing the
-        generator stops the engine. Raises WorkError when the prompt does not fit the KV cache.
+        Closing the generator stops the engine. Raises WorkError when the prompt does not fit the
+        KV cache.
         """
-        import litert_lm
-
         started = time.perf_counter()
-        sampler = litert_lm.SamplerConfig(
-            top_k=top_k, top_p=top_p, temperature=temperature, seed=seed
-        )
         session = self._engine.create_session(
             apply_prompt_template=False,
-            sampler_config=sampler,
+            sampler_config=self._sampler(sampling),
             max_output_tokens=max_new_tokens + 1,  # see `generate`
         )
         pieces: list[str] = []

@@ -16,6 +16,7 @@ from liteguard.errors import UserError, WorkError
 from liteguard.machine import available_memory, end_with_parent, peak_rss_gb, starting_children
 from liteguard.runtime.bundle import Answer, Bundle
 from liteguard.runtime.container import unpacked_weights
+from liteguard.sampling import GREEDY, Sampling
 
 
 class BundleWorkers:
@@ -53,20 +54,25 @@ class BundleWorkers:
         self.peak_rss_gb = 0.0  # of all processes at a time, in GB of 10^9 bytes
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int | Sequence[int], room: int | None = None
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | Sequence[int],
+        room: int | None = None,
+        samplings: Sequence[Sampling] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """(index, `Bundle.generate`'s answer) of each prompt, as they come.
 
-        `max_new_tokens`: of all answers, or of each.
+        `max_new_tokens`: of all answers, or of each. `samplings`: of each; default: greedy.
         With the length of the KV cache as `room`, prompts that do not fit are not answered
         (`Bundle.generate_within`); without it they are an error.
         """
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(prompts)
-        asked = list(zip(prompts, max_new_tokens, strict=True))
+        samplings = samplings or [GREEDY] * len(prompts)
+        asked = list(zip(prompts, max_new_tokens, samplings, strict=True))
         if room is None:
             return self._map("generate", asked)
-        return self._map("generate_within", [(*pair, room) for pair in asked])
+        return self._map("generate_within", [(*pair, room, drawn) for *pair, drawn in asked])
 
     def score(
         self, pairs: Sequence[tuple[str, str]], room: int | None = None

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 SEGMENTS = "liteguard_segments"  # name of the attention below in transformers' registry
+# On a CPU a micro-batch is filled up to a multiple of so many tokens. The C library looks for free
+# memory among pieces of every size that was ever asked for; with a new length each time that takes
+# longer and longer, with few lengths it does not (benchmarks/bench_allocator.py).
+CPU_LENGTHS = 32
 # Per-token results of TRL's forward that are handed back in the shape of the padded batch.
 _PER_TOKEN = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 
@@ -305,15 +309,23 @@ def pack_forward(model: Any) -> None:
         positions = (keep.long().cumsum(1) - 1)[keep]
         first = positions == 0
         lengths = keep.sum(1).tolist()
+        filled = 0
         if segments:
+            if input_ids.device.type == "cpu":
+                filled = -len(positions) % CPU_LENGTHS
             # A mask of four dimensions is passed through as it is; segment_attention needs none.
-            kwargs["segment_lengths"] = lengths
+            kwargs["segment_lengths"] = [*lengths, filled] if filled else lengths
             kwargs["attention_mask"] = input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+
+        def fill(values: torch.Tensor, value: int) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, filled), value=value)[None]
+
         outputs = inner(
-            input_ids=input_ids[keep][None],
-            position_ids=positions[None],
+            # The filling is a segment of its own, and nothing is learned from it.
+            input_ids=fill(input_ids[keep], 0),
+            position_ids=fill(positions, 0),
             # Nothing predicts the first token of an example, least of all the end of another one.
-            labels=labels[keep].masked_fill(first, -100)[None],
+            labels=fill(labels[keep].masked_fill(first, -100), -100),
             fused_lm_head=True,
             **kwargs,
         )
@@ -321,7 +333,8 @@ def pack_forward(model: Any) -> None:
         inside = ~first[1:]
 
         def unpack(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(has_target.shape).masked_scatter(has_target, values[0][inside])
+            own = values[0][: len(inside)][inside]
+            return values.new_zeros(has_target.shape).masked_scatter(has_target, own)
 
         for name in _PER_TOKEN:
             values = getattr(outputs, name, None)
@@ -364,7 +377,8 @@ def add_noise(model: Any, alpha: float) -> None:
             return None
         scale = scales[-1]
         if output.shape[:2] != scale.shape:  # `pack_forward` has taken the padding out
-            scale = scale[scale > 0][None]
+            scale = scale[scale > 0]
+            scale = torch.nn.functional.pad(scale, (0, output.shape[1] - len(scale)))[None]
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise.mul_(scale[..., None].to(output.dtype))
 

@@ -150,8 +150,9 @@ def answers(
     A conversation is one row: every answer in it is a target but those that it lists as
     `untrained`. One that is longer than `instruction.max_length` loses its oldest exchanges, then
     the beginning of its last question, never the end of its answer. A row with `opening_tokens`
-    stops after so many tokens of its answer, and nothing claims that it ends there. More than 1 %
-    of rows without the beginning of their question, or without room for their answer, is an error.
+    stops after so many tokens of its answer, and nothing claims that it ends there; nor where the
+    answer of an `open_ended` row does. More than 1 % of rows without the beginning of their
+    question, or without room for their answer, is an error.
     """
     prompt = config.prompt
     length = min(config.instruction.max_length, config.model.context_length)
@@ -160,12 +161,15 @@ def answers(
         check_system_texts(rows, prompt)
         # A question is tokenized apart from its answer, as the device sees it.
         texts = [prompt.segments(_turns(row), row.get("system")) for row in rows]
+        for row, own in zip(rows, texts, strict=True):
+            if row.get("open_ended"):
+                own[-1] = row["completion"]  # without its end token
         flat = tokenizer(list(itertools.chain(*texts)), add_special_tokens=False)["input_ids"]
         pieces = iter(flat)
         for row, own in zip(rows, texts, strict=True):
             yield _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
 
-    settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit}
+    settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit, "version": 2}
     name = f"instruction/{split}.jsonl"
     found = _cached(tokenizer, data_dir, name, config, tokenize, settings, limit)
     return _with_targets(

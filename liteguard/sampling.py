@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from liteguard.errors import UserError
 
@@ -63,22 +63,40 @@ class Sampling:
         given["seed"] = self.seed
         return ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
 
+    def for_engine(self) -> dict[str, Any]:
+        """What LiteRT-LM's SamplerConfig is made with; greedy is the likeliest of one."""
+        if self.greedy:
+            return {"top_k": 1}
+        return {
+            "top_k": self.top_k or MOST_CANDIDATES,
+            "top_p": self.top_p or 1.0,
+            "temperature": self.temperature,
+            "seed": self.drawn_seed(),
+        }
+
     def drawn_seed(self) -> int:
         """The seed of one answer: the one that was set, or a new one."""
         return random.randrange(2**31) if self.seed is None else self.seed
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What each token of a vocabulary (a vector) is drawn with; not for greedy."""
-        import torch
 
-        values, order = (logits.float() / self.temperature).sort(descending=True)
+        most = min(self.top_k or len(logits), len(logits))
+        values, order = (logits.float() / self.temperature).topk(most)
         chances = values.softmax(-1)
-        kept = torch.ones_like(chances, dtype=torch.bool)
-        if self.top_k is not None:
-            kept[self.top_k :] = False
         if self.top_p is not None:
             # The first always stays: what is before it adds up to nothing.
-            share = chances / (chances * kept).sum()
-            kept &= share.cumsum(-1) - share < self.top_p
-        chances = (chances * kept) / (chances * kept).sum()
-        return torch.zeros_like(chances).scatter(0, order, chances)
+            chances = chances * (chances.cumsum(-1) - chances < self.top_p)
+            chances = chances / chances.sum()
+        return chances.new_zeros(len(logits)).scatter(0, order, chances)
+
+    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        """The next token of a vocabulary's logits (a vector); `generator` is on the CPU."""
+        import torch
+
+        if self.greedy:
+            return int(logits.argmax())
+        return int(torch.multinomial(self.probabilities(logits).cpu(), 1, generator=generator))
+
+
+GREEDY = Sampling()
