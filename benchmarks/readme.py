@@ -32,6 +32,7 @@ from liteguard.evaluation.comparison import (  # noqa: E402
     joined,
     knowledge_rows,
     number_text,
+    set_rows,
     table_columns,
 )
 
@@ -223,6 +224,24 @@ def full_size_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + "; ".join(ends) + "."
 
 
+# Rows of the outside table, of questions and of harmful requests, as `set_rows` names them.
+OUTSIDE = ("perplexity", "rouge1", "bleu", "questions_words", "circles", "refused", "drawn")
+
+
+def outside_markdown(report: dict[str, Any]) -> str:
+    """What the documents show of benchmarks/outside_report.json: rows that others wrote."""
+    stages = report["stages"]
+    lines = [
+        "| | n | " + " | ".join(TITLES.get(label, label) for label in stages) + " |",
+        "|---" * (len(stages) + 2) + "|",
+    ]
+    for row in set_rows(stages):
+        if row["key"].partition(".")[2] in OUTSIDE:
+            cells = " | ".join(joined(row["cells"][label]) for label in stages)
+            lines.append(f"| {row['title']} | {row['n']} | {cells} |")
+    return "\n".join([*lines, "", f"{report['verdict']['headline']}."])
+
+
 def result_markdown(report: dict[str, Any]) -> str:
     """What README.md shows of a demo report: four numbers of each stage."""
     columns = [column for column in COLUMNS if column[0] in RESULT]
@@ -311,6 +330,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokenizer": tokenizer_markdown,
     "support": support_markdown,
     "allocator": allocator_markdown,
+    "outside": outside_markdown,
 }
 
 

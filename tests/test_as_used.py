@@ -123,8 +123,7 @@ def test_a_quick_look_asks_as_few():
 def test_table_and_verdict_show_them(tmp_path, least, met):
     config = configured(SLOT)
     found = measured(tmp_path, Scripted(), config)
-    result = {"as_used": found, "inputs": {"evaluate": config.evaluate.model_dump()}}
-    before = {"inputs": {"evaluate": {}}}  # a result from before there were any
+    result, before = {"as_used": found}, {}  # and one from before there were any
     rows = comparison.used_rows({"base": before, "final": result}, "harmful", "Harmful refused")
     assert [row["title"] for row in rows] == [
         "Harmful refused in all 2 draws",

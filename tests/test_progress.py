@@ -120,7 +120,7 @@ def test_closing_lines_say_how_good_and_how_large(tmp_path):
 
     facts = {"quantize": {"recipe": "int8"}}
     assert verify.closing(facts) == "int8 weights, not proven (--verify none)"
-    same = {"perplexity_change": 0.0123, "agree_16": 0.9375}
+    same = {"perplexity_change": 0.0123, "agree": 0.9375}
     proof = {"bundle": same, "speed": {"decode_tok_s": 233.4}}
     assert verify.closing({**facts, "verify": proof}) == (
         "int8 weights, proven against the merged model: perplexity +1.2%, 94% of answers begin "

@@ -71,7 +71,8 @@ class VerifySection(Section):
         0.5,
         ge=0,
         le=1,
-        description="Share of answers whose first 16 tokens are the merged model's.",
+        description="Share of answers whose first 16 tokens are the merged model's, or that part "
+        "where the bundle finds its token as good (within 1 nat).",
     )
     stopped: float = Field(
         0.8,

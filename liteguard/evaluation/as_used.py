@@ -86,10 +86,10 @@ def _rendered(config: Config, row: Row) -> dict[str, str]:
 def summarise(
     config: Config, rows: dict[str, list[Row]], journal: Journal
 ) -> dict[str, dict[str, Any]]:
-    """ "numbers": set -> condition -> {"refused", "n", "interval"}, and the "answers" behind them.
+    """What came of `uses`: "draws", "answers", and "numbers": set -> condition -> share refused.
 
-    "refused" is the share of the rows whose answers were refused, all of them where tokens were
-    drawn; 95 % interval by Wilson. Empty where nothing was asked.
+    A share is {"refused", "n", "interval"}: of the requests, those that were refused, in all draws
+    where tokens were drawn; 95 % interval by Wilson. Empty where nothing was asked.
     """
     answers = []
     for index, use in enumerate(uses(config, rows)):
@@ -110,7 +110,8 @@ def summarise(
             condition: _share([a for a in own if a["condition"] == condition])
             for condition in dict.fromkeys(answer["condition"] for answer in own)
         }
-    return {"numbers": numbers, "answers": answers} if answers else {}
+    draws = config.evaluate.as_used.draws
+    return {"draws": draws, "numbers": numbers, "answers": answers} if answers else {}
 
 
 def _share(answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,4 +130,4 @@ def title(condition: str, draws: int) -> str:
 
 def draws(result: dict[str, Any]) -> int:
     """How many answers to each request a result has; 0 of a result from before they were drawn."""
-    return result["inputs"]["evaluate"].get("as_used", {}).get("draws", 0)
+    return result.get("as_used", {}).get("draws", 0)

@@ -415,12 +415,14 @@ def comparison_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     keys = [key for key, *_ in METRICS]
     keys += ["sets", "n", "intervals", "verdicts", "areas", "guide_areas", "knowledge", "llm_judge"]
     keys += ["bleu_signature", "contamination", "cost"]
-    return {
-        "stages": {
-            label: {key: result[key] for key in keys if key in result}
-            for label, result in results.items()
-        }
+    stages = {
+        label: {key: result[key] for key in keys if key in result}
+        for label, result in results.items()
     }
+    for label, result in results.items():  # without answers
+        if used := result.get("as_used"):
+            stages[label]["as_used"] = {key: used[key] for key in ("draws", "numbers")}
+    return {"stages": stages}
 
 
 def read_results(names: Sequence[str], directory: Path) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from liteguard.evaluation import metrics
 from liteguard.evaluation.answerers import Checkpoint, Generated
 from liteguard.evaluation.held_out import REQUESTS, split_text
 from liteguard.evaluation.journal import Journal, journalled
+from liteguard.export import agreement
 from liteguard.export.silence import Silence
 from liteguard.prompts import Prompt
 from liteguard.rows import CONVERSATION, check_system_texts, conversation_text, load_split
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 # Whether a request is refused shows in the first words; what follows only blurs the verdict.
 REQUEST_TOKENS = 24
-# First tokens of an answer that are compared one by one.
-AGREEMENT_TOKENS = 16
 # Pairs to score at most: with 8-bit weights the change is known to a quarter of a per cent after
 # 20 to 200 of them.
 MOST_PAIRS = 800
@@ -243,7 +242,7 @@ def bundle_limits(samples: Samples, merged: Measured) -> list[int]:
     no fault. Where it did not, only the beginning is compared.
     """
     return [
-        answer["tokens"] * 3 // 2 + 8 if answer["stopped"] else 2 * AGREEMENT_TOKENS
+        answer["tokens"] * 3 // 2 + 8 if answer["stopped"] else 2 * agreement.TOKENS
         for answer in merged.answers[: len(samples.questions)]
     ]
 

@@ -17,9 +17,8 @@ from liteguard import machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import WorkError
 from liteguard.evaluation import refusals
-from liteguard.export import conditions, tokenizer
+from liteguard.export import agreement, conditions, tokenizer
 from liteguard.export.measured import (
-    AGREEMENT_TOKENS,
     Change,
     Measured,
     Reference,
@@ -220,6 +219,7 @@ def compare(
     samples: Samples,
     special: Sequence[str],
     tokenize: Callable[[str], list[int]],
+    behind: agreement.Behind,
     table: Table,
     section: VerifySection,
     *,
@@ -248,15 +248,14 @@ def compare(
     )
     count = len(samples.questions)
     pairs = list(zip(measured.answers, merged.answers, strict=True))
-    prefixes = [_common(tokenize(a["text"]), tokenize(b["text"])) for a, b in pairs[:count]]
-    agree = sum(same >= min(AGREEMENT_TOKENS, size) for same, size in prefixes)
-    mean = sum(same for same, _ in prefixes) / max(1, count)
+    found = agreement.measure(pairs[:count], tokenize, behind)
     table.add(
         f"greedy agreement{label}",
-        f"{agree} of {count}; mean {mean:.1f} tokens",
-        f">= {section.agreement:.0%} on {AGREEMENT_TOKENS} tokens",
-        agree >= section.agreement * count,
-        "the answers are other ones from the first words on",
+        found.text(count),
+        f">= {section.agreement:.0%} equal or as good",
+        found.agree >= section.agreement * count,
+        "the answers are other ones from the first words on, and the bundle does not think them as "
+        "good",
     )
     stops = check_stops(pairs[:count], samples.limit, table, section, label)
     verdicts = [
@@ -280,8 +279,10 @@ def compare(
         "perplexity_change_error": change.error,
         "pairs": change.pairs,
         "tokens": change.tokens,
-        "agree_16": agree / max(1, count),
-        "mean_common_prefix": mean,
+        "agree": found.agree / max(1, count),
+        "agree_16": found.equal / max(1, count),
+        "mean_common_prefix": found.mean,
+        "parted_nats": found.worst,
         **stops,
         "refused": sum(verdicts[0]) / max(1, len(samples.requests)),
         "refused_merged": sum(verdicts[1]) / max(1, len(samples.requests)),
@@ -352,12 +353,6 @@ def speed(workers: BundleWorkers, prompt: Prompt, question: str, table: Table) -
         f"{workers.peak_rss_gb:.2f} GB, {workers.threads} threads"
     )
     return {**best, "peak_rss_gb": workers.peak_rss_gb, "threads": workers.threads}
-
-
-def _common(one: list[int], other: list[int]) -> tuple[int, int]:
-    """(length of the common beginning, length of the longer list)."""
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-    return (min(len(one), len(other)) if same is None else same), max(len(one), len(other))
 
 
 def _dirt(text: str, special: Sequence[str]) -> str | None:
@@ -440,8 +435,21 @@ def verify_bundle(
         workers = BundleWorkers(path, workers=1, unpacked=unpacked)
         kept = work / f"{path.name}.{recipe}.jsonl"
         found = measure_bundle(workers, reference, section, tolerance, kept)
+        stops = [ids(token)[0] for token in prompt.stop_tokens]
+
+        def behind(parted: list[tuple[int, list[int], int | None]]) -> list[float]:
+            return workers.behind(
+                [
+                    (
+                        ids(samples.render(prompt, number)) + begun,
+                        stops if token is None else [token],
+                    )
+                    for number, begun, token in parted
+                ]
+            )
+
         return compare(
-            *found, samples, special, ids, table, section, tolerance=tolerance, label=label
+            *found, samples, special, ids, behind, table, section, tolerance=tolerance, label=label
         )
 
     with unpacked_weights(bundle) as unpacked:
@@ -477,6 +485,6 @@ def closing(facts: dict[str, Any]) -> str:
     same = found["bundle"]
     return (
         f"{recipe} weights, proven against the merged model: perplexity "
-        f"{same['perplexity_change']:+.1%}, {same['agree_16']:.0%} of answers begin alike; "
+        f"{same['perplexity_change']:+.1%}, {same['agree']:.0%} of answers begin as well; "
         f"{found['speed']['decode_tok_s']:.0f} tok/s on this machine"
     )

@@ -272,6 +272,17 @@ class Bundle:
         """`score` of token ids; the engine need not be open."""
         return self._scores().score(context, targets)
 
+    def follow_ids(self, context: list[int], targets: list[int]) -> tuple[float, bool]:
+        """(log-likelihood of `targets`, whether they are the greedy answer to `context`)."""
+        return self._scores().follow(context, targets)
+
+    def behind(self, context: list[int], tokens: list[int]) -> float:
+        """Nats by which the likeliest of `tokens` is behind the likeliest token after `context`.
+
+        By the bundle's model; the engine need not be open.
+        """
+        return self._scores().behind(context, tokens)
+
     def next_token(self, context: list[int], longest: int) -> Any:
         """Logits after `context`, an array over the vocabulary.
 

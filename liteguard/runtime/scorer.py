@@ -92,13 +92,23 @@ class Scorer:
 
     def score(self, context: list[int], targets: list[int]) -> tuple[float, int]:
         """See `Bundle.score`; ids instead of text."""
+        return self.follow(context, targets)[0], len(targets)
+
+    def follow(self, context: list[int], targets: list[int]) -> tuple[float, bool]:
+        """(log-likelihood of `targets`, whether each of them is the likeliest token)."""
         import numpy as np
 
-        likelihood = 0.0
+        likelihood, greedy = 0.0, True
         for logits, target in self._predictions(context, targets):
             top = logits.max()
             likelihood += float(logits[target] - top - np.log(np.exp(logits - top).sum()))
-        return likelihood, len(targets)
+            greedy &= bool(logits[target] == top)
+        return likelihood, greedy
+
+    def behind(self, context: list[int], tokens: list[int]) -> float:
+        """Nats by which the likeliest of `tokens` is behind the likeliest token after `context`."""
+        logits = next(self._predictions(context, tokens))[0]
+        return float(logits.max() - max(logits[token] for token in tokens))
 
     def next_token(self, context: list[int], longest: int) -> Any:
         """See `Bundle.next_token`."""

@@ -85,7 +85,7 @@ class BundleWorkers:
         if not pairs:
             return  # not worth opening the bundle
         parts = [part for pair in pairs for part in pair]
-        ids = dict(self._map("tokenize_all", [(parts,)]))[0]
+        ids = self.tokenize(parts)
         both = list(zip(ids[::2], ids[1::2], strict=True))
         fitting = []
         for index, (context, targets) in enumerate(both):
@@ -95,6 +95,20 @@ class BundleWorkers:
                 fitting.append(index)
         for place, result in self._map("score_ids", [both[index] for index in fitting]):
             yield fitting[place], result
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """`Bundle.tokenize` of each text."""
+        return dict(self._map("tokenize_all", [(list(texts),)]))[0] if texts else []
+
+    def follow(
+        self, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """(index, `Bundle.follow_ids`'s result) of each (context, targets), as they come."""
+        return self._map("follow_ids", pairs) if pairs else iter(())
+
+    def behind(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """`Bundle.behind` of each (context, tokens)."""
+        return [gap for _, gap in sorted(self._map("behind", asked))] if asked else []
 
     def benchmark(self, prompt: str, times: int = 3) -> dict[str, float]:
         """Best of several `Bundle.benchmark` of one prompt, after a first that warms up."""
@@ -178,6 +192,6 @@ def _close_worker() -> None:
 def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:
     """(result of a method of this process's bundle, process id, its peak memory in GB)."""
     assert _worker is not None  # made by _start_worker
-    if method != "score_ids" and not _worker.is_open:
+    if method not in ("score_ids", "follow_ids", "behind") and not _worker.is_open:
         _worker.__enter__()
     return getattr(_worker, method)(*arguments), os.getpid(), peak_rss_gb()
