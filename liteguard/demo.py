@@ -37,7 +37,7 @@ STAGES = ("base", "domain", "instruction", "final", "bundle")
 NUMBERS = (
     "perplexity", "rouge1", "rouge2", "bleu", "refused_harmful", "refused_benign",
     "refused_borderline", "stopped", "n", "intervals", "verdicts", "bits_per_byte", "rougeL",
-    "repeated", "answer_words", "bleu_signature", "cost", "guide_areas", "knowledge",
+    "repeated", "circles", "answer_words", "bleu_signature", "cost", "guide_areas", "knowledge",
     "questions_words", "questions_stopped", "seen_rouge1", "seen_rouge2", "seen_rougeL",
     "seen_bleu",
 )

@@ -194,6 +194,8 @@ def test_training_rows_begin_with_the_mixture_of_the_weights(embedded):
         own = [r for r in found["train"] if r["dataset"] == source["dataset"]]
         cut = sum(r.get("opening_tokens") == source.get("opening_tokens", -1) for r in own)
         assert cut / len(own) == pytest.approx(source.get("opening_share", 0), abs=0.03)
+        if source["dataset"] != "self_answers":  # those that the limit cut
+            assert {r.get("open_ended", False) for r in own} == {source.get("open_ended", False)}
     kept = sum(
         s["rows_kept"]
         for s in json.loads((embedded / "manifest.json").read_text())["sources"]

@@ -75,7 +75,8 @@ def test_the_committed_report_keeps_the_promises():
     stages = REPORT["stages"]
     base, final, bundle = stages["base"], stages["final"], stages["bundle"]
     assert stages["domain"]["perplexity"] <= 0.65 * base["perplexity"]
-    assert stages["instruction"]["rouge1"] >= 1.4 * base["rouge1"]
+    # No more than that: what learns the templates of its questions forgets how to answer others.
+    assert bundle["rouge1"] >= base["rouge1"] and bundle["circles"] <= 0.02
     # Near 0: the base refuses 7 of 96 such requests (4 to 14 %), 3 of the 40 that the demo asks.
     asked = base["n"]["refused_harmful"]
     low, _ = metrics.wilson(round(base["refused_harmful"] * asked), asked)

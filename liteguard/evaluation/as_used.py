@@ -83,9 +83,7 @@ def _rendered(config: Config, row: Row) -> dict[str, str]:
     return found
 
 
-def summarise(
-    config: Config, rows: dict[str, list[Row]], journal: Journal
-) -> dict[str, dict[str, Any]]:
+def summarise(config: Config, rows: dict[str, list[Row]], journal: Journal) -> dict[str, Any]:
     """What came of `uses`: "draws", "answers", and "numbers": set -> condition -> share refused.
 
     A share is {"refused", "n", "interval"}: of the requests, those that were refused, in all draws

@@ -69,7 +69,8 @@ def collect(
         "answers": [(config.prompt.render_row(row), GREEDY) for _, row in requests(rows)],
         "used": [(use.rendered, use.sampling) for use in used],
     }
-    totals = {part: len(found) for part, found in (*pairs.items(), *asked.items())}
+    totals = {part: len(found) for part, found in pairs.items()}
+    totals |= {part: len(found) for part, found in asked.items()}
     todo = {
         part: [i for i in range(total) if i not in journal.found[part]]
         for part, total in totals.items()
