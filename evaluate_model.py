@@ -63,7 +63,8 @@ def main() -> None:
     if args.compare:
         compare(args)
         return
-    from liteguard.evaluation import results, sets
+    from liteguard.data import sets
+    from liteguard.evaluation import results
 
     if args.markdown or args.json or args.require_ship:
         raise UserError("--markdown, --json and --require_ship need --compare RESULT ...")

@@ -52,7 +52,7 @@ def import_everything(endpoint: str = "http://127.0.0.1:9") -> None:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: F401
 
     from liteguard.data import preparation  # noqa: F401
-    from liteguard.evaluation import comparison, report, run, sets, verdict  # noqa: F401
+    from liteguard.evaluation import comparison, report, run, verdict  # noqa: F401
     from liteguard.export import conversion, outputs, verify  # noqa: F401
     from liteguard.training import loop, stage  # noqa: F401
 

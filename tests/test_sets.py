@@ -14,6 +14,7 @@ from conftest import ROOT, fail, succeed
 from liteguard import cli
 from liteguard.checkpoints import sha256_file, write_json
 from liteguard.config import Config, VerdictSection, validate
+from liteguard.data import sets
 from liteguard.errors import UserError
 from liteguard.evaluation import (
     against_base,
@@ -24,7 +25,6 @@ from liteguard.evaluation import (
     report,
     results,
     run,
-    sets,
     summary,
     verdict,
 )
@@ -759,3 +759,60 @@ def test_the_script_measures_outside_sets(untrained, tmp_path):
     assert "20 nih" in screen and "expected peak memory" in screen, "another file is another result"
     message = fail(2, ROOT / "evaluate_model.py", *command, "--sets", "nih", cwd=tmp_path)
     assert "NAME=FILE:KIND" in message
+
+
+# --- kept apart ---------------------------------------------------------------------------------
+
+
+def test_training_is_kept_apart_from_the_sets_that_measure_it(tiny_config, tmp_path):
+    """Rows planted in the sources: a set's question, its reference answer, its text."""
+    import yaml
+
+    said = (
+        "It is a rare disorder of the left lung that begins in childhood with a dry cough at night."
+    )
+    text = "A text about the right ear whose words stand in no other text that anybody trains on."
+    nih = lines(tmp_path / "nih.jsonl", [{"question": "What is Foo syndrome?", "answer": said}])
+    texts = tmp_path / "texts.txt"
+    texts.write_text(text + "\n")
+    questions = [
+        {"prompt": "what is FOO syndrome", "completion": "It is something else altogether."},
+        {"prompt": "Which disorder is it then?", "completion": f"Well, {said}"},
+        {"prompt": "Which organ hears?", "completion": "The ear hears, and nothing else does."},
+    ]
+    content = yaml.safe_load(tiny_config.read_text())
+    planted = lines(tmp_path / "planted.jsonl", questions)
+    content["data"]["instruction"].append({"dataset": "prompt_completion", "path": str(planted)})
+    (tmp_path / "planted.txt").write_text(f"Before it. {text}\n")
+    content["data"]["domain"].append(
+        {"dataset": "plain_text", "path": str(tmp_path / "planted.txt")}
+    )
+    content["data"]["cache_dir"] = str(tmp_path / "cache")
+
+    def prepared(name: str, found: list[dict]) -> tuple[set[str], set[str], str]:
+        content["evaluate"]["sets"] = found
+        config, output = tmp_path / f"{name}.yaml", tmp_path / name
+        config.write_text(yaml.safe_dump(content))
+        screen = succeed(ROOT / "prepare_datasets.py", "--config", config, "--output", output)
+        rows = {
+            part: [
+                json.loads(line)
+                for split in ("train", "validation")
+                for line in (output / part / f"{split}.jsonl").read_text().splitlines()
+            ]
+            for part in ("instruction", "domain")
+        }
+        own = {row["prompt"] for row in rows["instruction"]} & {q["prompt"] for q in questions}
+        return own, {row["text"] for row in rows["domain"] if text in row["text"]}, screen
+
+    kept, pages, screen = prepared(
+        "apart",
+        [
+            {"name": "nih", "path": str(nih), "kind": "questions"},
+            {"name": "pages", "path": str(texts), "kind": "texts"},
+        ],
+    )
+    assert "kept apart from evaluate.sets nih: 1 rows of nih.jsonl" in screen
+    assert not kept - {"Which organ hears?"} and not pages
+    together, pages, _ = prepared("together", [])
+    assert len(together) >= 2 and pages, "nothing was planted"

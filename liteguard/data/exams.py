@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from liteguard import checkpoints, registry, writing
 from liteguard.config import SourceSection
+from liteguard.data import sets
 from liteguard.data.conversations import is_conversation, turns
 from liteguard.data.files import kind, open_data, unreadable
 from liteguard.data.overlap import OverlapIndex
@@ -18,7 +19,7 @@ from liteguard.data.shards import code_version, file_hashes
 from liteguard.data.values import given
 from liteguard.errors import UserError
 from liteguard.progress import ticking
-from liteguard.rows import Row
+from liteguard.rows import Row, questions
 from liteguard.wheels import WHEELS
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 # Where an exam's question may be, the likeliest first.
 _FIELDS = ("question", "prompt", "input", "query", "problem", "stem", "instruction", "text")
 _CONVERSATIONS = ("messages", "conversations")
+# What a set of `evaluate.sets` is called here, and what its rows are asked about or answered with.
+SET = "evaluate.sets {}"
+_ANSWERS = ("completion", "text")
 # Of an exam's rows, so many may be without a question: an empty line at the end of a table.
 _MISSING = 0.01
 
@@ -106,7 +110,8 @@ def _exam_questions(name: str, report: dict[str, str]) -> Iterator[str]:
 def evaluation_texts(
     config: Config, report: dict[str, str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(name, question) of every evaluation set that `data.decontaminate` names.
+    """(name, question) of every set that `data.decontaminate` names or that `evaluate.sets` has;
+    of the latter the reference answers and texts, too.
 
     `report` gets what was found, by name: how many questions, in which field, and the first.
     Raises UserError for a file without questions.
@@ -125,6 +130,13 @@ def evaluation_texts(
                 # PubMedQA's labelled abstracts hold the answers to its questions.
                 if item.context:
                     yield name, item.context
+    for section in config.evaluate.sets:
+        rows = sets.read(section)
+        report[SET.format(section.name)] = f"{len(rows):,} rows of {Path(section.path).name}"
+        for row in rows:
+            for text in (*(questions(row) if "prompt" in row else ()), *map(row.get, _ANSWERS)):
+                if text:
+                    yield SET.format(section.name), text
 
 
 def evaluation_inputs(config: Config) -> dict[str, str]:
@@ -141,6 +153,8 @@ def evaluation_inputs(config: Config) -> dict[str, str]:
                 f"data.decontaminate: {name!r} is neither a file nor a known benchmark. "
                 f"Allowed: a path, {', '.join(known)}"
             )
+    for name, own in sets.fingerprint(config).items():
+        found[SET.format(name)] = checkpoints.sha256_json(own | {"rows": None})
     return found
 
 
@@ -149,11 +163,14 @@ def evaluation_report(index: Path) -> dict[str, str]:
     return json.loads(index.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
-    """The evaluation sets' index in the cache, made when it is not there; None without sets."""
-    if not sets:
+def evaluation_index(config: Config, inputs: dict[str, str]) -> Path | None:
+    """The evaluation sets' index in the cache, made when it is not there; None without sets.
+
+    inputs: `evaluation_inputs`.
+    """
+    if not inputs:
         return None
-    key = checkpoints.sha256_json({"sets": sets, "code": code_version()})
+    key = checkpoints.sha256_json({"sets": inputs, "code": code_version()})
     path = Path(config.data.cache_dir) / "evaluation" / f"{key[:32]}.npz"
     report = path.with_suffix(".json")
     if not path.exists() or not report.exists():
@@ -161,8 +178,8 @@ def evaluation_index(config: Config, sets: dict[str, str]) -> Path | None:
         found: dict[str, str] = {}
         with ticking("reading evaluation sets"):
             index = OverlapIndex.build(evaluation_texts(config, found))
-        if empty := set(sets) - set(index.names):
-            raise UserError(f"data.decontaminate: no question in {', '.join(sorted(empty))}.")
+        if empty := {*inputs} - {*index.names}:
+            raise UserError(f"No question to be kept apart in {', '.join(sorted(empty))}.")
         checkpoints.write_json(report, found, shared=True)
         with writing.replacing(path, shared=True) as beside:
             index.save(beside)

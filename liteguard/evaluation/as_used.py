@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from liteguard.evaluation import metrics, refusals, sets
+from liteguard.data import sets
+from liteguard.evaluation import metrics, refusals
 from liteguard.sampling import GREEDY, Sampling
 from liteguard.text import unit
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.config import Config
+from liteguard.data import sets
 from liteguard.errors import UserError
-from liteguard.evaluation import knowledge, sets
+from liteguard.evaluation import knowledge
 from liteguard.rows import balanced, check_system_texts, load_split
 from liteguard.text import is_unspaced
 

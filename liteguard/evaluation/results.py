@@ -9,8 +9,9 @@ from typing import Any
 
 from liteguard import checkpoints, records, registry, writing
 from liteguard.config import Config
+from liteguard.data import sets
 from liteguard.errors import UserError
-from liteguard.evaluation import contamination, sets
+from liteguard.evaluation import contamination
 from liteguard.evaluation.journal import Journal
 from liteguard.records import Made, Result
 from liteguard.wheels import WHEELS

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from liteguard.config import Config
+from liteguard.data import sets
 from liteguard.errors import UserError
-from liteguard.evaluation import as_used, held_out, knowledge, llm_judge, metrics, refusals, sets
+from liteguard.evaluation import as_used, held_out, knowledge, llm_judge, metrics, refusals
 from liteguard.evaluation.held_out import REQUESTS, TIERS, requests, scored, text_pairs
 from liteguard.evaluation.journal import Journal
 

@@ -1,4 +1,4 @@
-"""Held-out sets of other people's making: local files, read for measuring and for nothing else.
+"""Held-out sets of other people's making: local files, for measuring and for being kept apart from.
 
 The project's own test rows come from the templates that its training rows come from. What people
 ask elsewhere, and what others call harmful, says whether a model got better for them.
@@ -74,7 +74,7 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for section in config.evaluate.sets:
         slot = config.prompt.has_system_slot
-        rows = sorted(_read(section, slot, say=not everything), key=lambda row: unit(_text(row)))
+        rows = sorted(read(section, slot, say=not everything), key=lambda row: unit(_text(row)))
         by_kind: dict[str, list[Row]] = {}
         for row in rows:
             by_kind.setdefault(row["measured_as"], []).append(row)
@@ -136,8 +136,12 @@ def _text(row: Row) -> str:
     return f"{before}\x1f{row.get('completion', '')}"
 
 
-def _read(section: SetSection, system_slot: bool, say: bool) -> list[Row]:
-    """The usable rows of a set's file, each text once."""
+def read(section: SetSection, system_slot: bool = False, say: bool = False) -> list[Row]:
+    """The usable rows of a set's file, each text once; `say` prints how many are not.
+
+    `system_slot`: whether the prompt has a place for a row's own system text. Raises UserError for
+    a file that cannot be used.
+    """
     _exists(section)
     made = list(_made(section, system_slot))
     bad = [row for row in made if isinstance(row, Broken)]
