@@ -271,11 +271,12 @@ def test_a_killed_evaluation_goes_on(pipeline, tmp_path, target, label, kills):
     with journal.open("ab") as file:
         file.write(b'["answers", 23, {"te')
     kept = {index for part, index in found if part == "answers"}
+    wanted = len(whole["answers"]) + len(whole["as_used"]["answers"])
     screen = succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
-    assert f"and {len(kept)} of {len(whole['answers'])} answers are in" in screen
+    assert f"and {len(kept)} of {wanted} answers are in" in screen
     assert not journal.exists()
     result = json.loads((out / f"{label}.json").read_text())
-    assert result["answers"] == whole["answers"]
+    assert result["answers"] == whole["answers"] and result["as_used"] == whole["as_used"]
     assert result["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
     assert 0 < len(kept) < len(result["answers"])
     # What the killed runs had cost is counted, too.
@@ -294,8 +295,9 @@ def test_options_are_journaled_and_sizes_are_not_mixed(pipeline, tmp_path):
     journal = out / "final.partial.jsonl"
     assert sum(part == "options" for part, _ in entries(journal)) == 7
     screen = succeed(ROOT / "evaluate_model.py", *command, "--limit", "2", cwd=pipeline)
-    # Two questions of each: four options, five, three and four.
-    assert "continuing: 2 of 2 texts, 7 of 32 options and 0 of 8 answers" in screen
+    # Two questions of each: four options, five, three and four. 8 requests and questions, and two
+    # of the harmful ones with two draws, a second turn and four reasons.
+    assert "continuing: 2 of 2 texts, 7 of 32 options and 0 of 22 answers" in screen
     result = json.loads((out / "final.json").read_text())
     assert {name: own["n"] for name, own in result["knowledge"].items()} == dict.fromkeys(
         ("medqa", "medmcqa", "pubmedqa", "mmlu_clinical"), 2

@@ -124,7 +124,7 @@ def test_closing_lines_say_how_good_and_how_large(tmp_path):
     proof = {"bundle": same, "speed": {"decode_tok_s": 233.4}}
     assert verify.closing({**facts, "verify": proof}) == (
         "int8 weights, proven against the merged model: perplexity +1.2%, 94% of answers begin "
-        "alike; 233 tok/s on this machine"
+        "as well; 233 tok/s on this machine"
     )
     results = {"base": {"perplexity": 3.0}, "final": {"perplexity": 2.0, "refused_harmful": 0.861}}
     assert comparison.closing(results) == "Final: perplexity 2.00, harmful refused 86%"

@@ -9,7 +9,6 @@ same splitting of context and continuation. Tasks come from a hub.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lm_eval import utils
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from liteguard import cli, progress, records
+from liteguard import checkpoints, cli, progress, records
 from liteguard.errors import UserError
 from liteguard.records import BundleRecord
 from liteguard.runtime.workers import BundleWorkers
@@ -132,15 +131,16 @@ def main() -> None:
     parser.add_argument("--num_fewshot", metavar="N", type=int)
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args()
+    model = BundleLM(args.bundle)
     found = lm_eval.simple_evaluate(
-        model=BundleLM(args.bundle),
+        model=model,
         tasks=args.tasks,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
     )
     print(utils.make_table(found))
     if args.json:
-        Path(args.json).write_text(json.dumps(found["results"], indent=2, default=str))
+        checkpoints.write_json(Path(args.json), found["results"])
 
 
 if __name__ == "__main__":
