@@ -16,7 +16,7 @@ from typing import Any
 from liteguard import memory, models, registry
 from liteguard.checkpoints import STAGES
 from liteguard.config import Config
-from liteguard.evaluation import answerers
+from liteguard.evaluation import answerers, as_used
 from liteguard.export import tflite
 from liteguard.planning_probe import Measuring, Speed
 from liteguard.training import memory_estimate
@@ -184,6 +184,7 @@ def evaluate_step(
     seen = section.question_rows if section.seen_question_rows is None else 0
     answers = section.question_rows + (section.seen_question_rows or seen)
     answers += section.harmful_rows + 2 * section.benign_rows
+    answers += section.as_used.rows * (section.as_used.draws + len(as_used.CONDITIONS) - 1)
     generated = answers * section.max_new_tokens
     scored = section.perplexity_rows * section.max_text_tokens
     options = 4 * 3 * 60 * section.knowledge_rows if config.data.decontaminate else 0

@@ -108,7 +108,8 @@ def test_steps_without_a_probe_have_memory_and_disk_and_no_minutes():
     speed = Measuring(loading=10, scored_token=1e-3, option_token=0.0, generated_token=1e-2)
     more = planning.evaluate_step(config, architecture, speed, 1.0, 4)
     fewer = planning.evaluate_step(config, architecture, speed, 1.0, 1)
-    answers = 5 * 256 * 160  # of as many tokens as are allowed
+    used = 32 * (3 + 6)  # harmful requests: three draws, six other ways
+    answers = (5 * 256 + used) * 160  # of as many tokens as are allowed
     rows = 256 * config.evaluate.max_text_tokens
     options = 720 * config.evaluate.knowledge_rows
     one = 1e-2 * answers + 1e-3 * (rows + options)
