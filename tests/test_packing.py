@@ -118,7 +118,10 @@ def test_few_lengths_are_computed_and_what_fills_them_is_not_learned(tiny_phi):
     embeddings = model.get_input_embeddings().weight.requires_grad_()
     for lengths in [(9, 12), (30, 2), (33,), (20, 20, 30)]:
         inputs = batch(lengths)
-        model(**inputs, fused_lm_head=True).log_probs.sum().backward()
+        outputs = model(**inputs, fused_lm_head=True)
+        scored = -outputs.log_probs.sum() / outputs.label_mask.sum()
+        torch.testing.assert_close(outputs.loss, scored, msg="the filling is scored")
+        outputs.log_probs.sum().backward()
         own = inputs["input_ids"][inputs["attention_mask"].bool()].unique()
         learned = embeddings.grad.abs().sum(1).nonzero()[:, 0]
         assert torch.isin(learned, own).all(), "the filling has a gradient"
