@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,15 @@ from liteguard.errors import UserError
 from liteguard.runtime.bundle import Bundle
 
 PROMPT = "Instruct: What is the heart pain disease a?\nOutput:\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """The harness sets variables when it is imported, and warm.py's processes have others."""
+    before = {**os.environ}
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
