@@ -12,12 +12,13 @@
 Perplexity on held-out domain text; ROUGE and BLEU on held-out questions, about diseases whose texts
 were trained on (seen) and about others; accuracy on public benchmarks by log-likelihood; the share
 of harmful and of ordinary requests that is refused (both matter: a model that refuses everything is
-as bad); 95 % intervals. --sets NAME=FILE:KIND, or the YAML's evaluate.sets, measures rows of other
-people's making, too (KIND: questions, texts, harmful, ordinary, borderline). Checkpoints are
-measured as they are deployed: adapter merged, base not quantised. Writes evaluation/<name>.json
-with every answer, and reuses it while nothing it depends on has changed; an interrupted run goes
-on where it was. Training rows among the test rows are reported. --limit N measures N rows of every
-set, --full every held-out row, instead of as many as the YAML's `evaluate` section says.
+as bad), and of harmful ones as apps and people send them (evaluate.as_used); 95 % intervals. --sets
+NAME=FILE:KIND, or the YAML's evaluate.sets, measures rows of other people's making, too (KIND:
+questions, texts, harmful, ordinary, borderline). Checkpoints are measured as they are deployed:
+adapter merged, base not quantised. Writes evaluation/<name>.json with every answer, and reuses it
+while nothing it depends on has changed; an interrupted run goes on where it was. Training rows
+among the test rows are reported. --limit N measures N rows of every set, --full every held-out row,
+instead of as many as the YAML's `evaluate` section says.
 
 --compare takes results (files, or names of results in --output), prints one table of them, writes
 it with plots, answers side by side and the data's manifest to report.html, and MODEL_CARD.md. It

@@ -62,6 +62,21 @@ def test_likelihoods_are_the_bundles_own(model, path):
     assert greedy
 
 
+def test_a_model_with_a_bos_has_it_before_every_context(model, monkeypatch):
+    """Without it, likelihoods of a Gemma are those of another model, and its bundle refuses."""
+    end = "<|endoftext|>"
+    monkeypatch.setattr(model, "prompt", model.prompt.model_copy(update={"bos_token": end}))
+    ids = model.workers.tokenize(["The heart", "The heart hurts."])
+    bos = model.workers.tokenize([end])[0]
+    wanted = model._follow([(bos + ids[0], ids[1][len(ids[0]) :])])
+    for context in ("The heart", f"{end}The heart"):
+        assert model.loglikelihood(asked((context, " hurts."))) == wanted
+    given = []
+    monkeypatch.setattr(model.workers, "generate", lambda prompts, *_: given.extend(prompts) or ())
+    model.generate_until(asked(("Why?", {})))
+    assert given == [f"{end}Why?"]
+
+
 def test_a_context_that_is_too_long_loses_its_beginning(model):
     long = "The heart affects the lung and brings pain. " * 80
     ((cut, _),) = model.loglikelihood(asked((long, "Rest.")))

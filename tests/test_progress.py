@@ -120,12 +120,14 @@ def test_closing_lines_say_how_good_and_how_large(tmp_path):
 
     facts = {"quantize": {"recipe": "int8"}}
     assert verify.closing(facts) == "int8 weights, not proven (--verify none)"
-    same = {"perplexity_change": 0.0123, "agree": 0.9375}
+    same = {"perplexity_change": 0.0123, "agree_16": 0.25, "agree": 0.9375}
     proof = {"bundle": same, "speed": {"decode_tok_s": 233.4}}
     assert verify.closing({**facts, "verify": proof}) == (
         "int8 weights, proven against the merged model: perplexity +1.2%, 94% of answers begin "
         "as well; 233 tok/s on this machine"
     )
+    del same["agree"]  # as in the record of an older bundle
+    assert "25% of answers begin as well" in verify.closing({**facts, "verify": proof})
     results = {"base": {"perplexity": 3.0}, "final": {"perplexity": 2.0, "refused_harmful": 0.861}}
     assert comparison.closing(results) == "Final: perplexity 2.00, harmful refused 86%"
     rows = {"train": {"rows": 1200}, "test": {"rows": 30}}

@@ -483,8 +483,9 @@ def closing(facts: dict[str, Any]) -> str:
     if found is None:
         return f"{recipe} weights, not proven (--verify none)"
     same = found["bundle"]
+    agree = same.get("agree", same["agree_16"])  # of a bundle from before near ties were looked at
     return (
         f"{recipe} weights, proven against the merged model: perplexity "
-        f"{same['perplexity_change']:+.1%}, {same['agree']:.0%} of answers begin as well; "
+        f"{same['perplexity_change']:+.1%}, {agree:.0%} of answers begin as well; "
         f"{found['speed']['decode_tok_s']:.0f} tok/s on this machine"
     )

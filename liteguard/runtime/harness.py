@@ -30,8 +30,9 @@ MAX_NEW_TOKENS = 256
 class BundleLM(LM):
     """A `.task` or `.litertlm` file; everything that is generated is greedy.
 
-    What its KV cache is too small for loses the beginning of its context, as with the harness's
-    own models.
+    A context that its KV cache is too small for loses its beginning, as with the harness's own
+    models; a prompt to be answered that is too long gets an empty answer. Where the model needs a
+    BOS, it stands before every context.
     """
 
     def __init__(self, bundle: str, **unused: Any) -> None:
@@ -39,6 +40,7 @@ class BundleLM(LM):
         path = Path(bundle)
         record = records.read(BundleRecord, path.with_name(f"{path.name}.json"))
         self.workers, self.room = BundleWorkers(path), record.cache_length
+        self.prompt = record.prompt
         # Stands before a text that has nothing before it.
         self.start = self.workers.tokenize([record.prompt.bos_token or record.prompt.end_token])[0]
 
@@ -55,10 +57,12 @@ class BundleLM(LM):
             ]
         )
 
-    @staticmethod
-    def _without_trailing_blanks(context: str, continuation: str) -> tuple[str, str]:
+    def _without_trailing_blanks(self, context: str, continuation: str) -> tuple[str, str]:
         bare = context.rstrip()
-        return bare, context[len(bare) :] + continuation
+        return self._begin(bare), context[len(bare) :] + continuation
+
+    def _begin(self, text: str) -> str:
+        return text if text.startswith(self.prompt.bos_token) else self.prompt.begin(text)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **unused: Any) -> list[float]:
         """Log-likelihood of each whole text, in pieces that the KV cache holds."""
@@ -106,7 +110,7 @@ class BundleLM(LM):
             until = settings.get("until") or []
             ends.append([until] if isinstance(until, str) else list(until))
             limits.append(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)))
-            prompts.append(prompt)
+            prompts.append(self._begin(prompt))
         found = [""] * len(prompts)
         bar = progress.Progress("answers", len(prompts))
         for index, answer in self.workers.generate(prompts, limits, self.room):
