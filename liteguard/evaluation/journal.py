@@ -77,7 +77,7 @@ class Journal:
         """Append result `index` of a part, which took so many seconds."""
         self.found[part][index] = value
         self.seconds[part] += seconds
-        line = json.dumps([part, index, value, round(seconds, 4)], ensure_ascii=False)
+        line = json.dumps([part, index, value, round(seconds, 6)], ensure_ascii=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
