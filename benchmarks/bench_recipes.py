@@ -5,8 +5,10 @@
 Exports the checkpoint once, quantises it with every recipe and compares each bundle with the merged
 16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. Recipes with
 4-bit weights are measured as they are by default, calibrated on training rows, and as
-compress.calibrate=false makes them ("min-max"). The sizes of Phi-1.5 and Phi-2 are computed from
-their shapes and each recipe's bits; benchmarks/bench_convert.py measures them.
+compress.calibrate=false makes them ("min-max"). The 8-bit ones are smoothed by default when a
+bundle is made (compress.smooth); here all are with --smooth, and none without. The sizes of Phi-1.5
+and Phi-2 are computed from their shapes and each recipe's bits; benchmarks/bench_convert.py
+measures them.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from liteguard.config import RECIPES, Config
 from liteguard.export import (
     bundle,
     calibration,
+    layerwise,
     measured,
     merge,
     quantization,
     silence,
+    smoothing,
     tflite,
     tokenizer,
 )
@@ -64,6 +68,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     base, _ = models.base_model(config)
     merged, exact, file = work / "merged", work / "float.tflite", work / "model.tflite"
     merge.merge_adapter(base, Path(args.input), merged, config.prompt)
+    rows = layerwise.training_rows(config, data_dir, merged, calibration.WITHOUT_ROWS)
+    if args.smooth and rows and smoothing.smooth(merged, rows, work / "smoothed")["layers"]:
+        merged = work / "smoothed"
     vocabulary = tokenizer.build_sentencepiece(merged, work / "tokenizer.model")
     silenced = silence.Silence.of(vocabulary, merged)
     tflite.export(
@@ -76,7 +83,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     reference = measured.Reference(merged, config.prompt, samples, work / "merged.jsonl", silenced)
     report = {"tolerance": section.perplexity_limit("int8"), "recipes": {}}
     question = config.prompt.render_question(samples.questions[0])
-    rows = calibration.training_rows(config, data_dir, merged)
     for variant in (names := variants(args.recipes)):
         recipe = variant.removesuffix(MIN_MAX)
         folder = None if variant != recipe else calibration.folder(work, recipe, config)
@@ -135,6 +141,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="texts, answers to score, questions")
     parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--rounds", type=int, default=2, help="of three timed answers a recipe")
+    parser.add_argument(
+        "--smooth", action="store_true", help="move outliers first, for all recipes"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     args.recipes = args.recipes or list(RECIPES)

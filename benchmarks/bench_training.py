@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 MEDIANS = {"prompt": 45, "answer": 110}  # words
 SIGMA = 0.6
+LONGEST = 280  # words of a question and its answer together: they fit into the default max_length
 PARENTS = {"domain": None, "instruction": "domain", "safety": "instruction"}
 
 
@@ -46,18 +47,20 @@ def write_rows(texts: list[str], target: Path, count: int) -> None:
     rng = random.Random(0)
     words = " ".join(texts).split()
 
-    def draw(median: int) -> str:
-        size = min(max(int(median * rng.lognormvariate(0, SIGMA)), 4), 300)
+    def draw(median: int, most: int) -> str:
+        size = min(max(int(median * rng.lognormvariate(0, SIGMA)), 4), most)
         start = rng.randrange(len(words) - size)
         return " ".join(words[start : start + size])
 
     rows: dict[str, list[dict[str, str]]] = {"domain": [], "instruction": [], "preference": []}
     for _ in range(count):
-        question, answer = draw(MEDIANS["prompt"]), draw(MEDIANS["answer"])
+        question = draw(MEDIANS["prompt"], LONGEST // 2)
+        left = LONGEST - len(question.split())
+        answer = draw(MEDIANS["answer"], left)
         rows["domain"].append({"text": answer})
         rows["instruction"].append({"prompt": question, "completion": answer})
         rows["preference"].append(
-            {"prompt": question, "chosen": answer, "rejected": draw(MEDIANS["answer"])}
+            {"prompt": question, "chosen": answer, "rejected": draw(MEDIANS["answer"], left)}
         )
     manifest: dict = {"model_type": "smollm2", "files": {}, "counts": {}}
     for part, found in rows.items():
@@ -67,7 +70,8 @@ def write_rows(texts: list[str], target: Path, count: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
             manifest["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-            manifest["counts"][name] = {"rows": len(own)}
+            words = sum(len(value.split()) for row in own for value in row.values())
+            manifest["counts"][name] = {"rows": len(own), "words": words}
     (target / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 

@@ -107,6 +107,7 @@ class BundleRecord(Made):
     base_licence: str | None = None
     bytes: dict[str, int]
     merge: dict[str, Any]
+    smooth: dict[str, Any] = {}  # of 8-bit recipes: outliers moved before the conversion
     tokenizer: dict[str, Any]
     silence: dict[str, Any] | None = None  # of a .task
     export: Export

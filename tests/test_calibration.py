@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from liteguard.config import Config
-from liteguard.export import calibration, chosen, conversion, gptq, quantization
+from liteguard.export import calibration, chosen, conversion, gptq, layerwise, quantization
 from liteguard.export.gptq import Format
 
 FOUR = Format(4, 32)
@@ -167,10 +167,10 @@ def test_padding_changes_nothing(model, monkeypatch):
     layer = loaded.model.layers[0]
     target = next(m for n, m in layer.named_modules() if n in ("mlp.fc2", "mlp.down_proj"))
     with torch.inference_mode():
-        together = list(calibration._batches(loaded, layer, model.rows))
+        together = list(layerwise.batches(loaded, layer, model.rows))
         assert len(together) < len(model.rows) and not all(b.real.all() for b in together)
-        monkeypatch.setattr(calibration, "_BATCH", 1)
-        alone = list(calibration._batches(loaded, layer, model.rows))
+        monkeypatch.setattr(layerwise, "BATCH", 1)
+        alone = list(layerwise.batches(loaded, layer, model.rows))
         assert len(alone) == len(model.rows)
         found = [calibration._hessian(layer, target, batches) for batches in (together, alone)]
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
@@ -190,7 +190,7 @@ def prepared(monkeypatch) -> list[tuple[str, str]]:
             ],
         }[part]
 
-    monkeypatch.setattr(calibration, "load_split", load)
+    monkeypatch.setattr(layerwise, "load_split", load)
     return asked
 
 
@@ -217,17 +217,18 @@ def test_rows_are_training_rows_of_all_stages(monkeypatch, tmp_path):
             "compress": {"calibration_tokens": 200},
         }
     )
-    rows = calibration.training_rows(config, tmp_path, tmp_path)
+    rows = layerwise.training_rows(config, tmp_path, tmp_path, "")
     assert asked == [("domain", "train"), ("instruction", "train"), ("preference", "train")]
     assert sum(map(len, rows)) == 200
     begin = [row[0] for row in rows[:6]]
     assert len(set(begin[:3])) == 2 and begin[:3] == begin[3:], "text, two questions, text, ..."
-    assert rows == calibration.training_rows(config, tmp_path, tmp_path), "the same each time"
+    assert rows == layerwise.training_rows(config, tmp_path, tmp_path, ""), "the same each time"
 
 
 def test_without_rows_it_says_so_and_goes_on(tmp_path, capsys):
     config = Config.model_validate({"model_type": "tiny", "model": {"name": "a/model"}})
-    assert calibration.training_rows(config, tmp_path / "moved", tmp_path) is None
+    without = calibration.WITHOUT_ROWS
+    assert layerwise.training_rows(config, tmp_path / "moved", tmp_path, without) is None
     printed = capsys.readouterr().out
     assert "no training rows to calibrate on" in printed and "moved" in printed
     assert "compress.calibrate=false" in printed

@@ -111,6 +111,11 @@ class CompressSection(Section):
     calibration_tokens: int = Field(
         4096, ge=64, description="Tokens of training rows to calibrate on."
     )
+    smooth: bool = Field(
+        True,
+        description="Recipes of 8 bits: move outliers of activations into the weights behind them, "
+        "by powers of two, so that the function stays what it is to the last bit.",
+    )
     prefill_lengths: list[PositiveInt] = Field(
         default_factory=lambda: [1024],
         min_length=1,

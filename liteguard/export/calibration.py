@@ -7,10 +7,7 @@ together, and those behind them see the result. One layer is in float32 at a tim
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 from liteguard import checkpoints, machine, merged
 from liteguard.config import Config
 from liteguard.errors import UserError, WorkError
-from liteguard.export import chosen, gptq, quantization
+from liteguard.export import chosen, gptq, layerwise, quantization
+from liteguard.export.layerwise import Batch
 from liteguard.progress import Progress
-from liteguard.rows import load_split
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Linear, Module
 
-# A row is cut here: a longer one would take the place of many others.
-LONGEST_ROW = 256
-# Tokens of a batch, padding counted.
-_BATCH = 1024
+WITHOUT_ROWS = (
+    "Weights are rounded without them (scales of least squared error), which loses more. "
+    "Put the prepared data back, or pass --set compress.calibrate=false, and this line goes"
+)
 
 
 def folder(work: Path, recipe: str, config: Config) -> Path | None:
@@ -43,54 +40,8 @@ def of_checkpoint(
 ) -> dict[str, Any]:
     """`calibrate` on the rows that a checkpoint was trained on, in a process of its own."""
     data_dir = Path(checkpoints.read_stage(checkpoint, "safety").data_dir)
-    rows = training_rows(config, data_dir, merged_dir)
+    rows = layerwise.training_rows(config, data_dir, merged_dir, WITHOUT_ROWS)
     return machine.in_child("calibrate", calibrate, merged_dir, rows, recipe, output)
-
-
-def training_rows(config: Config, data_dir: Path, merged_dir: Path) -> list[list[int]] | None:
-    """Token ids of training rows, the three stages taking turns, as many as the settings ask for.
-
-    None, and a line that says so, where there are no prepared rows: the scales are then those of
-    least squared error, without inputs.
-    """
-    from tokenizers import Tokenizer
-
-    prompt = config.prompt
-    parts: dict[str, Callable[[dict[str, Any]], str]] = {
-        "domain": lambda row: row["text"] + prompt.document_end_token,
-        "instruction": lambda row: (
-            prompt.render_question(row["prompt"]) + prompt.render_answer(row["completion"])
-        ),
-        "preference": lambda row: (
-            prompt.render_question(row["prompt"]) + prompt.render_answer(row["chosen"])
-        ),
-    }
-    try:
-        found = {part: load_split(data_dir, part, "train") for part in parts}
-    except UserError as error:
-        print(
-            f"  no training rows to calibrate on: {error}\n"
-            "  Weights are rounded without them (scales of least squared error), which loses more. "
-            "Put the prepared data back, or pass --set compress.calibrate=false, and this line goes"
-        )
-        return None
-    tokenizer = Tokenizer.from_file(str(merged_dir / "tokenizer.json"))
-    for rows in found.values():
-        random.Random(0).shuffle(rows)
-    chosen_rows: list[list[int]] = []
-    left = config.compress.calibration_tokens
-    for turn in range(max(map(len, found.values()))):
-        for part, rows in found.items():
-            if turn >= len(rows):
-                continue
-            text = parts[part](rows[turn])
-            ids = tokenizer.encode(text, add_special_tokens=False).ids[: min(LONGEST_ROW, left)]
-            if len(ids) > 1:
-                chosen_rows.append(ids)
-            left -= len(ids)
-            if left <= 0:
-                return chosen_rows
-    return chosen_rows
 
 
 def rounded_inputs(x: Tensor) -> Tensor:
@@ -102,101 +53,28 @@ def rounded_inputs(x: Tensor) -> Tensor:
     return ((x / scale).round().add(zero).clamp(-128, 127) - zero) * scale
 
 
-@dataclass
-class _Batch:
-    """Rows of about the same length, on their way through the layers."""
-
-    hidden: Tensor  # rows x tokens x width
-    real: Tensor  # rows x tokens: False for padding, which is at the end and seen by no token
-    named: dict[str, Any]  # what a layer is given beside the hidden states
-
-
-class _Reached(Exception):
-    """A forward pass came to where it should end."""
-
-    def __init__(self, *given: Any) -> None:
-        self.given = given
-
-
-def _until(function: Callable[[], Any], module: Module) -> tuple[Any, ...]:
-    """What `module` is called with when `function` runs: (its first argument, the named ones)."""
-
-    def end(_: Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        raise _Reached(positional[0], named)
-
-    handle = module.register_forward_pre_hook(end, prepend=True, with_kwargs=True)
-    try:
-        function()
-    except _Reached as reached:
-        return reached.given
-    finally:
-        handle.remove()
-    raise WorkError(f"{type(module).__name__} is not part of the model's forward pass")
-
-
-def _batches(model: Any, first: Module, rows: list[list[int]]) -> Iterator[_Batch]:
-    """The inputs of the first layer."""
-    import torch
-
-    ordered, start = sorted(rows, key=len), 0
-    while start < len(ordered):
-        end = start + 1
-        while end < len(ordered) and len(ordered[end]) * (end + 1 - start) <= _BATCH:
-            end += 1
-        some, start = ordered[start:end], end
-        ids = torch.zeros(len(some), len(some[-1]), dtype=torch.long)
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        for place, row in enumerate(some):
-            ids[place, : len(row)] = torch.tensor(row)
-            real[place, : len(row)] = True
-        hidden, named = _until(partial(model, input_ids=ids, use_cache=False), first)
-        yield _Batch(hidden, real, named)
-
-
-def _forward(layer: Module, batch: _Batch) -> Tensor:
-    output = layer(batch.hidden, **batch.named)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _groups(layer: Module, names: list[str], batch: _Batch) -> list[list[str]]:
-    """Names of linear layers in the order of their turns, those with one input together."""
-    inputs: dict[str, Any] = {}
-    handles = []
-    for name in names:
-
-        def keep(_: Module, positional: tuple[Any, ...], name: str = name) -> None:
-            inputs[name] = positional[0]
-
-        handles.append(layer.get_submodule(name).register_forward_pre_hook(keep, prepend=True))
-    _forward(layer, batch)
-    for handle in handles:
-        handle.remove()
-    groups: dict[int, list[str]] = {}
-    for name, value in inputs.items():
-        groups.setdefault(id(value), []).append(name)
-    return list(groups.values())
-
-
-def _hessian(layer: Module, linear: Linear, batches: list[_Batch]) -> Tensor:
+def _hessian(layer: Module, linear: Linear, batches: list[Batch]) -> Tensor:
     """Sum of x x^T over all tokens' inputs of a linear layer, rounded as on the device."""
     import torch
 
     total = torch.zeros(linear.in_features, linear.in_features)
     for batch in batches:
-        given = _until(partial(_forward, layer, batch), linear)[0]
+        given = layerwise.until(partial(layerwise.forward, layer, batch), linear)[0]
         x = rounded_inputs(given[batch.real])
         total.addmm_(x.t(), x)
     return total
 
 
 def _choose(
-    layer: Module, names: list[str], batches: list[_Batch], kind: gptq.Format
+    layer: Module, names: list[str], batches: list[Batch], kind: gptq.Format
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Round the named matrices of a layer in place; digest -> (integers, scales)."""
     import torch
 
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for group in _groups(layer, names, batches[0]) if batches else [[name] for name in names]:
+    for group in (
+        layerwise.groups(layer, names, batches[0]) if batches else [[name] for name in names]
+    ):
         linears = [layer.get_submodule(name) for name in group]
         hessian = _hessian(layer, linears[0], batches) if batches else None
         together = torch.cat([linear.weight for linear in linears])
@@ -210,17 +88,6 @@ def _choose(
     return found
 
 
-def _decoder_layers(model: Any) -> Any:
-    """The list of a model's decoder layers."""
-    import torch
-
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise WorkError(f"{type(model).__name__} has no list of {count} layers to calibrate")
-
-
 def calibrate(
     merged_dir: Path, rows: list[list[int]] | None, recipe: str, output: Path
 ) -> dict[str, Any]:
@@ -230,7 +97,7 @@ def calibrate(
 
     Args:
         merged_dir: the merged model, 16-bit safetensors.
-        rows: `training_rows`; None chooses scales of least squared error.
+        rows: `layerwise.training_rows`; None chooses scales of least squared error.
         recipe: one of `quantization.BLOCKS`.
         output: the folder, made where it is missing; of this model, recipe and rows only.
 
@@ -244,13 +111,13 @@ def calibrate(
     model = merged.load_stored(merged_dir).eval().requires_grad_(False)
     architecture = model.config.get_text_config().to_dict()
     kind = gptq.Format(4, quantization.BLOCKS[recipe])
-    layers = _decoder_layers(model)
+    layers = layerwise.decoder_layers(model)
     matrices = 0
     with torch.inference_mode():
-        batches: list[_Batch] = []
+        batches: list[Batch] = []
         if rows:
             model.get_input_embeddings().float()
-            batches = list(_batches(model, layers[0], rows))
+            batches = list(layerwise.batches(model, layers[0], rows))
         remaining = list(layers)
         del model, layers  # embedding and output layer are not needed any more
         progress = Progress("calibrating", len(remaining), unit="layers")
@@ -273,7 +140,7 @@ def calibrate(
             else:
                 chosen.save(file, _choose(layer, names, batches, kind), kind)
             for batch in batches:
-                batch.hidden = _forward(layer, batch)
+                batch.hidden = layerwise.forward(layer, batch)
                 if not batch.hidden[batch.real].isfinite().all():
                     raise WorkError(f"layer {place + 1} gives no finite numbers once it is rounded")
             del layer

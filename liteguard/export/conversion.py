@@ -15,6 +15,7 @@ from liteguard.export import (
     merge,
     quantization,
     silence,
+    smoothing,
     tflite,
     tokenizer,
     verify,
@@ -58,6 +59,8 @@ class Conversion:
         """All steps; returns the facts of each for the bundle's record."""
         section = self.config.compress
         facts = self.steps.keep("merge", self._merge)
+        if smoothing.wanted(self.config):
+            facts["smooth"] = self._smooth()
         # Kept apart by its name: a rerun may ask for other containers.
         kind = "sentencepiece" if self._has_task else "original"
         facts["tokenizer"] = self.steps.keep(f"tokenizer_{kind}", self._tokenizer)
@@ -97,6 +100,20 @@ class Conversion:
         prompt, trusted = self.config.prompt, self.config.model.trust_remote_code
         parts = self.base, self.checkpoint, self.merged, prompt, self.revision, trusted
         return {"merge": machine.in_child("merge", merge.merge_adapter, *parts)}
+
+    def _smooth(self) -> dict[str, Any]:
+        """Move outliers of activations; what follows reads the smoothed model where there is one.
+
+        It is a folder of its own, so that a killed run never smooths twice. The other one goes
+        once this step is kept: nothing reads it any more.
+        """
+        smoothed = self.work / "smoothed"
+        given = self.config, self.checkpoint, self.merged, smoothed
+        facts = self.steps.keep("smooth", smoothing.of_checkpoint, *given)
+        if facts["layers"]:
+            writing.remove(self.merged)
+            self.merged = smoothed
+        return facts
 
     @property
     def _has_task(self) -> bool:

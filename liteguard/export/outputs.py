@@ -123,6 +123,7 @@ def left_over(output: Path) -> int:
 # Seconds, and seconds per billion parameters, on two cores (benchmarks/full_size_report.json).
 SECONDS = {
     "merge": (5.0, 22.0),
+    "smooth": (4.0, 30.0),
     "export": (60.0, 60.0),
     "quantize": (5.0, 16.0),
     "bundle": (1.0, 5.0),

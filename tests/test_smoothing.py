@@ -1,0 +1,142 @@
+"""Outliers of activations moved into weights: the same function to the last bit, fewer lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from liteguard import merged
+from liteguard.config import Config
+from liteguard.export import calibration, conversion, smoothing
+from liteguard.export.outputs import Steps
+
+WIDTH, ROWS, OUTLIER = 64, 200, 5
+SMALL = {"vocab_size": ROWS, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")
+
+
+def made(folder: Path, name: str, **settings) -> list[list[int]]:
+    """A model of two layers whose norms blow one channel up and whose weights take it back, in a
+    folder; rows of tokens."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SMALL, **settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            if module_name.endswith("layernorm") and ".layers." in module_name:
+                module.weight[OUTLIER] = 128
+                if getattr(module, "bias", None) is not None:
+                    module.bias.uniform_(-1, 1)
+            elif module_name.endswith(READERS):
+                module.weight[:, OUTLIER] /= 128
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    lengths = torch.randint(3, 60, (60,)).tolist()
+    return [torch.randint(ROWS, (length,)).tolist() for length in lengths]
+
+
+def logits(folder: Path, rows: list[list[int]], rounded: bool = False) -> torch.Tensor:
+    """Of the first rows, in float32; `rounded`: weights and inputs of layers in 8 bits."""
+    model = merged.load_stored(folder).float().eval()
+    for module in model.model.layers.modules() if rounded else ():
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            module.weight.data = (module.weight.detach() / scale).round() * scale
+            module.register_forward_pre_hook(lambda _, given: calibration.rounded_inputs(given[0]))
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([row])).logits[0] for row in rows[:12]])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Phi", "Qwen2"])
+def test_the_function_is_the_same_to_the_last_bit_and_loses_less(tmp_path, name):
+    settings = {"num_key_value_heads": 1} if name == "Qwen2" else {}
+    rows = made(tmp_path / "merged", name, **settings)
+    facts = smoothing.smooth(tmp_path / "merged", rows, tmp_path / "smoothed")
+    assert facts["layers"] == 2 and facts["largest"] >= 4
+    assert smoothing.TOKENS <= facts["tokens"] < smoothing.TOKENS + 60
+    exact = logits(tmp_path / "merged", rows)
+    assert torch.equal(logits(tmp_path / "smoothed", rows), exact)
+    lost = [
+        (logits(tmp_path / which, rows, rounded=True) - exact).square().mean().item()
+        for which in ("merged", "smoothed")
+    ]
+    assert lost[1] < 0.6 * lost[0]
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {path.name for path in (tmp_path / "smoothed").iterdir()} == names
+    assert merged.load_stored(tmp_path / "smoothed").dtype == torch.bfloat16
+
+
+def test_a_norm_that_does_more_than_multiply_is_left_alone(tmp_path):
+    """Gemma's multiplies by 1 + w: dividing w by 2 is another function."""
+    rows = made(tmp_path / "merged", "Gemma", head_dim=32, num_key_value_heads=1)
+    facts = smoothing.smooth(tmp_path / "merged", rows, tmp_path / "smoothed")
+    assert facts["layers"] == 0 and not (tmp_path / "smoothed").exists()
+
+
+def test_a_layer_is_as_it_was_where_the_stored_type_has_no_room(tmp_path):
+    """float16 ends at 65,504: a weight that would leave it is not scaled."""
+    rows = made(tmp_path / "merged", "Llama")
+    model = merged.load_stored(tmp_path / "merged").to(torch.float16)
+    with torch.no_grad():
+        for linear in ("q_proj", "k_proj", "v_proj"):
+            getattr(model.model.layers[0].self_attn, linear).weight.mul_(40)
+        model.model.layers[0].self_attn.q_proj.weight[:, OUTLIER] = 40_000
+        model.model.layers[0].input_layernorm.weight[OUTLIER] = 60_000
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.save_pretrained(tmp_path / "half")
+    facts = smoothing.smooth(tmp_path / "half", rows, tmp_path / "smoothed")
+    assert facts["layers"] == 1
+    after = dict(merged.load_stored(tmp_path / "smoothed").named_parameters())
+    for name, value in before.items():
+        assert torch.equal(after[name], value) or ".layers.0." not in name, name
+
+
+def config(**compress) -> Config:
+    wanted = {"model_type": "tiny", "model": {"name": "a/model"}, "compress": compress}
+    return Config.model_validate(wanted)
+
+
+def test_recipes_of_4_bits_have_their_own_way():
+    assert smoothing.wanted(config()) and smoothing.wanted(config(quantize="int8_mixed"))
+    assert not smoothing.wanted(config(smooth=False))
+    assert not smoothing.wanted(config(quantize="int4_block32"))
+
+
+def test_a_killed_run_never_smooths_twice(tmp_path, monkeypatch):
+    """Wherever it ends, what follows reads the model smoothed once, from one folder."""
+    work = tmp_path / "work"
+    rows = made(work / "merged", "Llama")
+
+    def once(_config: Config, _checkpoint: Path, source: Path, output: Path) -> dict:
+        return smoothing.smooth(source, rows, output)
+
+    monkeypatch.setattr(smoothing, "of_checkpoint", once)
+
+    def run() -> Path:
+        made_here = conversion.Conversion.__new__(conversion.Conversion)
+        made_here.config, made_here.checkpoint, made_here.work = config(), tmp_path, work
+        made_here.steps, made_here.merged = Steps(work), work / "merged"
+        made_here._smooth()
+        return made_here.merged
+
+    def killed(path: Path, *_) -> None:
+        if path.name in ("smooth.json", "merged"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # before the result is kept
+        patched.setattr("liteguard.export.outputs.checkpoints.write_json", killed)
+        pytest.raises(KeyboardInterrupt, run)
+    with monkeypatch.context() as patched:  # before the other folder goes
+        patched.setattr("liteguard.export.conversion.writing.remove", killed)
+        pytest.raises(KeyboardInterrupt, run)
+    assert json.loads((work / "smooth.json").read_text())["layers"] == 2
+    kept = logits(work / "smoothed", rows)
+    assert run() == work / "smoothed" == run()
+    assert torch.equal(logits(work / "smoothed", rows), kept)
+    assert not (work / "merged").exists()
