@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import logging
 import multiprocessing
@@ -316,6 +317,18 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+@functools.cache
+def quiet_stderr_at_exit() -> None:
+    """The same for what C++ code prints when the process has ended and tears it down."""
+
+    def end() -> None:
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    # Registered once LiteRT is in use, so after what has to say something at the end.
+    atexit.register(end)
 
 
 def gpu_memory_gb() -> float:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.machine import one_at_a_time, quiet_stderr
+from liteguard.machine import one_at_a_time, quiet_stderr, quiet_stderr_at_exit
 from liteguard.runtime.container import lengths, unpacked_weights
 from liteguard.runtime.scorer import Scorer
 from liteguard.sampling import GREEDY, Sampling
@@ -62,6 +62,7 @@ class Bundle:
         import litert_lm
 
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
+        quiet_stderr_at_exit()
         try:
             with one_at_a_time(self.unpacked / "lock"):
                 self._engine = litert_lm.Engine(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard.errors import UserError, WorkError
-from liteguard.machine import quiet_stderr
+from liteguard.machine import quiet_stderr, quiet_stderr_at_exit
 
 
 class Scorer:
@@ -32,6 +32,7 @@ class Scorer:
         cpu = CpuOptions(
             num_threads=threads, xnnpack_weight_cache_path=str(unpacked / "scores.xnnpack_cache")
         )
+        quiet_stderr_at_exit()
         with quiet_stderr():
             self._model = CompiledModel.from_file(str(file), options=Options(cpu_options=cpu))
         details = self._model.get_input_tensor_details("decode")
