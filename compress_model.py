@@ -46,7 +46,8 @@ def parse_args():
     parser.add_argument(
         "--quantize",
         metavar="RECIPE",
-        help=f"auto or one of {', '.join(RECIPES)}; default: compress.quantize of the YAML",
+        help=f"auto, or one or several (the first that passes its proof) of {', '.join(RECIPES)}; "
+        "default: compress.quantize of the YAML",
     )
     parser.add_argument(
         "--verify", metavar="LEVEL", help="quick, full or none; default: compress.verify.level"

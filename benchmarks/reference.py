@@ -139,7 +139,9 @@ def schema() -> str:
         known = sections[section]["properties"]
         known["license"] = {**known["licence"], "title": "License"}
     recipes = sections["CompressSection"]["properties"]["quantize"]
-    recipes["enum"] = ["auto", *config.RECIPES]
+    one = f"({'|'.join(config.RECIPES)})"
+    recipes["pattern"] = rf"^(auto|{one}( *, *{one})*)$"
+    recipes["examples"] = ["auto", *config.RECIPES]
     sections["SourceSection"]["properties"]["dataset"]["examples"] = ["auto", *sorted(DATASETS)]
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 

@@ -172,7 +172,7 @@ def compress_step(config: Config, architecture: Any, slow: float | None) -> Step
     note = ""
     if more and answers:
         longest = None if slow is None else slow * (seconds + more * proof)
-        note = f"{minutes(longest)} if all {more + 1} recipes of quantize: auto are tried"
+        note = f"{minutes(longest)} if all {more + 1} recipes are tried"
     return Step("compress", None if slow is None else slow * seconds, peak, disk, note=note)
 
 

@@ -130,7 +130,10 @@ def test_other_names_and_optimizers_are_real():
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("compress.quantize=intt8", "unknown recipe 'intt8'. Allowed:\n    auto"),
+        (
+            "compress.quantize=intt8",
+            "unknown recipe 'intt8'. Allowed, one or several separated by commas:\n    auto",
+        ),
         ("compress.prefill_lengths=[64, 2048]", "kv_cache_length 1280 must exceed the longest"),
         ("compress.prefill_lengths=[0]", "compress.prefill_lengths.0: Input should be greater"),
         ("domain.optimizer=adamm", "domain.optimizer: Input should be 'adamw_torch'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,12 @@ def test_a_wrong_key_is_seen_and_every_key_is_there():
     assert unknown(wrong, SCHEMA) == ["domain.learning_rat", "data.domain.[].datset", "modle"]
     defaults = config.Config().model_dump(mode="json")
     assert unknown(defaults, SCHEMA) == []
-    assert set(config.RECIPES) < set(
-        SCHEMA["$defs"]["CompressSection"]["properties"]["quantize"]["enum"]
-    )
+    recipes = SCHEMA["$defs"]["CompressSection"]["properties"]["quantize"]
+    assert set(config.RECIPES) < set(recipes["examples"])
+    for right in (*recipes["examples"], "int8, mixed", "int8_mixed,int8_weight_only,fp16"):
+        assert re.fullmatch(recipes["pattern"], right)
+        assert config.CompressSection(quantize=right).quantize == right
+    for wrong in ("intt8", "auto, int8", "int8,", "", "int8 mixed"):
+        assert not re.fullmatch(recipes["pattern"], wrong)
+        with pytest.raises(ValueError, match="unknown recipe"):
+            config.CompressSection(quantize=wrong)

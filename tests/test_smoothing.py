@@ -10,7 +10,7 @@ import torch
 
 from liteguard import merged
 from liteguard.config import Config
-from liteguard.export import calibration, conversion, smoothing
+from liteguard.export import calibration, conversion, layerwise, smoothing
 from liteguard.export.outputs import Steps
 
 WIDTH, ROWS, OUTLIER = 64, 200, 5
@@ -95,6 +95,24 @@ def test_a_layer_is_as_it_was_where_the_stored_type_has_no_room(tmp_path):
     after = dict(merged.load_stored(tmp_path / "smoothed").named_parameters())
     for name, value in before.items():
         assert torch.equal(after[name], value) or ".layers.0." not in name, name
+
+
+def test_a_model_of_another_kind_is_converted_as_it_is(tmp_path, monkeypatch, capsys):
+    """A layer that wants other arguments than the first one (hybrid models) fails no conversion."""
+    rows, calls = made(tmp_path / "merged", "Llama"), []
+    forward = layerwise.forward
+
+    def other(layer, batch):
+        calls.append(layer)
+        if len({*calls}) == 2:
+            raise TypeError("forward() got an unexpected keyword argument")
+        return forward(layer, batch)
+
+    monkeypatch.setattr(layerwise, "forward", other)
+    facts = smoothing.smooth(tmp_path / "merged", rows, tmp_path / "smoothed")
+    assert facts["layers"] == 0 and "unexpected" in facts["error"]
+    assert not (tmp_path / "smoothed").exists()
+    assert "stay where they are: TypeError" in capsys.readouterr().out
 
 
 def config(**compress) -> Config:

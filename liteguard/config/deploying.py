@@ -90,11 +90,16 @@ class VerifySection(Section):
         return self.perplexity_change or (0.1 if recipe.startswith(("int4", "mixed")) else 0.01)
 
 
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(","))
+
+
 class CompressSection(Section):
     quantize: str = Field(
         "auto",
         description="auto: int8, and the next more exact one while the proof says that it loses "
-        f"too much. Or one of {', '.join(RECIPES)}.",
+        f"too much. Or one of {', '.join(RECIPES)}; or several, separated by commas: the first "
+        "that passes.",
     )
     size_gb: float | None = Field(
         None,
@@ -147,14 +152,15 @@ class CompressSection(Section):
 
     @field_validator("quantize")
     @classmethod
-    def _is_a_recipe(cls, name: str) -> str:
-        if name != "auto" and name not in RECIPES:
+    def _are_recipes(cls, names: str) -> str:
+        unknown = [name for name in _split(names) if name not in RECIPES]
+        if names != "auto" and unknown:
             raise ValueError(
-                f"unknown recipe {name!r}. Allowed:\n"
+                f"unknown recipe {unknown[0]!r}. Allowed, one or several separated by commas:\n"
                 f"    {'auto':17} {', '.join(AUTO)}: the first that passes the proof\n"
                 + "\n".join(f"    {known:17} {what}" for known, what in RECIPES.items())
             )
-        return name
+        return names
 
     @model_validator(mode="after")
     def _prompt_and_answer_share_the_cache(self) -> CompressSection:
@@ -174,4 +180,4 @@ class CompressSection(Section):
     @property
     def recipes(self) -> tuple[str, ...]:
         """The recipes that `quantize` stands for, in the order in which they are tried."""
-        return AUTO if self.quantize == "auto" else (self.quantize,)
+        return AUTO if self.quantize == "auto" else _split(self.quantize)
