@@ -13,13 +13,15 @@ from liteguard.config import Config
 from liteguard.export import calibration, conversion, layerwise, smoothing
 from liteguard.export.outputs import Steps
 
-WIDTH, ROWS, OUTLIER = 64, 200, 5
+WIDTH, ROWS, OUTLIER, SMALL_ENTRY = 64, 200, 5, 9
 SMALL = {"vocab_size": ROWS, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
 SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")
 
 
-def made(folder: Path, name: str, **settings) -> list[list[int]]:
+def made(
+    folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **settings
+) -> list[list[int]]:
     """A model of two layers whose norms blow one channel up and whose weights take it back, in a
     folder; rows of tokens."""
     import transformers
@@ -31,11 +33,12 @@ def made(folder: Path, name: str, **settings) -> list[list[int]]:
         for module_name, module in model.named_modules():
             if module_name.endswith("layernorm") and ".layers." in module_name:
                 module.weight[OUTLIER] = 128
+                module.weight[SMALL_ENTRY] = 2e-4
                 if getattr(module, "bias", None) is not None:
                     module.bias.uniform_(-1, 1)
             elif module_name.endswith(READERS):
                 module.weight[:, OUTLIER] /= 128
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     lengths = torch.randint(3, 60, (60,)).tolist()
     return [torch.randint(ROWS, (length,)).tolist() for length in lengths]
@@ -53,10 +56,20 @@ def logits(folder: Path, rows: list[list[int]], rounded: bool = False) -> torch.
         return torch.cat([model(torch.tensor([row])).logits[0] for row in rows[:12]])
 
 
-@pytest.mark.parametrize("name", ["Llama", "Phi", "Qwen2"])
-def test_the_function_is_the_same_to_the_last_bit_and_loses_less(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Llama", torch.float16),
+        ("Llama", torch.bfloat16),
+        ("Phi", torch.float16),
+        ("Qwen2", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_function_is_the_same_to_the_last_bit_and_loses_less(tmp_path, capsys, name, dtype):
+    """In float16, too, whose small numbers lose digits when they are divided."""
     settings = {"num_key_value_heads": 1} if name == "Qwen2" else {}
-    rows = made(tmp_path / "merged", name, **settings)
+    rows = made(tmp_path / "merged", name, dtype, **settings)
     facts = smoothing.smooth(tmp_path / "merged", rows, tmp_path / "smoothed")
     assert facts["layers"] == 2 and facts["largest"] >= 4
     assert smoothing.TOKENS <= facts["tokens"] < smoothing.TOKENS + 60
@@ -69,7 +82,8 @@ def test_the_function_is_the_same_to_the_last_bit_and_loses_less(tmp_path, name)
     assert lost[1] < 0.6 * lost[0]
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {path.name for path in (tmp_path / "smoothed").iterdir()} == names
-    assert merged.load_stored(tmp_path / "smoothed").dtype == torch.bfloat16
+    assert merged.load_stored(tmp_path / "smoothed").dtype == dtype
+    assert "moved in 2 of 2 layers" in capsys.readouterr().out
 
 
 def test_a_norm_that_does_more_than_multiply_is_left_alone(tmp_path):

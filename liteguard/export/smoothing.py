@@ -34,6 +34,9 @@ WITHOUT_ROWS = (
 TOKENS = 1024
 # The share `a` of an outlier that moves: 0.5 to 0.85 were tried (docs/experiments.md).
 ALPHA = 0.75
+# The share of channels, those with the smallest inputs, that stay as they are: others are scaled
+# from there, and one channel without any input would push all of them out of float16's range.
+_UNSCALED = 0.05
 # An input that is always near zero tells nothing of its scale.
 _LEAST = 1e-5
 
@@ -89,6 +92,8 @@ def smooth(merged_dir: Path, rows: list[list[int]], output: Path) -> dict[str, A
                 if ".safetensors" not in file.name and not (temporary / file.name).exists():
                     shutil.copy2(file, temporary / file.name)
     facts |= {"layers": len(done), "largest": max(done, default=1.0)}
+    moved = f"{len(done)} of {len(factors)} layers, by factors of up to {facts['largest']:.0f}"
+    print(f"  outliers of activations moved in {moved}")
     return facts | {"seconds": round(time.monotonic() - started, 1)}
 
 
@@ -128,11 +133,12 @@ def _smooth_layer(layer: Module, batches: list[Batch], stored: Any) -> float | N
         columns = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
         logs = ALPHA * most.clamp_min(_LEAST).log2()
         logs -= (1 - ALPHA) * columns.clamp_min(_LEAST).log2()
-        scale = torch.exp2((logs - logs.mean()).round())
+        values = [v for v in (norm.weight, getattr(norm, "bias", None)) if v is not None]
+        least = logs.quantile(_UNSCALED)
+        scale = _exact(torch.exp2((logs - least).round().clamp_min(0)), values, stored)
         largest = max(largest, scale.max().item())
-        for value in (norm.weight, getattr(norm, "bias", None)):
-            if value is not None:
-                value.data = value.data / scale
+        for value in values:
+            value.data = value.data / scale
         for linear in linears:
             linear.weight.data = linear.weight.data * scale
     whole = all(torch.equal(v, v.to(stored).float()) for v in layer.parameters())
@@ -144,6 +150,24 @@ def _smooth_layer(layer: Module, batches: list[Batch], stored: Any) -> float | N
     for name, value in layer.named_parameters():
         value.data = kept[name]
     return None
+
+
+def _exact(scale: Tensor, values: list[Tensor], stored: Any) -> Tensor:
+    """Powers of two from 1 on, lowered where a value by its factor has digits that are not stored.
+
+    float16 has fewer below 6e-5, so that weights are multiplied and never divided, and a norm's
+    small entry is divided as far as it can be.
+    """
+    import torch
+
+    for value in values:
+        while True:
+            divided = value / scale
+            lost = (divided.to(stored).float() != divided) & (scale > 1)
+            if not lost.any():
+                break
+            scale = torch.where(lost, scale / 2, scale)
+    return scale
 
 
 def _fed(
