@@ -5,10 +5,9 @@
 Exports the checkpoint once, quantises it with every recipe and compares each bundle with the merged
 16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. Recipes with
 4-bit weights are measured as they are by default, calibrated on training rows, and as
-compress.calibrate=false makes them ("min-max"). The 8-bit ones are smoothed by default when a
-bundle is made (compress.smooth); here all are with --smooth, and none without. The sizes of Phi-1.5
-and Phi-2 are computed from their shapes and each recipe's bits; benchmarks/bench_convert.py
-measures them.
+compress.calibrate=false makes them ("min-max"). With --smooth all recipes are those of
+compress.smooth. The sizes of Phi-1.5 and Phi-2 are computed from their shapes and each recipe's
+bits; benchmarks/bench_convert.py measures them.
 """
 
 from __future__ import annotations

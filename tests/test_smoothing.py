@@ -135,9 +135,10 @@ def config(**compress) -> Config:
 
 
 def test_recipes_of_4_bits_have_their_own_way():
-    assert smoothing.wanted(config()) and smoothing.wanted(config(quantize="int8_mixed"))
-    assert not smoothing.wanted(config(smooth=False))
-    assert not smoothing.wanted(config(quantize="int4_block32"))
+    assert smoothing.wanted(config(smooth=True)) and not smoothing.wanted(config())
+    assert smoothing.wanted(config(smooth=True, quantize="int8_mixed, fp16"))
+    for recipes in ("int4_block32", "int8, mixed"):
+        assert not smoothing.wanted(config(smooth=True, quantize=recipes))
 
 
 def test_a_killed_run_never_smooths_twice(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WITHOUT_ROWS = (
     "Outliers of activations stay where they are, which loses more. "
-    "Put the prepared data back, or pass --set compress.smooth=false, and this line goes"
+    "Put the prepared data back, or leave compress.smooth out, and this line goes"
 )
 # Tokens to measure on: a channel's largest input is known after few, and Phi-2 takes a minute.
 TOKENS = 1024
