@@ -44,7 +44,7 @@ READ_PIPELINE |= {"verify"}
 # And of these the embedded sources, which are parsed once in a process.
 READ_EMBEDDED = {"data", "embedded"}
 # What takes longest begins first, or one worker would be left with it at the end.
-LONG = ["pipeline", "embedded", "hub", "preparation", "distributed"]
+LONG = ["pipeline", "embedded", "hub", "preparation", "distributed", "notebook"]
 
 
 def unit_of(nodeid: str) -> str:

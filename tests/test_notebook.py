@@ -90,8 +90,8 @@ def test_it_says_what_make_readme_would_write():
 
 def cloned(folder: Path, config: Path) -> Path:
     """What a clone holds that the cells need, with the tiny model among the configurations."""
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*.txt")):
+        shutil.copy(file, folder)
     for name in ("liteguard", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(config, folder / "configs/tiny.yaml")

@@ -58,6 +58,7 @@ ALLOWED = {
     },
     "export/possible": {"write_text": (2, OWN)},
     "export/sentencepiece_native": {"write_text": (1, OWN)},
+    "export/smoothing": {"copy2": (1, WHOLE)},
     "export/task_format": {"open": (1, WHOLE)},
     "planning_probe": {"write_text": (2, OWN)},
     "runtime/container": {"rmtree": (2, OWN)},
