@@ -61,17 +61,24 @@ def pytest_collection_modifyitems(items):
         items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(LONG)))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
+class Scheduling:
     """Files go whole to the worker that is free, in the order in which they were collected."""
-    from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return unit_of(nodeid)
+    def pytest_xdist_make_scheduler(self, config, log):
+        from xdist.scheduler import LoadScopeScheduling
 
-    config.option.loadscopereorder = False  # by the number of their tests, that is
-    return ByFile(config, log)
+        class ByFile(LoadScopeScheduling):
+            def _split_scope(self, nodeid: str) -> str:
+                return unit_of(nodeid)
+
+        config.option.loadscopereorder = False  # by the number of their tests, that is
+        return ByFile(config, log)
+
+
+def pytest_configure(config):
+    # Fixtures of this file are used without pytest, too: only its `fixture` may be needed here.
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(Scheduling())
 
 
 def diseases() -> list[dict[str, str]]:

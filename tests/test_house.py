@@ -75,3 +75,19 @@ def test_without_the_embedded_folder_files_and_the_hub_still_work(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_fixtures_are_made_without_pytest(tmp_path):
+    """Benchmarks and checks from outside build the tiny model with them: `fixture` has to do."""
+    stub = (
+        "def fixture(*given, **_):\n    return given[0] if given else lambda function: function\n"
+    )
+    (tmp_path / "pytest.py").write_text(stub, encoding="utf-8")
+    made = "import conftest; print(conftest.tiny_data, conftest.tiny_config, conftest.tiny_phi)"
+    result = subprocess.run(
+        [sys.executable, "-c", made],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
