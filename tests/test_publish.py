@@ -147,8 +147,10 @@ def test_metadata_are_what_a_hub_reads():
     assert index["name"] == "tiny"
     own, of_others, knowledge = index["results"]
     assert {m["type"]: m["value"] for m in own["metrics"]}["rouge"] == 0.5411
-    assert of_others["dataset"] == {"name": "my set: <b> (harmful)", "type": "my-set-b"}
+    assert of_others["dataset"] == {"name": "my set: &lt;b&gt; (harmful)", "type": "my-set-b"}
     assert knowledge["metrics"][0]["name"].endswith("40 questions")
+    tagged = card.front_matter(facts_of(), "bundle", "a<img src=x onerror=f()>")
+    assert "<" not in tagged and "a&lt;img" in tagged
     # The hub's own client reads it the same way.
     from huggingface_hub import ModelCard
 

@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ def front_matter(facts: dict[str, Any], kind: Kind, name: str) -> str:
         "library_name": LIBRARIES[kind],
         "pipeline_tag": "text-generation",
         "tags": ["liteguard", "medical", "on-device", "dpo"],
-        "model-index": [{"name": name, "results": index(facts["final"])}],
+        "model-index": [{"name": _plain(name), "results": index(facts["final"])}],
     }
     if problems := wrong(data):
         raise UserError(f"the model card's metadata: {'; '.join(problems)}")
@@ -110,7 +111,13 @@ def _entry(
     name: str, kind: str, metrics: list[dict[str, Any]], task: str = "text-generation"
 ) -> dict[str, Any]:
     slug = re.sub(r"[^\w.-]+", "-", kind).strip("-.") or "own"
-    return {"task": {"type": task}, "dataset": {"name": name, "type": slug}, "metrics": metrics}
+    dataset = {"name": _plain(name), "type": slug}
+    return {"task": {"type": task}, "dataset": dataset, "metrics": metrics}
+
+
+def _plain(name: str) -> str:
+    """A name that somebody chose, for the metadata: no tags, whoever shows it."""
+    return html.escape(name, quote=False)
 
 
 def wrong(data: dict[str, Any]) -> list[str]:
