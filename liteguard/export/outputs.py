@@ -123,7 +123,7 @@ def left_over(output: Path) -> int:
 # Seconds, and seconds per billion parameters, on two cores (benchmarks/full_size_report.json).
 SECONDS = {
     "merge": (5.0, 22.0),
-    "smooth": (4.0, 30.0),
+    "smooth": (6.0, 30.0),  # the second one from its operations: not measured at Phi's size
     "export": (60.0, 60.0),
     "quantize": (5.0, 16.0),
     "bundle": (1.0, 5.0),

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 WITHOUT_ROWS = (
-    "Outliers of activations stay where they are, which loses more. "
+    "Outliers of activations stay where they are. "
     "Put the prepared data back, or leave compress.smooth out, and this line goes"
 )
-# Tokens to measure on: a channel's largest input is known after few, and Phi-2 takes a minute.
+# Tokens to measure on: a channel's largest input is known after few.
 TOKENS = 1024
-# The share `a` of an outlier that moves: 0.5 to 0.85 were tried (docs/experiments.md).
+# The share `a` of an outlier that moves: 0.5 to 1 were tried (docs/experiments.md).
 ALPHA = 0.75
 # The share of channels, those with the smallest inputs, that stay as they are: others are scaled
 # from there, and one channel without any input would push all of them out of float16's range.
