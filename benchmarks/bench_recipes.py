@@ -42,7 +42,7 @@ MIN_MAX = ", min-max"
 def variants(recipes: list[str]) -> list[str]:
     """The recipes' names; those with 4-bit weights a second time, without calibration."""
     doubled = (
-        (name, name + MIN_MAX) if name in quantization.BLOCKS else (name,) for name in recipes
+        (name, name + MIN_MAX) if quantization.chosen_format(name) else (name,) for name in recipes
     )
     return [name for names in doubled for name in names]
 

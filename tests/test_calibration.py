@@ -15,6 +15,7 @@ from liteguard.export import calibration, chosen, conversion, gptq, layerwise, q
 from liteguard.export.gptq import Format
 
 FOUR = Format(4, 32)
+EIGHT = Format(8, 0)
 WIDTH, ROWS = 64, 200
 
 
@@ -48,6 +49,32 @@ def test_each_step_of_the_rounding_loses_less():
     # Equal inputs that have nothing to do with each other tell nothing.
     alike = gptq.quantize(weight, torch.eye(128), FOUR)
     assert all(map(torch.equal, alike, gptq.quantize(weight, None, FOUR)))
+
+
+def test_a_scale_for_a_whole_row():
+    """8 bits as the device keeps them: one float32 scale an output, no integer of -128."""
+    x, weight = inputs(), torch.randn(48, 300, generator=torch.Generator().manual_seed(1)) * 0.1
+    x = torch.cat([x, x[:, :100].roll(1, 0), inputs(2)[:, :72]], 1)  # more columns than one step
+    weight[0] = 0
+    weight[1, 3] = 40  # one weight far above the others of its row
+    integers, scales = gptq.quantize(weight, x.t() @ x, EIGHT)
+    assert integers.abs().max() <= 127 and scales.shape == (48, 1)
+    assert (scales > 0).all() and scales.isfinite().all() and not integers[0].any()
+    largest = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    by_largest = (weight / largest).round().to(torch.int8), largest
+    assert lost(x, weight, (integers, scales)) < 0.5 * lost(x, weight, by_largest)
+    by_error = lost(x, weight, gptq.quantize(weight, None, EIGHT))
+    assert lost(x, weight, (integers, scales)) < 0.5 * by_error
+
+
+def test_steps_within_a_row_are_one_rounding(monkeypatch):
+    """Rounded in parts or whole, what a column leaves reaches all that follow."""
+    x, weight = inputs(), torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    whole = gptq.quantize(weight, x.t() @ x, EIGHT)
+    monkeypatch.setattr(gptq, "_STEP", 48)
+    parts = gptq.quantize(weight, x.t() @ x, EIGHT)
+    assert torch.equal(whole[1], parts[1])
+    assert (whole[0] != parts[0]).float().mean() < 0.02, "but for rounding in float32"
 
 
 def test_blocks_near_zero_get_a_scale_that_the_device_accepts(monkeypatch):
@@ -143,12 +170,12 @@ def test_layers_are_chosen_by_what_reaches_them(model, tmp_path):
         kept = tmp_path / f"{recipe}{rows is None}"
         facts = calibration.calibrate(model.folder, rows, recipe, kept)
         ffn = {"phi": 2, "llama": 3}["phi" if "phi" in str(model.folder) else "llama"]
-        assert facts["matrices"] == 2 * (ffn if recipe == "mixed" else ffn + 4)
+        assert facts["matrices"] == 2 * (ffn if recipe == "mixed" else ffn + 4), recipe
         assert facts["method"] == ("gptq" if rows else "least_squares")
         return (outputs(model, kept) - exact).square().mean().item()
 
-    for recipe in ("mixed", "int4_block32"):
-        assert error(recipe, model.rows) < 0.9 * error(recipe, None)
+    for recipe in ("mixed", "int4_block32", "int8", "int8_weight_only"):
+        assert error(recipe, model.rows) < 0.9 * error(recipe, None), recipe
 
     files = sorted((tmp_path / "mixedFalse").iterdir())
     before = [file.read_bytes() for file in files]
@@ -172,7 +199,9 @@ def test_padding_changes_nothing(model, monkeypatch):
         monkeypatch.setattr(layerwise, "BATCH", 1)
         alone = list(layerwise.batches(loaded, layer, model.rows))
         assert len(alone) == len(model.rows)
-        found = [calibration._hessian(layer, target, batches) for batches in (together, alone)]
+        found = [
+            calibration._hessian(layer, target, batches, True) for batches in (together, alone)
+        ]
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
@@ -247,11 +276,39 @@ def converted(monkeypatch, tmp_path: Path, recipe: str, **settings) -> tuple[dic
     monkeypatch.setattr(conversion.Conversion, "_write", lambda *_: {})
     monkeypatch.setattr(calibration, "of_checkpoint", lambda *parts: {"method": "gptq"})
     values = {"model_type": "tiny", "model": {"name": "a/model"}, "compress": settings}
-    (work := tmp_path / f"{recipe}{len(settings)}").mkdir()
+    (work := tmp_path / "_".join([recipe, *map(str, settings.values())])).mkdir()
     made = conversion.Conversion(
         Config.model_validate(values), work, "", None, 1, "v2", [work / "x.task"], None, work
     )
     return made._attempt(recipe), given[0]
+
+
+def test_8_bit_recipes_are_calibrated_where_the_settings_say_all(monkeypatch, tmp_path):
+    for recipe in ("int8", "int8_mixed", "int8_weight_only", "mixed"):
+        facts, folder = converted(monkeypatch, tmp_path, recipe, calibrate="all")
+        assert folder is not None and folder.name == f"calibrated_{recipe}"
+        assert facts["quantize"]["calibration"]["method"] == "gptq"
+    for recipe in ("int8", "int8_mixed", "fp16", "none"):
+        assert converted(monkeypatch, tmp_path, recipe, calibrate=True)[1] is None, recipe
+    for recipe in ("fp16", "none"):
+        assert converted(monkeypatch, tmp_path, recipe, calibrate="all")[1] is None
+
+
+def test_inputs_are_rounded_where_the_device_rounds_them(model, tmp_path, monkeypatch):
+    """int8_mixed leaves those of a feed-forward block's last layer, int8_weight_only all of them."""
+    seen: set[int] = set()
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        seen.add(x.shape[-1])
+        return x
+
+    monkeypatch.setattr(calibration, "rounded_inputs", rounded)
+    widths = {"int8": {WIDTH, 2 * WIDTH}, "int8_mixed": {WIDTH}, "int8_weight_only": set()}
+    for recipe, wanted in widths.items():
+        seen.clear()
+        facts = calibration.calibrate(model.folder, model.rows, recipe, tmp_path / recipe)
+        assert seen == wanted, recipe
+        assert facts["matrices"] == (14 if "llama" in str(model.folder) else 12)
 
 
 def test_4_bit_recipes_are_calibrated_unless_the_settings_say_no(monkeypatch, tmp_path):
@@ -265,7 +322,7 @@ def test_4_bit_recipes_are_calibrated_unless_the_settings_say_no(monkeypatch, tm
         {"quantize": {"recipe": "int8"}, "bundles": {"x.task": {}}},
         None,
     )
-    assert json.loads((tmp_path / "mixed0" / "calibrate_mixed.json").read_text())
+    assert json.loads((tmp_path / "mixed" / "calibrate_mixed.json").read_text())
 
 
 def test_a_size_chooses_the_recipe():

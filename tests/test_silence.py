@@ -329,8 +329,11 @@ def test_both_containers_put_the_bos_before_everything_once(made, tmp_path):
                 opened.generate(QUESTION, 8)
 
 
-def _four_bit_weights(file: Path) -> set[bytes]:
-    """The float32 content of each matrix that a TFLite file keeps in blocks of 4 bits."""
+def _stored_weights(file: Path, bits: int) -> set[bytes]:
+    """The float32 content of each matrix that a TFLite file keeps in so many bits.
+
+    4 bits have a scale for each block of 32, 8 bits one for each output.
+    """
     import numpy as np
     from ai_edge_litert import schema_py_generated as schema
 
@@ -342,44 +345,64 @@ def _four_bit_weights(file: Path) -> set[bytes]:
             return buffer.DataAsNumpy()
         return np.frombuffer(content[buffer.Offset() : buffer.Offset() + buffer.Size()], np.uint8)
 
+    def of_blocks(graph, tensor) -> tuple[np.ndarray, np.ndarray]:
+        blocks = schema.BlockwiseQuantization()
+        details = tensor.Quantization().Details()
+        blocks.Init(details.Bytes, details.Pos)
+        packed = data(tensor)
+        integers = (np.stack([packed & 15, packed >> 4], 1).astype(np.int8) ^ 8) - 8
+        scales = data(graph.Tensors(blocks.Scales())).view(np.float16)
+        assert blocks.BlockSize() == 32 and len(scales) == integers.size // 32
+        return integers, scales.astype(np.float32)
+
     found = set()
     for index in range(model.SubgraphsLength()):
         graph = model.Subgraphs(index)
         for tensor in map(graph.Tensors, range(graph.TensorsLength())):
-            if tensor.Type() != schema.TensorType.INT4:
+            four, eight = (
+                tensor.Type() == kind for kind in (schema.TensorType.INT4, schema.TensorType.INT8)
+            )
+            if bits == 4 and four:
+                integers, scales = of_blocks(graph, tensor)
+            elif bits == 8 and eight and tensor.ShapeLength() == 2 and len(data(tensor)):
+                integers = data(tensor).view(np.int8)
+                scales = tensor.Quantization().ScaleAsNumpy()
+                assert tensor.Quantization().QuantizedDimension() == 0
+                assert len(scales) == tensor.Shape(0)
+            else:
                 continue
-            blocks = schema.BlockwiseQuantization()
-            details = tensor.Quantization().Details()
-            blocks.Init(details.Bytes, details.Pos)
-            packed = data(tensor)
-            pairs = np.stack([packed & 15, packed >> 4], 1).reshape(tensor.ShapeAsNumpy())
-            integers = ((pairs.astype(np.int8) ^ 8) - 8).astype(np.float32)
-            scales = data(graph.Tensors(blocks.Scales())).view(np.float16).astype(np.float32)
-            assert blocks.BlockSize() == 32 and len(scales) == integers.size // 32
-            found.add((integers.reshape(-1, 32) * scales[:, None]).tobytes())
+            rows = integers.astype(np.float32).reshape(len(scales), -1)
+            found.add((rows * scales[:, None]).tobytes())
     return found
 
 
-def test_calibrated_weights_are_in_the_file_bit_for_bit(made, tmp_path):
+@pytest.mark.parametrize("recipe", ["int4_block32", "int8", "int8_mixed", "int8_weight_only"])
+def test_calibrated_weights_are_in_the_file_bit_for_bit(recipe, made, tmp_path):
     """What calibration chose, and nothing else, is what the device computes with."""
     import torch
 
     torch.manual_seed(0)
     rows = torch.randint(made.rows, (30, 20)).tolist()
     kept = tmp_path / "kept"
-    calibration.calibrate(made.merged, rows, "int4_block32", kept)
+    calibration.calibrate(made.merged, rows, recipe, kept)
     file = tmp_path / "calibrated.tflite"
-    found = tflite.quantize(made.exact, file, "int4_block32", made.merged, kept, progress=None)
+    found = tflite.quantize(made.exact, file, recipe, made.merged, kept, progress=None)
     choice = chosen.Chosen(kept.glob("*.safetensors"))
     wanted = {
         gptq.dequantized(*map(torch.from_numpy, choice.get(key))).numpy().tobytes()
         for key in choice.open
     }
-    assert _four_bit_weights(file) == wanted
+    bits = choice.format.bits
+    assert bits == quantization.chosen_format(recipe).bits
+    stored, plain = _stored_weights(file, bits), _quantized(made, recipe)
+    assert wanted <= stored
+    # Calibration leaves embedding and output layer alone.
+    assert not (stored - wanted) - _stored_weights(plain, bits)
     assert len(wanted) == {"phi": 6, "tied": 7}[made.name]
-    plain = _quantized(made, "int4_block32")
-    assert not _four_bit_weights(plain) & wanted, "rounding to the nearest is something else"
+    assert not _stored_weights(plain, bits) & wanted, "rounding to the nearest is something else"
     assert found["file_bytes"] == plain.stat().st_size
+    if bits == 8:
+        return
 
     # Weights of another model are refused instead of left out.
     other = next(kept.glob("*.safetensors"))

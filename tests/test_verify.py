@@ -518,6 +518,21 @@ def test_the_limit_comes_from_held_out_answers(parts, pipeline):
     )
 
 
+def test_requests_are_drawn_as_the_settings_say(parts):
+    """Three times each, each with a seed of its own; the record of a bundle has what came of it."""
+    samples = parts["samples"]
+    section = parts["config"].evaluate.as_used
+    texts = [text for text, _ in samples.drawn]
+    assert len(texts) == section.draws * len(set(texts)) and set(texts) <= set(samples.requests)
+    assert len(set(texts)) == min(measured.DRAWN, -(-len(samples.requests) // 3))
+    assert len({sampling.seed for _, sampling in samples.drawn}) == len(texts)
+    assert {sampling.top_k for _, sampling in samples.drawn} == {section.top_k}
+    found = parts["record"]["verify"]
+    steps = [step["step"] for step in found["steps"]]
+    assert "drawn answers" in steps and "drawn refusals" in steps
+    assert found["bundle"]["drawn"] == len(texts)
+
+
 def test_auto_tries_the_next_recipe_and_reports_all(tmp_path):
     from liteguard.export.outputs import Steps
 

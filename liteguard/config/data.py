@@ -31,7 +31,7 @@ class Section(BaseModel):
     def _can_be_meant(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic takes true for 1, and any number of digits."""
         wanted = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and wanted is not bool:
+        if isinstance(value, bool) and bool not in (wanted, *get_args(wanted)):
             raise ValueError(
                 "a value is needed, not true or false (YAML reads yes, no, on and off as these)"
             )

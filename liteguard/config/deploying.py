@@ -107,11 +107,12 @@ class CompressSection(Section):
         description="With quantize: auto, only recipes whose weights take at most so many GB "
         "(10^9 bytes); mixed or int4_block32 where 8 bits take more.",
     )
-    calibrate: bool = Field(
+    calibrate: bool | Literal["all"] = Field(
         True,
         description="4-bit weights are chosen by what they do to training rows (GPTQ, fitted "
-        "scales). false: by the largest weight of each block; seconds instead of minutes, and "
-        "several times the loss.",
+        "scales). all: 8-bit ones as well, which loses about half of what rounding them to the "
+        "nearest does and takes as long. false: by the largest weight of each block; seconds "
+        "instead of minutes, and several times the loss.",
     )
     calibration_tokens: int = Field(
         4096, ge=64, description="Tokens of training rows to calibrate on."

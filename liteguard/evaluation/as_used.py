@@ -51,19 +51,25 @@ def uses(config: Config, rows: dict[str, list[Row]]) -> list[Use]:
 
     A prompt without a place for a system text is not asked with one.
     """
-    section, found = config.evaluate.as_used, []
+    found = []
     for name in _sets(rows):
-        for row in rows[name][: section.rows]:
-            for draw in range(section.draws):
-                # A row's own: with one seed for all, every first token would hang on one number.
-                chance = unit(f"{config.evaluate.seed + draw}\x1f{row['prompt']}")
-                drawn = Sampling(
-                    section.temperature, section.top_k, section.top_p, int(chance * 2**31)
-                )
+        for row in rows[name][: config.evaluate.as_used.rows]:
+            for drawn in samplings(config, row["prompt"]):
                 found.append(Use(name, row, DRAWN, config.prompt.render_row(row), drawn))
             for condition, rendered in _rendered(config, row).items():
                 found.append(Use(name, row, condition, rendered))
     return found
+
+
+def samplings(config: Config, request: str) -> list[Sampling]:
+    """How an app draws its answers to a request, `draws` times."""
+    section = config.evaluate.as_used
+    # A row's own: with one seed for all, every first token would hang on one number.
+    chances = [unit(f"{config.evaluate.seed + draw}\x1f{request}") for draw in range(section.draws)]
+    return [
+        Sampling(section.temperature, section.top_k, section.top_p, int(chance * 2**31))
+        for chance in chances
+    ]
 
 
 def _sets(rows: dict[str, list[Row]]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Chooses the 4-bit weights of a merged model by what they do to real inputs, layer by layer.
+"""Chooses the weights of a merged model by what they do to real inputs, layer by layer.
 
 Each layer sees what the layers before it give on training rows once they are rounded, activations
-rounded to 8 bits as on the device. Within a layer, matrices with the same input are rounded
+rounded to 8 bits where the device does so. Within a layer, matrices with the same input are rounded
 together, and those behind them see the result. One layer is in float32 at a time, and one Hessian.
 """
 
@@ -31,7 +31,8 @@ WITHOUT_ROWS = (
 
 def folder(work: Path, recipe: str, config: Config) -> Path | None:
     """Where a recipe's calibrated weights are kept; None where none are to be calibrated."""
-    wanted = recipe in quantization.BLOCKS and config.compress.calibrate
+    kind, asked = quantization.chosen_format(recipe), config.compress.calibrate
+    wanted = kind and (asked == "all" or (asked and kind.bits == 4))
     return work / f"calibrated_{recipe}" if wanted else None
 
 
@@ -53,20 +54,24 @@ def rounded_inputs(x: Tensor) -> Tensor:
     return ((x / scale).round().add(zero).clamp(-128, 127) - zero) * scale
 
 
-def _hessian(layer: Module, linear: Linear, batches: list[Batch]) -> Tensor:
-    """Sum of x x^T over all tokens' inputs of a linear layer, rounded as on the device."""
+def _hessian(layer: Module, linear: Linear, batches: list[Batch], rounded: bool) -> Tensor:
+    """Sum of x x^T over all tokens' inputs of a linear layer; `rounded`: as on the device."""
     import torch
 
     total = torch.zeros(linear.in_features, linear.in_features)
     for batch in batches:
         given = layerwise.until(partial(layerwise.forward, layer, batch), linear)[0]
-        x = rounded_inputs(given[batch.real])
+        x = rounded_inputs(given[batch.real]) if rounded else given[batch.real]
         total.addmm_(x.t(), x)
     return total
 
 
 def _choose(
-    layer: Module, names: list[str], batches: list[Batch], kind: gptq.Format
+    layer: Module,
+    names: list[str],
+    batches: list[Batch],
+    kind: gptq.Format,
+    rounded: set[Module],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Round the named matrices of a layer in place; digest -> (integers, scales)."""
     import torch
@@ -76,7 +81,7 @@ def _choose(
         layerwise.groups(layer, names, batches[0]) if batches else [[name] for name in names]
     ):
         linears = [layer.get_submodule(name) for name in group]
-        hessian = _hessian(layer, linears[0], batches) if batches else None
+        hessian = _hessian(layer, linears[0], batches, linears[0] in rounded) if batches else None
         together = torch.cat([linear.weight for linear in linears])
         integers, scales = gptq.quantize(together, hessian, kind)
         sizes = [len(linear.weight) for linear in linears]
@@ -91,14 +96,14 @@ def _choose(
 def calibrate(
     merged_dir: Path, rows: list[list[int]] | None, recipe: str, output: Path
 ) -> dict[str, Any]:
-    """Choose a 4-bit recipe's weights and keep them in a folder, a file a layer.
+    """Choose a recipe's weights and keep them in a folder, a file a layer.
 
     A layer that an earlier run finished is read instead of chosen again.
 
     Args:
         merged_dir: the merged model, 16-bit safetensors.
         rows: `layerwise.training_rows`; None chooses scales of least squared error.
-        recipe: one of `quantization.BLOCKS`.
+        recipe: one that has a `quantization.chosen_format`.
         output: the folder, made where it is missing; of this model, recipe and rows only.
 
     Returns ``method``, ``rows``, ``tokens``, ``layers``, ``matrices``, ``seconds``,
@@ -110,7 +115,8 @@ def calibrate(
     output.mkdir(parents=True, exist_ok=True)
     model = merged.load_stored(merged_dir).eval().requires_grad_(False)
     architecture = model.config.get_text_config().to_dict()
-    kind = gptq.Format(4, quantization.BLOCKS[recipe])
+    kind = quantization.chosen_format(recipe)
+    assert kind  # `folder` gives none to the others
     layers = layerwise.decoder_layers(model)
     matrices = 0
     with torch.inference_mode():
@@ -123,22 +129,31 @@ def calibrate(
         progress = Progress("calibrating", len(remaining), unit="layers")
         for place in range(len(remaining)):
             layer, remaining[place] = remaining[place].float(), None
-            names = [
-                name
+            linears = {
+                name: module
                 for name, module in layer.named_modules()
                 if isinstance(module, torch.nn.Linear)
-                and quantization.bits(recipe, module.weight.shape, architecture) == 4
+            }
+            shapes = {name: linear.weight.shape for name, linear in linears.items()}
+            names = [
+                name
+                for name, shape in shapes.items()
+                if quantization.bits(recipe, shape, architecture) == kind.bits
             ]
             matrices += len(names)
             _check_blocks(layer, names, kind, recipe)
-            for module in layer.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.register_forward_pre_hook(lambda _, given: rounded_inputs(given[0]))
+            rounded = {
+                linear
+                for name, linear in linears.items()
+                if quantization.rounds_inputs(recipe, shapes[name], architecture)
+            }
+            for linear in rounded:
+                linear.register_forward_pre_hook(lambda _, given: rounded_inputs(given[0]))
             file = output / f"{place:04}.safetensors"
             if file.exists():
                 _apply(layer, names, chosen.Chosen([file]))
             else:
-                chosen.save(file, _choose(layer, names, batches, kind), kind)
+                chosen.save(file, _choose(layer, names, batches, kind, rounded), kind)
             for batch in batches:
                 batch.hidden = layerwise.forward(layer, batch)
                 if not batch.hidden[batch.real].isfinite().all():
@@ -160,7 +175,7 @@ def calibrate(
 def _check_blocks(layer: Module, names: list[str], kind: gptq.Format, recipe: str) -> None:
     for name in names:
         inputs = layer.get_submodule(name).in_features
-        if inputs % kind.block:
+        if kind.block and inputs % kind.block:
             raise UserError(
                 f"{name} has {inputs} inputs; {recipe} keeps weights in blocks of {kind.block}: "
                 "this model fits no such recipe. Use an 8-bit one (compress.quantize)"

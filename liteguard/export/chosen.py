@@ -37,7 +37,7 @@ def save(file: Path, weights: dict[str, tuple[Tensor, Tensor]], kind: Format) ->
     for key, (integers, scales) in weights.items():
         tensors[f"{key}.integers"] = integers
         # Exact: `gptq.storable` scales are float16 values.
-        tensors[f"{key}.scales"] = scales.to(torch.float16)
+        tensors[f"{key}.scales"] = scales.to(torch.float16) if kind.block else scales
     with writing.replacing(file) as partial:
         save_file(tensors, partial, metadata={"format": f"{kind.bits}/{kind.block}"})
 
@@ -117,7 +117,7 @@ class Chosen:
             zero_point=np.zeros_like(scales, dtype=np.int32),
             num_bits=self.format.bits,
             symmetric=True,
-            quantized_dimension=1,
+            quantized_dimension=1 if self.format.block else 0,
             block_size=self.format.block,
             quantized_data=integers,
         )

@@ -27,11 +27,18 @@ _SHARES = [0.45 + 0.03 * step for step in range(21)]
 # Smallest scale: the smallest normal float16. A block of zeros would get 0, divide by it, and be
 # refused by XNNPACK ("unsupported scale value (0.000000)").
 SMALLEST = 2.0**-14
+# The same for a scale of a whole row, a float32: far above its smallest normal number.
+SMALLEST_OF_ROW = 1e-30
+# Columns that are rounded before what they leave is added to all that follow.
+_STEP = 128
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the device keeps a matrix: bits of a weight, and how many inputs share a scale."""
+    """How the device keeps a matrix: bits of a weight, and how many inputs share a scale.
+
+    A block of 0 is a scale for each output, the layout of 8-bit weights.
+    """
 
     bits: int
     block: int
@@ -40,7 +47,11 @@ class Format:
     def range(self) -> tuple[int, int]:
         """Smallest and largest integer, as ai-edge-quantizer clips."""
         top = 2 ** (self.bits - 1) - 1
-        return -top - 1, top
+        return -top - (self.block > 0), top
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales as a TFLite file keeps them: of blocks as float16, of outputs as float32."""
+        return storable(scale) if self.block else scale.clamp_min(SMALLEST_OF_ROW)
 
 
 def storable(scale: Tensor) -> Tensor:
@@ -71,9 +82,9 @@ def fit_scales(block: Tensor, importance: Tensor, kind: Format) -> Tensor:
     low, high = kind.range
     whole = block.abs().amax(0) / high
     best = torch.full_like(whole, torch.inf)
-    found = storable(whole)
+    found = kind.storable(whole)
     for share in _SHARES:
-        scale = storable(whole * share)
+        scale = kind.storable(whole * share)
         error = block - (block / scale).round_().clamp_(low, high).mul_(scale)
         lost = importance @ error.square_()
         better = lost < best
@@ -120,7 +131,7 @@ def quantize(weight: Tensor, hessian: Tensor | None, kind: Format) -> tuple[Tens
     """Choose integers and scales for a matrix.
 
     Args:
-        weight: float32, outputs x inputs; inputs are a multiple of the format's block.
+        weight: float32, outputs x inputs; inputs are a multiple of the format's block (any for 0).
         hessian: sum of x x^T over the inputs x, inputs x inputs, overwritten; None: not known.
         kind: the device's format.
 
@@ -129,30 +140,44 @@ def quantize(weight: Tensor, hessian: Tensor | None, kind: Format) -> tuple[Tens
     import torch
 
     outputs, inputs = weight.shape
+    size = kind.block or inputs
     low, high = kind.range
     if hessian is None:
         order, root = torch.arange(inputs), None
     else:
         # An input that never came may be rounded as it likes.
         hessian.diagonal().copy_(hessian.diagonal().clamp_min(1e-12))
-        order = _order(hessian.diagonal(), kind.block)
+        order = _order(hessian.diagonal(), size)
         root = _inverse_root(hessian[order][:, order])
     rest = weight.t()[order].contiguous()
     integers = torch.empty(inputs, outputs, dtype=torch.int8)
-    scales = torch.empty(inputs // kind.block, outputs)
-    for start in range(0, inputs, kind.block):
-        end = start + kind.block
+    scales = torch.empty(inputs // size, outputs)
+    scale = scales[0]
+    for start, end in _steps(inputs, size):
         block = rest[start:end]
-        inner = torch.eye(kind.block) if root is None else root[start:end, start:end]
-        scale = fit_scales(block, inner.diagonal().pow(-2), kind)
+        inner = torch.eye(end - start) if root is None else root[start:end, start:end]
+        if start % size == 0:
+            of_scale = slice(start, start + size)
+            weak = torch.ones(size) if root is None else root.diagonal()[of_scale].pow(-2)
+            scale = fit_scales(rest[of_scale], weak, kind)
+            scales[order[start] // size] = scale
         errors = torch.empty_like(block)
-        for place in range(kind.block):
+        for place in range(end - start):
             rounded = (block[place] / scale).round_().clamp_(low, high)
             integers[order[start + place]] = rounded.to(torch.int8)
             errors[place] = (block[place] - rounded * scale) / inner[place, place]
             if root is not None:
                 block[place + 1 :].addr_(inner[place, place + 1 :], errors[place], alpha=-1)
-        scales[order[start] // kind.block] = scale
         if root is not None and end < inputs:
             rest[end:].addmm_(root[start:end, end:].t(), errors, alpha=-1)
     return integers.t().contiguous(), scales.t().contiguous()
+
+
+def _steps(inputs: int, size: int) -> list[tuple[int, int]]:
+    """(first, end) of the columns to round in one go: a block, or a part of a longer one."""
+    ends = [
+        min(start + _STEP, block + size)
+        for block in range(0, inputs, size)
+        for start in range(block, block + size, _STEP)
+    ]
+    return list(zip([0, *ends], ends, strict=False))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from liteguard import machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError
-from liteguard.evaluation import metrics
+from liteguard.evaluation import as_used, metrics
 from liteguard.evaluation.answerers import Checkpoint, Generated
 from liteguard.evaluation.held_out import REQUESTS, split_text
 from liteguard.evaluation.journal import Journal, journalled
@@ -27,12 +27,15 @@ from liteguard.prompts import Prompt
 from liteguard.rows import CONVERSATION, check_system_texts, conversation_text, load_split
 from liteguard.runtime.bundle import Answer
 from liteguard.runtime.workers import BundleWorkers
+from liteguard.sampling import Sampling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Whether a request is refused shows in the first words; what follows only blurs the verdict.
 REQUEST_TOKENS = 24
+# Harmful requests that are asked again as apps ask: a draw takes a model of Phi-2's size seconds.
+DRAWN = 6
 # Pairs to score at most: with 8-bit weights the change is known to a quarter of a per cent after
 # 20 to 200 of them.
 MOST_PAIRS = 800
@@ -47,6 +50,8 @@ class Samples:
     requests: list[str]  # harmful, ordinary and borderline ones
     texts: list[str]  # for the tokenizers only: many
     limit: int  # tokens of an answer
+    # Harmful ones again, with how their tokens are drawn.
+    drawn: list[tuple[str, Sampling]] = dataclasses.field(default_factory=list)
     # Question -> what was said before it, as the prompt renders both.
     rendered: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -56,7 +61,10 @@ class Samples:
 
     def render(self, prompt: Prompt, index: int) -> str:
         """What the model is given to answer question or request `index`."""
-        text = self.asked[index]
+        return self.render_text(prompt, self.asked[index])
+
+    def render_text(self, prompt: Prompt, text: str) -> str:
+        """What the model is given to answer a question or request."""
         return self.rendered.get(text) or prompt.render_question(text)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +77,7 @@ class Measured:
 
     scores: list[tuple[float, int]]  # natural-log likelihood of a pair's target, its tokens
     answers: list[dict[str, Any]]  # text, tokens, stopped; questions, then requests
+    drawn: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of `Samples.drawn`
 
     @property
     def perplexity(self) -> float:
@@ -131,6 +140,11 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
         requests=list(requests)[: section.requests],
         texts=list(dict.fromkeys(texts))[: section.tokenizer_texts],
         limit=max(limit, 8),
+        drawn=[
+            (conversation_text(row), drawn)
+            for row in kinds[0][: min(share, DRAWN)]
+            for drawn in as_used.samplings(config, row["prompt"])
+        ],
         rendered={
             text: prompt.render_row(row)
             for text, row in (questions | requests).items()
@@ -210,10 +224,12 @@ class Reference:
 def _measured(journal: Journal, samples: Samples, pairs: int) -> Measured | None:
     """What a journal holds of one model; None where something is missing."""
     answers, scores = journal.found["answers"], journal.found["scores"]
+    drawn = journal.found["used"]
     try:
         return Measured(
             [(scores[i][0], scores[i][1]) for i in range(pairs)],
             [answers[i] for i in range(len(samples.asked))],
+            [drawn[i] for i in range(len(samples.drawn))],
         )
     except KeyError:
         return None
@@ -232,6 +248,7 @@ def _measure_model(reference: Reference, pairs: int) -> None:
 
     with Journal(reference.kept, reference.inputs) as journal:
         _answers(generate, prompt, samples, limits, "merged model", journal)
+        _drawn(model, prompt, samples, "merged model", journal)
         _scores(model.score, samples, pairs, "merged model", journal)
 
 
@@ -267,11 +284,30 @@ def _answers(
         for part in filter(None, ordered):
             asked = [samples.render(prompt, i) for i in part]
             for place, a in generate(asked, [limits[i] for i in part]):
-                answer = {"text": a.text.strip(), "tokens": a.tokens, "stopped": a.stopped}
-                yield done + place, answer, a.tokens
+                yield done + place, _kept(a), a.tokens
             done += len(part)
 
     journalled(journal, "answers", f"answers, {who}", len(limits), todo, answers())
+
+
+def _kept(answer: Generated | Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text.strip(),
+        "tokens": answer.tokens,
+        "stopped": answer.stopped,
+    }
+
+
+def _drawn(
+    model: Checkpoint | BundleWorkers, prompt: Prompt, samples: Samples, who: str, journal: Journal
+) -> None:
+    """Answers to the requests that are asked as apps ask."""
+    todo = [i for i in range(len(samples.drawn)) if i not in journal.found["used"]]
+    asked = [samples.render_text(prompt, samples.drawn[i][0]) for i in todo]
+    samplings = [samples.drawn[i][1] for i in todo]
+    given = model.generate(asked, REQUEST_TOKENS, samplings=samplings) if todo else ()
+    results = ((place, _kept(a), a.tokens) for place, a in given)
+    journalled(journal, "used", f"drawn answers, {who}", len(samples.drawn), todo, results)
 
 
 def _scores(
@@ -341,6 +377,7 @@ def measure_bundle(
     inputs = {**reference.inputs, "bundle": [state.st_size, state.st_mtime_ns], "limits": limits}
     with Journal(kept, inputs) as journal:
         _answers(workers.generate, prompt, samples, limits, "bundle", journal)
+        _drawn(workers, prompt, samples, "bundle", journal)
         while True:
             merged = reference.measured(pairs)
             _scores(workers.score, samples, pairs, "bundle", journal)

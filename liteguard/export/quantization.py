@@ -34,6 +34,11 @@ BITS = {
 }
 # Inputs that share a scale, in the recipes with 4-bit weights.
 BLOCKS = {"mixed": 32, "int4_block32": 32, "int4_block64": 64}
+# Recipes whose layers compute in float32, as far as they do: roles of `role`, or all.
+_FLOAT_INPUTS = {
+    "int8_mixed": {"ffn_down"},
+    "int8_weight_only": {"ffn", "ffn_down", "attention", "output"},
+}
 # Weights shorter than this are norms, biases and constants.
 _SMALL = 1024
 
@@ -82,6 +87,18 @@ def bits(recipe: str, shape: Sequence[int], architecture: dict[str, Any]) -> int
     """Bits of a linear layer's weights in a recipe; shape and architecture as in `role`."""
     ffn, attention, rest = BITS[recipe]
     return {"attention": attention, "output": rest}.get(role(shape, architecture), ffn)
+
+
+def chosen_format(recipe: str) -> gptq.Format | None:
+    """The format of the weights that calibration chooses in a recipe; None: it chooses none."""
+    if recipe in BLOCKS:
+        return gptq.Format(4, BLOCKS[recipe])
+    return gptq.Format(8, 0) if recipe.startswith("int8") else None
+
+
+def rounds_inputs(recipe: str, shape: Sequence[int], architecture: dict[str, Any]) -> bool:
+    """Whether the device rounds the inputs of such a linear layer to 8 bits."""
+    return role(shape, architecture) not in _FLOAT_INPUTS.get(recipe, ())
 
 
 def expected_bytes(
@@ -161,15 +178,12 @@ def recipe(
     """What ai_edge_quantizer reads, for a recipe of RECIPES other than "none".
 
     `file` and `architecture`: see `linear_layers`. Rules that come later win. `algorithm` rounds
-    the 4-bit weights; None: the scale of the largest weight, each rounded to the nearest.
+    the weights that `chosen_format` is about; None: the scale of the largest weight, each rounded
+    to the nearest.
     """
     from ai_edge_quantizer import algorithm_manager, qtyping, recipe_manager
     from ai_edge_quantizer import recipe as recipes
 
-    if name == "int8":
-        return recipes.dynamic_wi8_afp32()
-    if name == "int8_weight_only":
-        return recipes.weight_only_wi8_afp32()
     if name == "fp16":
         manager = recipe_manager.RecipeManager()
         manager.add_quantization_config(
@@ -192,18 +206,22 @@ def recipe(
         return f"^({'|'.join(map(re.escape, names))});?$"
 
     linear = recipes.TFLOperationName.FULLY_CONNECTED
-    if name == "int8_mixed":
+    key = algorithm or algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT
+    if name in ("int8", "int8_mixed", "int8_weight_only"):
         manager = recipe_manager.RecipeManager()
-        manager.add_weight_only_config(
-            regex=only(layers["ffn_down"]), operation_name=linear, num_bits=8
+        floats = _FLOAT_INPUTS.get(name, set())
+        for own in ("ffn", "ffn_down", "attention"):
+            add = manager.add_weight_only_config if own in floats else manager.add_dynamic_config
+            add(only(layers[own]), linear, 8, algorithm_key=key)
+        rest = (
+            recipes.weight_only_wi8_afp32() if "output" in floats else recipes.dynamic_wi8_afp32()
         )
-        return recipes.dynamic_wi8_afp32() + manager.get_quantization_recipe()
+        return rest + manager.get_quantization_recipe()
     small = layers["ffn"] + layers["ffn_down"]
     small += [] if name == "mixed" else layers["attention"]
     blocks = (
         recipes.dynamic_wi4b64_afp32 if name == "int4_block64" else recipes.dynamic_wi4b32_afp32
     )
-    key = algorithm or algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT
     four = blocks(regex=only(small), operation_name=linear, algorithm_key=key)
     return recipes.dynamic_wi8_afp32() + four
 

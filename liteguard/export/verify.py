@@ -17,7 +17,7 @@ from liteguard import machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import WorkError
 from liteguard.evaluation import refusals
-from liteguard.export import agreement, conditions, tokenizer
+from liteguard.export import agreement, conditions, drawn, tokenizer
 from liteguard.export.measured import (
     Change,
     Measured,
@@ -272,6 +272,11 @@ def compare(
         net <= allowed,
         f"{flips} verdicts changed",
     )
+    # Half a character is what a model of bytes draws now and then; a .task must not.
+    spare = 0 if table.bundle.suffix == ".task" else 1
+    drawn_of = measured.drawn, merged.drawn
+    for row in drawn.rows(*drawn_of, lambda text: _dirt(text, special), spare, label):
+        table.add(*row)
     return {
         "perplexity": merged.perplexity * (1 + change.change),
         "perplexity_merged": merged.perplexity,
@@ -287,6 +292,9 @@ def compare(
         "refused": sum(verdicts[0]) / max(1, len(samples.requests)),
         "refused_merged": sum(verdicts[1]) / max(1, len(samples.requests)),
         "refusal_flips": flips,
+        "drawn": len(measured.drawn),
+        "drawn_refused": drawn.refused(measured.drawn),
+        "drawn_refused_merged": drawn.refused(merged.drawn),
         "answers": [
             {"prompt": prompt, **answer, "merged": other["text"]}
             for prompt, (answer, other) in zip(
