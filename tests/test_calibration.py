@@ -295,7 +295,7 @@ def test_8_bit_recipes_are_calibrated_where_the_settings_say_all(monkeypatch, tm
 
 
 def test_inputs_are_rounded_where_the_device_rounds_them(model, tmp_path, monkeypatch):
-    """int8_mixed leaves those of a feed-forward block's last layer, int8_weight_only all of them."""
+    """int8_mixed leaves those that lead out of a feed-forward block, int8_weight_only all."""
     seen: set[int] = set()
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
