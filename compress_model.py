@@ -3,6 +3,7 @@
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task --only task
     python compress_model.py --input final_checkpoint --quantize mixed --verify full
+    python compress_model.py --input final_checkpoint --output liteguard_phi2.task --also gguf
     python compress_model.py --input final_checkpoint --output liteguard_phi2.task --dry_run
 
 Merges the adapter into the 16-bit base model on the CPU, converts to TFLite and quantises it
@@ -15,7 +16,8 @@ interrupted run goes on where it was.
 
 Writes NAME.task and NAME.litertlm, a record beside each (NAME.task.json), what an app needs to know
 (NAME.deploy.json: prompt, stop tokens, lengths, sha256, licence) and an entry for AI Edge Gallery
-(NAME.gallery.json).
+(NAME.gallery.json). With --also gguf NAME.gguf as well, for llama.cpp and Ollama: the same merged
+model with 8-bit weights, which the proof of the bundle says nothing about.
 """
 
 from __future__ import annotations
@@ -38,11 +40,16 @@ def parse_args():
         help="default: liteguard_<model_type>.task; its container is compared whole, of the other "
         "one the form",
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    parser.add_argument(
         "--only", choices=("task", "litertlm"), help="write one container; default: both"
     )
-    which.add_argument("--also", action="store_true", help="both containers: the default now")
+    parser.add_argument(
+        "--also",
+        nargs="?",
+        const="both",
+        choices=("both", "gguf"),
+        help="gguf: NAME.gguf, for llama.cpp and Ollama; both: both containers, the default now",
+    )
     parser.add_argument(
         "--quantize",
         metavar="RECIPE",
@@ -70,7 +77,7 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import apps, measured, outputs, possible, tflite, verify
+    from liteguard.export import apps, gguf_file, measured, outputs, possible, tflite, verify
     from liteguard.export.conversion import Conversion
 
     name = args.output or f"liteguard_{config.model_type}.{args.only or 'task'}"
@@ -86,6 +93,9 @@ def main() -> None:
     print(can)
     output = bundles[0]
     outputs.check(bundles)
+    gguf = output.with_suffix(".gguf") if args.also == "gguf" else None
+    if gguf:
+        gguf_file.check(gguf, architecture, own, args.overwrite)
     samples = None
     if section.verify.level != "none":
         samples = measured.collect_samples(config, data_dir, own.backend_tokenizer)
@@ -115,9 +125,12 @@ def main() -> None:
             "dry run: nothing written"
         )
         return
+    merged = config, base, revision, source
     published = outputs.finish_publishing(output, inputs)
     if published or (not args.overwrite and outputs.reuse(bundles, inputs)):
         print(f"{output} is finished and was made from the same inputs: reused")
+        if gguf:
+            gguf_file.beside(gguf, *merged)
         print(f"next: python evaluate_model.py --bundle {output}")
         return
     tflite.require_resources(*needed)
@@ -154,6 +167,8 @@ def main() -> None:
     for path in bundles:
         print(f"wrote {path} ({shown.size(result.bytes[path.name])}) and {path.name}.json")
     print(f"{verify.closing(facts)}; {shown.duration(result.wall_s)}")
+    if gguf:
+        gguf_file.beside(gguf, *merged)
     print(f"next: python evaluate_model.py --bundle {output}")
 
 

@@ -6,8 +6,10 @@ Exports the checkpoint once, quantises it with every recipe and compares each bu
 16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. Recipes with
 4-bit weights are measured as they are by default, calibrated on training rows, and as
 compress.calibrate=false makes them ("min-max"). With --smooth all recipes are those of
-compress.smooth. The sizes of Phi-1.5 and Phi-2 are computed from their shapes and each recipe's
-bits; benchmarks/bench_convert.py measures them.
+compress.smooth. With --llama_python (a Python that has llama-cpp-python; it is no dependency of
+LiteGuard) the same checkpoint runs in llama.cpp as Q8_0, Q4_0 and Q4_K_M over as many of the same
+texts as the recipe that took most. The sizes of Phi-1.5 and Phi-2 are computed from their shapes
+and each recipe's bits; benchmarks/bench_convert.py measures them.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import llama
 
 from liteguard import checkpoints, cli, machine, memory, models
 from liteguard.config import RECIPES, Config
 from liteguard.export import (
     bundle,
     calibration,
+    gguf_file,
     layerwise,
     measured,
     merge,
@@ -34,9 +40,11 @@ from liteguard.export import (
     tflite,
     tokenizer,
 )
+from liteguard.prompts import Prompt
 from liteguard.runtime.workers import BundleWorkers
 
 MIN_MAX = ", min-max"
+LLAMA_KINDS = ("Q8_0", "Q4_0", "Q4_K_M")
 
 
 def variants(recipes: list[str]) -> list[str]:
@@ -116,6 +124,12 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         }
         print(f"{variant}: {report['recipes'][variant]}", flush=True)
     report["tokens"] = max(row["tokens"] for row in report["recipes"].values())
+    if args.llama_python:
+        pairs = max(row["texts"] for row in report["recipes"].values())
+        exact_scores = reference.measured(pairs).scores
+        report["llama_cpp"] = beside_llama(
+            args.llama_python, merged, config.prompt, samples.pairs[:pairs], exact_scores, own, work
+        )
     # Speeds last and in turns: on a shared machine a recipe's minutes are not another's.
     speeds: dict[str, list[dict[str, float]]] = {variant: [] for variant in names}
     for _ in range(args.rounds):
@@ -128,6 +142,49 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         row["decode_tok_s"] = round(max(run["decode_tok_s"] for run in runs), 1)
         row["first_token_s"] = round(min(run["first_token_s"] for run in runs), 3)
     return report
+
+
+def beside_llama(
+    python: str,
+    merged: Path,
+    prompt: Prompt,
+    pairs: list[tuple[str, str]],
+    exact: list[tuple[float, int]],
+    own: Any,
+    work: Path,
+) -> dict[str, dict[str, float]]:
+    """Size and change of perplexity of the merged model in llama.cpp's own formats.
+
+    `exact` are the merged model's scores of the pairs, `own` its tokenizer: llama.cpp scores those
+    ids, and how many texts it gives the same ids is told.
+    """
+    whole = work / "f16.gguf"
+    gguf_file.write(merged, prompt, whole, matrices="F16")
+
+    def ids(text: str) -> list[int]:
+        return own.encode(text, add_special_tokens=False).ids
+
+    found = {}
+    for kind in ("F16", *LLAMA_KINDS):
+        file = whole if kind == "F16" else work / f"{kind}.gguf"
+        if kind != "F16":
+            llama.quantize(python, whole, file, kind)
+        engine = llama.Llama(python, file, 2, 0)
+        given = [(ids(context), ids(target)) for context, target in pairs]
+        scores = [(engine.score(*pair), len(pair[1])) for pair in given]
+        read = [engine.tokenize(context) for context, _ in pairs]
+        same = sum(one == other for one, (other, _) in zip(read, given, strict=True))
+        engine.close()
+        change = measured.perplexity_change(scores, exact)
+        found[f"llama.cpp {kind}"] = {
+            "megabytes": round(file.stat().st_size / 1e6, 1),
+            "change": round(change.change, 5),
+            "error": round(change.error, 5),
+            "texts": change.pairs,
+            "same_ids": same,
+        }
+        print(f"llama.cpp {kind}: {found[f'llama.cpp {kind}']}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -143,6 +200,7 @@ def main() -> None:
     parser.add_argument(
         "--smooth", action="store_true", help="move outliers first, for all recipes"
     )
+    parser.add_argument("--llama_python", metavar="FILE", help="a Python with llama-cpp-python")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     args.recipes = args.recipes or list(RECIPES)
@@ -160,6 +218,10 @@ def main() -> None:
             f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} "
             f"{row['decode_tok_s']:8.1f} {row['first_token_s']:10.2f} s "
             f"{row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
+        )
+    for name, row in report.get("llama_cpp", {}).items():
+        print(
+            f"{name:22} {row['megabytes']:6.1f} {'':11} {row['change']:+8.2%} {row['error']:6.2%}"
         )
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")

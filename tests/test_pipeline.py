@@ -253,6 +253,28 @@ def test_running_again_reuses_everything(pipeline, tiny_config):
     assert (pipeline / "domain_checkpoint/stage.json").stat().st_mtime_ns == before
 
 
+def test_a_gguf_beside_a_finished_bundle(pipeline):
+    """Made without converting again, kept when nothing changed, and never in another's place."""
+    import gguf
+
+    command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--verify", "full")
+    command += ("--also", "gguf")
+    file, record = (pipeline / f"liteguard_tiny.gguf{end}" for end in ("", ".json"))
+    said = succeed(*command, cwd=pipeline)
+    assert "reused" in said and "wrote liteguard_tiny.gguf" in said
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(str(file)).tensors}
+    assert kinds == {"F32", "Q8_0"} and json.loads(record.read_text())["inputs"]["adapter"]
+    content = file.read_bytes()
+    assert "kept" in succeed(*command, cwd=pipeline)
+    file.write_bytes(content[:1000])
+    assert "wrote" in succeed(*command, cwd=pipeline) and file.read_bytes() == content
+    record.unlink()
+    message = fail(2, *command, cwd=pipeline)
+    assert "was not written by LiteGuard" in message and file.read_bytes() == content
+    file.unlink()
+    assert not list(pipeline.glob(".*gguf.partial"))
+
+
 STAGE_COMMANDS = {
     "domain": ("train_domain.py", ()),
     "instruction": ("train_instruction.py", ("--checkpoint", "domain_checkpoint")),

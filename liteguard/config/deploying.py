@@ -120,8 +120,8 @@ class CompressSection(Section):
     smooth: bool = Field(
         False,
         description="Recipes of 8 bits: move outliers of activations into the weights behind them, "
-        "by powers of two, so that the function stays what it is to the last bit. The bundle is "
-        "nearer to the merged model, its perplexity about the same (docs/experiments.md).",
+        "by powers of two, so that the function stays what it is to the last bit. It pays together "
+        "with calibrate: all (docs/experiments.md).",
     )
     prefill_lengths: list[PositiveInt] = Field(
         default_factory=lambda: [1024],

@@ -129,24 +129,9 @@ def calibrate(
         progress = Progress("calibrating", len(remaining), unit="layers")
         for place in range(len(remaining)):
             layer, remaining[place] = remaining[place].float(), None
-            linears = {
-                name: module
-                for name, module in layer.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-            shapes = {name: linear.weight.shape for name, linear in linears.items()}
-            names = [
-                name
-                for name, shape in shapes.items()
-                if quantization.bits(recipe, shape, architecture) == kind.bits
-            ]
+            names, rounded = _to_choose(layer, recipe, architecture)
             matrices += len(names)
             _check_blocks(layer, names, kind, recipe)
-            rounded = {
-                linear
-                for name, linear in linears.items()
-                if quantization.rounds_inputs(recipe, shapes[name], architecture)
-            }
             for linear in rounded:
                 linear.register_forward_pre_hook(lambda _, given: rounded_inputs(given[0]))
             file = output / f"{place:04}.safetensors"
@@ -170,6 +155,24 @@ def calibrate(
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": int(machine.peak_rss_gb() * 1e9),
     }
+
+
+def _to_choose(
+    layer: Module, recipe: str, architecture: dict[str, Any]
+) -> tuple[list[str], set[Module]]:
+    """(names of the matrices that a recipe chooses, linear layers whose inputs are rounded)."""
+    import torch
+
+    names, rounded = [], set()
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = module.weight.shape
+            kind = quantization.chosen_format(recipe)
+            if kind and quantization.bits(recipe, shape, architecture) == kind.bits:
+                names.append(name)
+            if quantization.rounds_inputs(recipe, shape, architecture):
+                rounded.add(module)
+    return names, rounded
 
 
 def _check_blocks(layer: Module, names: list[str], kind: gptq.Format, recipe: str) -> None:
