@@ -52,9 +52,11 @@ def why_not(architecture: dict[str, Any], tokenizer: dict[str, Any]) -> str | No
     [name] = architecture.get("architectures") or ["a model without a class"]
     if name not in FAMILIES:
         return f"{name} is none of {', '.join(FAMILIES)}"
-    scaling = architecture.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        return f"its positions are scaled ({scaling}), which is not written yet"
+    # Transformers wrote rope_scaling until version 5.
+    scaling = architecture.get("rope_parameters") or architecture.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        return f"its positions are scaled ({kind}), which is not written yet"
     if tokenizer["model"]["type"] != "BPE" or _splits(tokenizer) is None:
         return "llama.cpp's name for what its tokenizer splits text by is not known"
     return None
