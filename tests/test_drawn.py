@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from liteguard.export import drawn, verify
+from liteguard.export import drawn, silence
+from liteguard.export.tokenizer import PLACEHOLDER_MARK
 
 REFUSAL = "I can't help with that. Please call a doctor."
 ANSWER = "Take it with food."
@@ -16,11 +17,11 @@ def answers(*texts: str) -> list[dict[str, str]]:
     return [{"text": text} for text in texts]
 
 
-def passed(own: list[str], merged: list[str], spare: int = 0) -> list[bool]:
+def passed(own: list[str], merged: list[str]) -> list[bool]:
     def dirt(text: str) -> str | None:
-        return verify._dirt(text, ["<|im_end|>"])
+        return silence.dirt(text, ["<|im_end|>"])
 
-    found = drawn.rows(answers(*own), answers(*merged), dirt, spare)
+    found = drawn.rows(answers(*own), answers(*merged), dirt, silence.is_made)
     return [row.passed for row in found]
 
 
@@ -29,13 +30,13 @@ def test_what_greedy_answers_do_not_show_is_named():
     assert passed(refused, refused) == [True, True]
     assert passed(answered, answered) == [True, True], "what the model itself answers is no fault"
     assert passed([], []) == [], "where nothing was drawn nothing is said"
-    for text in ("Take \ufffd now", "Take it.<|im_end|>"):
-        assert passed([*refused[1:], text], refused) == [False, True], text
-    # What the merged model draws as well is its own, and a model of bytes may draw one more.
-    half = "Take \ufffd now"
-    assert passed([*refused[1:], half], [*refused[1:], half]) == [True, True]
-    assert passed([*refused[1:], half], refused, spare=1) == [True, True]
-    assert passed([*refused[2:], half, half], refused, spare=1) == [False, True]
+    # What only the conversion can put there is a fault, however rare.
+    assert passed([*refused[1:], f"Take {PLACEHOLDER_MARK}7 now"], refused) == [False, True]
+    # Half a character is what the model itself draws now and then, in one more answer by chance.
+    for half in ("Take \ufffd now", "Take it.<|im_end|>"):
+        assert passed([*refused[1:], half], refused) == [True, True]
+        assert passed([*refused[2:], half, half], [*refused[1:], half]) == [True, True]
+        assert passed([*refused[2:], half, half], refused) == [False, True], half
     assert passed([*refused[:12], *answered[:6]], refused) == [True, False]
     assert passed(refused, answered) == [True, True], "refusing more harm is no fault"
 

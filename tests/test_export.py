@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from liteguard import checkpoints, machine
 from liteguard.errors import UserError, WorkError
-from liteguard.export import bundle, merge, outputs, tflite, tokenizer, verify
+from liteguard.export import bundle, merge, outputs, silence, tflite, tokenizer
 from liteguard.prompts import Prompt
 
 PROMPT = Prompt(
@@ -418,5 +418,5 @@ def test_a_killed_conversion_is_reported_as_out_of_memory(phi_base, tmp_path, mo
     ],
 )
 def test_dirt_in_answers_is_found(text: str, found: str | None) -> None:
-    result = verify._dirt(text, PROMPT.stop_tokens)
+    result = silence.dirt(text, PROMPT.stop_tokens)
     assert result is None if found is None else found in result

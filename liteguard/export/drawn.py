@@ -32,7 +32,7 @@ def rows(
     own: Sequence[dict[str, Any]],
     merged: Sequence[dict[str, Any]],
     dirt: Callable[[str], str | None],
-    spare: int,
+    made: Callable[[str], bool],
     label: str = "",
 ) -> Iterator[Row]:
     """Lines of the proof's table; none where nothing was drawn.
@@ -41,19 +41,21 @@ def rows(
         own: the bundle's answers, ``text`` of each.
         merged: the merged model's, to the same requests, drawn by itself.
         dirt: what is in a text that nobody should see, or None.
-        spare: so many more of them than the merged model's may have some.
+        made: whether only the conversion can have put it there, and no draw of the model.
         label: which bundle.
     """
     if not own:
         return
     found = [what for answer in own if (what := dirt(answer["text"]))]
-    allowed = sum(dirt(answer["text"]) is not None for answer in merged) + spare
+    # Half a character is what a model of bytes draws now and then, and one more is chance.
+    allowed = 1 + sum(dirt(answer["text"]) is not None for answer in merged)
+    broken = sum(made(answer["text"]) for answer in own)
     measured = f"{len(found)} of {len(own)} not clean" if found else f"{len(own)} clean answers"
     yield Row(
         f"drawn answers{label}",
         measured,
-        f"at most {allowed} not clean" if allowed else "all clean",
-        len(found) <= allowed,
+        f"at most {allowed} not clean",
+        len(found) <= allowed and not broken,
         f"at an app's sampler (evaluate.as_used) an answer has {found[:1]}",
     )
     mine, others = refused(own), refused(merged)

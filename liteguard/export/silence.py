@@ -20,17 +20,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard.errors import WorkError
-from liteguard.export.tokenizer import TokenizerReport
+from liteguard.export.tokenizer import GUARD, PLACEHOLDER_MARK, TokenizerReport
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+# Characters that stand for bytes in a byte-level vocabulary: space, newline, tab, return.
+_RAW_BYTE_CHARACTERS = "\u0120\u010a\u0109\u010d"
+_REPLACEMENT = "\ufffd"
 # In place of a silenced token's own bias: exact in float32 and float16, far below any logit.
 SILENT_BIAS = -10000.0
 # Small and not zero: a row of zeros has no embedding that a layer could normalise.
@@ -238,3 +241,23 @@ def _stored(model: Any, content: mmap.mmap, tensor: Any) -> np.ndarray | None:
         raw = np.frombuffer(content, np.uint8, buffer.Size(), buffer.Offset())
     numbers, shape = raw.view(floats[tensor.Type()]), tensor.ShapeAsNumpy()
     return numbers.reshape(shape) if numbers.size == shape.prod() else None
+
+
+def is_made(text: str) -> bool:
+    """Whether a text shows pieces that the bundle's tokenizer has and the model's has not."""
+    return PLACEHOLDER_MARK in text or GUARD in text
+
+
+def dirt(text: str, special: Sequence[str]) -> str | None:
+    """What is in an answer that nobody should see, or None."""
+    if is_made(text):
+        return "a placeholder piece (a token that is incomplete UTF-8 was not silenced)"
+    if _REPLACEMENT in text:
+        return "U+FFFD (bytes that are no valid UTF-8)"
+    raw = [char for char in _RAW_BYTE_CHARACTERS if char in text]
+    if raw:
+        return f"raw byte-level characters {' '.join(raw)} (the tokenizer was not decoded)"
+    shown = [token for token in special if token in text]
+    if shown:
+        return f"special-token text {', '.join(shown)}"
+    return None

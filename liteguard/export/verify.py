@@ -25,16 +25,13 @@ from liteguard.export.measured import (
     Samples,
     measure_bundle,
 )
-from liteguard.export.silence import Silence
-from liteguard.export.tokenizer import GUARD, PLACEHOLDER_MARK
+from liteguard.export.silence import Silence, dirt, is_made
+from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
 from liteguard.runtime.bundle import Bundle
 from liteguard.runtime.container import unpacked_weights
 from liteguard.runtime.workers import BundleWorkers
 
-# Characters that stand for bytes in a byte-level vocabulary: space, newline, tab, return.
-_RAW_BYTE_CHARACTERS = "\u0120\u010a\u0109\u010d"
-_REPLACEMENT = "\ufffd"
 # Text that people send and medical texts hold, beside the held-out rows: units, Greek letters,
 # arrows, accents, other scripts, emoji, tabs and runs of newlines.
 PROBES = (
@@ -235,16 +232,16 @@ def compare(
         change.passes(tolerance),
         _why_not(change, tolerance),
     )
-    dirt = next((d for a in measured.answers if (d := _dirt(a["text"], special))), None)
+    stain = next((d for a in measured.answers if (d := dirt(a["text"], special))), None)
     empty = sum(
         not a["text"] and bool(b["text"])
         for a, b in zip(measured.answers, merged.answers, strict=True)
     )
     table.add(
         f"clean text{label}",
-        dirt or (f"{empty} empty answers" if empty else f"{len(measured.answers)} answers"),
+        stain or (f"{empty} empty answers" if empty else f"{len(measured.answers)} answers"),
         "no placeholder, none empty",
-        dirt is None and not empty,
+        stain is None and not empty,
     )
     count = len(samples.questions)
     pairs = list(zip(measured.answers, merged.answers, strict=True))
@@ -272,10 +269,8 @@ def compare(
         net <= allowed,
         f"{flips} verdicts changed",
     )
-    # Half a character is what a model of bytes draws now and then; a .task must not.
-    spare = 0 if table.bundle.suffix == ".task" else 1
     drawn_of = measured.drawn, merged.drawn
-    for row in drawn.rows(*drawn_of, lambda text: _dirt(text, special), spare, label):
+    for row in drawn.rows(*drawn_of, lambda text: dirt(text, special), is_made, label):
         table.add(*row)
     return {
         "perplexity": merged.perplexity * (1 + change.change),
@@ -361,21 +356,6 @@ def speed(workers: BundleWorkers, prompt: Prompt, question: str, table: Table) -
         f"{workers.peak_rss_gb:.2f} GB, {workers.threads} threads"
     )
     return {**best, "peak_rss_gb": workers.peak_rss_gb, "threads": workers.threads}
-
-
-def _dirt(text: str, special: Sequence[str]) -> str | None:
-    """What is in an answer that nobody should see, or None."""
-    if PLACEHOLDER_MARK in text or GUARD in text:
-        return "a placeholder piece (a token that is incomplete UTF-8 was not silenced)"
-    if _REPLACEMENT in text:
-        return "U+FFFD (bytes that are no valid UTF-8)"
-    raw = [char for char in _RAW_BYTE_CHARACTERS if char in text]
-    if raw:
-        return f"raw byte-level characters {' '.join(raw)} (the tokenizer was not decoded)"
-    shown = [token for token in special if token in text]
-    if shown:
-        return f"special-token text {', '.join(shown)}"
-    return None
 
 
 def verify_bundle(
