@@ -184,6 +184,9 @@ def recipe(
     from ai_edge_quantizer import algorithm_manager, qtyping, recipe_manager
     from ai_edge_quantizer import recipe as recipes
 
+    whole = {"int8": recipes.dynamic_wi8_afp32, "int8_weight_only": recipes.weight_only_wi8_afp32}
+    if name in whole and algorithm is None:
+        return whole[name]()
     if name == "fp16":
         manager = recipe_manager.RecipeManager()
         manager.add_quantization_config(
@@ -207,15 +210,13 @@ def recipe(
 
     linear = recipes.TFLOperationName.FULLY_CONNECTED
     key = algorithm or algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT
-    if name in ("int8", "int8_mixed", "int8_weight_only"):
+    if name.startswith("int8"):
         manager = recipe_manager.RecipeManager()
         floats = _FLOAT_INPUTS.get(name, set())
         for own in ("ffn", "ffn_down", "attention"):
             add = manager.add_weight_only_config if own in floats else manager.add_dynamic_config
             add(only(layers[own]), linear, 8, algorithm_key=key)
-        rest = (
-            recipes.weight_only_wi8_afp32() if "output" in floats else recipes.dynamic_wi8_afp32()
-        )
+        rest = whole.get(name, recipes.dynamic_wi8_afp32)()
         return rest + manager.get_quantization_recipe()
     small = layers["ffn"] + layers["ffn_down"]
     small += [] if name == "mixed" else layers["attention"]
