@@ -173,7 +173,8 @@ def test_commands_of_the_conversation(monkeypatch, capsys):
 
 
 CHAT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_chat import Scripted, terminal, Conversation
 from liteguard import cli

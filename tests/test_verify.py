@@ -97,7 +97,10 @@ def test_the_pipelines_bundles_were_proven(pipeline, parts):
         *(
             f"{name}{label}"
             for label in (" of float TFLite", "")
-            for name in ("perplexity", "clean text", "greedy agreement", "stops", "refusals")
+            for name in (
+                *("perplexity", "clean text", "greedy agreement", "stops", "refusals"),
+                *("drawn answers", "drawn refusals"),
+            )
         ),
         "speed",
     ]
