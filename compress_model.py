@@ -59,7 +59,10 @@ def parse_args():
     parser.add_argument(
         "--verify", metavar="LEVEL", help="quick, full or none; default: compress.verify.level"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.only and args.also == "both":
+        parser.error("argument --also: not allowed with argument --only")
+    return args
 
 
 def main() -> None:
@@ -119,9 +122,10 @@ def main() -> None:
     needed = parameters, converter, output.parent, disk - outputs.left_over(output)
     if args.dry_run:
         tflite.require_resources(*needed)
+        files = [*bundles, gguf] if gguf else bundles
         print(
             f"would merge, convert ({converter}, {' then '.join(section.recipes)}) and write "
-            f"{', '.join(map(str, bundles))}; proof: {section.verify.level}\n"
+            f"{', '.join(map(str, files))}; proof: {section.verify.level}\n"
             "dry run: nothing written"
         )
         return

@@ -4,7 +4,7 @@
 
 Exports the checkpoint once, quantises it with every recipe and compares each bundle with the merged
 16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. Recipes with
-4-bit weights are measured as they are by default, calibrated on training rows, and as
+weights of 8 and 4 bits are measured calibrated on training rows (compress.calibrate=all) and as
 compress.calibrate=false makes them ("min-max"). With --smooth all recipes are those of
 compress.smooth. With --llama_python (a Python that has llama-cpp-python; it is no dependency of
 LiteGuard) the same checkpoint runs in llama.cpp as Q8_0, Q4_0 and Q4_K_M over as many of the same
@@ -69,6 +69,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     section = config.compress.verify
     section.questions, section.requests, section.texts = args.rows, 3, args.rows
     section.max_new_tokens = args.tokens
+    config.compress.calibrate = "all"
     own = models.load_base_tokenizer(config).backend_tokenizer
     data_dir = Path(args.data or record.data_dir)
     samples = measured.collect_samples(config, data_dir, own)

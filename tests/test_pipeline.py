@@ -260,6 +260,7 @@ def test_a_gguf_beside_a_finished_bundle(pipeline):
     command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--verify", "full")
     command += ("--also", "gguf")
     file, record = (pipeline / f"liteguard_tiny.gguf{end}" for end in ("", ".json"))
+    assert "liteguard_tiny.gguf; proof" in succeed(*command, "--dry_run", cwd=pipeline)
     said = succeed(*command, cwd=pipeline)
     assert "reused" in said and "wrote liteguard_tiny.gguf" in said
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(str(file)).tensors}

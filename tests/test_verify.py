@@ -596,6 +596,8 @@ def test_a_dry_run_makes_no_directory(pipeline, tmp_path):
 
 def test_bad_names_are_users_mistakes(pipeline):
     command = (ROOT / "compress_model.py", "--input", "final_checkpoint", "--dry_run")
+    both = fail(2, *command, "--only", "task", "--also", cwd=pipeline)
+    assert "argument --also: not allowed with argument --only" in both
     assert "must end in .task or .litertlm" in fail(2, *command, "--output", "x.bin", cwd=pipeline)
     message = fail(2, *command, "--output", "y.task", "--quantize", "int3", cwd=pipeline)
     assert "unknown recipe 'int3'" in message and "int4_block32" in message

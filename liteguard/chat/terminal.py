@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ COMMANDS = """  /reset          forget the conversation so far
   /system TEXT    system message from now on ("/system" shows it, "/system off" leaves it out)
   /save FILE      write the transcript as JSON lines
   /quit           leave, as Ctrl-D does"""
+# Seconds in which a second Ctrl-C is surely heard; readline is set up in less.
+HEARD_S = 0.2
 ENDINGS = {"length": "cut at its limit", "interrupted": "interrupted"}
 
 
@@ -58,7 +61,10 @@ class Terminal:
                     if not keyboard or stopped_before:
                         raise
                     stopped_before = True
-                    print("\nstopped; Ctrl-C again leaves")
+                    print("\nstopped; Ctrl-C again leaves", flush=True)
+                    # One that comes while readline sets the terminal up is held until a key is
+                    # pressed: here it is heard at once.
+                    time.sleep(HEARD_S)
         except KeyboardInterrupt:
             if not keyboard:
                 raise

@@ -143,12 +143,8 @@ def _rate(
     text = f"{name}: {what} {number} ({interval}) of {total}"
     if limit is None:
         return Reason(None, text)
-    if not at_most:
-        return Reason(hits / total >= limit, f"{text}, at least {100 * limit:g} %")
-    # Of 32 rows one is 3 %, and tells a share of 2 % from no lower one. A limit of 0 is none.
-    one = limit > 0 and limit * total < 1
-    met = hits <= (1 if one else limit * total)
-    return Reason(met, f"{text}, at most {100 * limit:g} %{', or one' if one else ''}")
+    met = hits / total <= limit if at_most else hits / total >= limit
+    return Reason(met, f"{text}, {'at most' if at_most else 'at least'} {100 * limit:g} %")
 
 
 def _answers(
