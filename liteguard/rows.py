@@ -4,7 +4,8 @@ A row of a conversation of several turns has the last question and answer in its
 came before in `history`: [[question, answer], ...]. `untrained` lists those of the history whose
 answers are context and not learnt from; of a preference row none are. `system` is a system text of
 its own, in place of the prompt's. Rows of one exchange have none of these. The answer of an
-`open_ended` instruction row was cut: nothing is learnt from where it ends.
+`open_ended` instruction row was cut: nothing is learnt from where it ends. At the answer's tokens
+of a `distill` row the parent's own distribution is learnt (training/teacher.py).
 """
 
 from __future__ import annotations

@@ -118,6 +118,11 @@ class SourceSection(Section):
         False,
         description="Answers may go on where the rows' end: stage 2 learns no end from them.",
     )
+    distill: bool = Field(
+        False,
+        description="Stage 2 learns what its parent expects at each token of the answers, and not "
+        "their words: what the parent knew is kept, and not sharpened (docs/training.md).",
+    )
     phrasings: int = Field(
         1,
         ge=1,

@@ -274,6 +274,8 @@ class _Columns:
             row["opening_tokens"] = source.opening_tokens
         if source.open_ended:
             row["open_ended"] = True
+        if source.distill:
+            row["distill"] = True
         row["dataset"] = source.dataset
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         words = [word_numbers(key.split()) for key in keys]

@@ -81,7 +81,7 @@ def check_sources(config: Config) -> None:
                     f"data.{part}: {source.dataset!r} needs 'path:' (a local file or directory) or "
                     "'hub:' (a dataset id)"
                 )
-            for name in ("opening_tokens", "open_ended"):
+            for name in ("opening_tokens", "open_ended", "distill"):
                 if getattr(source, name) and part != "instruction":
                     problems.append(f"data.{part}: {name} is for instruction rows")
             asked = ASKED_KINDS.get(source.dataset, ())

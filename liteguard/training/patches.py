@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from liteguard import distributed
-from liteguard.training import isolation, packing, validation
+from liteguard.training import isolation, packing, teacher, validation
 from liteguard.training.callbacks import keep_bad_batch
 from liteguard.training.feed import Counts, pair_order
 from liteguard.training.reference import check_reference, precompute_reference, restore_precision
@@ -24,7 +24,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     4. `fuse_lora`: replaces linear layers, which no `forward` below holds a reference to.
     5. `isolation.pack`: rows alone, then attention of packed rows and `pack_forward`, then the
        proof that both are the same and no row sees another: with the layers that will train.
-    6. `precompute_reference`: forward passes as in training, so after 3 to 5; it drops the copy.
+    6. `precompute_reference`, `teacher.prepare`: forward passes as in training, so after 3 to 5,
+       by the parent's weights, which a resumed run loads only later. The first drops its copy.
     7. `hook_losses`: the trainer's own losses and sets, which 6 has given a column more.
     8. `watch_losses`, `weigh_rows`: outermost around `forward`. The watch comes first and so sees
        log-probabilities before they are weighted: a weight of 0 must not hide a bad batch.
@@ -36,7 +37,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     restore_precision(model, stage)
     if stage.name == "safety":
         check_reference(model, stage)
-    score_targets_only(trainer)
+    distills = teacher.taught_rows(trainer) if stage.name == "instruction" else []
+    score_targets_only(trainer, bool(distills))
     if not distributed.uses_fsdp():  # which gathers a layer's parameters for its own operations
         from liteguard.training.lora_linear import fuse_lora
 
@@ -47,6 +49,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
         isolation.pack(model, stage.architecture, longest)
     if stage.name == "safety" and stage.config.safety.precompute_reference:
         precompute_reference(stage, trainer)
+    if distills:
+        teacher.prepare(stage, trainer, distills)
     hook_losses(stage, trainer, counts)
     packing.watch_losses(base, keep_bad_batch(stage))
     if getattr(stage.section, "loss_reduction", "token") != "token":
@@ -55,32 +59,20 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
         packing.add_noise(base, noise)
 
 
-# Attributes by which a model's head does more than one linear layer; TRL knows how, ours does not.
-_SPECIAL_HEADS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-    "output_router_logits",
-)
-
-
-def score_targets_only(trainer: Any) -> bool:
+def score_targets_only(trainer: Any, distills: bool = False) -> bool:
     """On a CPU, compute logits at supervised positions only; returns whether that was set up.
 
     TRL 1.16 does so on devices with Triton. Elsewhere it runs every position, prompts and padding
     included, through the vocabulary in its own tiles, which took about half of a stage-2 step on
-    two cores. Same loss and gradients: tests/test_training.py compares them.
+    two cores. Same loss and gradients: tests/test_training.py compares them. Targets that are
+    distributions are known here only, so a run that `distills` uses it on every device.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    from liteguard.training.loss_head import TargetScores
+    from liteguard.training.loss_head import TargetScores, expected_rows, is_special
 
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
-    text_config = model.config.get_text_config()
-    special = any(getattr(text_config, name, None) for name in _SPECIAL_HEADS)
-    if special or model.device.type != "cpu":
+    if is_special(model.config) or (model.device.type != "cpu" and not distills):
         return False
     original = model.forward
 
@@ -89,6 +81,9 @@ def score_targets_only(trainer: Any) -> bool:
         fused_lm_head: bool = False,
         labels: Any = None,
         num_items_in_batch: Any = None,
+        soft: Any = None,
+        expected: Any = None,
+        teaching: bool = False,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
@@ -98,14 +93,19 @@ def score_targets_only(trainer: Any) -> bool:
         mask = labels[:, 1:] != -100
         head = model.get_output_embeddings()
         log_probs, entropy, mean_logits, is_top1 = TargetScores.apply(
-            hidden[mask], head.weight, head.bias, labels[:, 1:][mask]
+            hidden[mask],
+            head.weight,
+            head.bias,
+            labels[:, 1:][mask],
+            None if soft is None else soft[:, 1:][mask],
+            expected,
         )
 
         def spread(values: Any) -> Any:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return FusedCausalLMOutput(
+        found = FusedCausalLMOutput(
             loss=-log_probs.sum() / count,
             log_probs=spread(log_probs),
             entropy=spread(entropy),
@@ -113,6 +113,9 @@ def score_targets_only(trainer: Any) -> bool:
             mean_logits=spread(mean_logits),
             label_mask=mask,
         )
+        if teaching:
+            found.expected = expected_rows(hidden[mask], head.weight, head.bias)
+        return found
 
     model.forward = forward
     return True

@@ -24,7 +24,7 @@ from liteguard.rows import balanced, check_split, check_system_texts, load_split
 if TYPE_CHECKING:
     import numpy as np
 
-ARRAYS = ("ids", "starts", "ends", "prompts", "hidden", "cut")
+ARRAYS = ("ids", "starts", "ends", "prompts", "hidden", "cut", "soft")
 # What a row lost to the length limit: nothing, its oldest exchanges, the beginning of its question.
 WHOLE, SHORTER, BEHEADED = range(3)
 # Of the rows, so many may lose the beginning of their question, or have no room for their answer.
@@ -38,7 +38,8 @@ class TokenRows:
 
     ids: uint32, shape (tokens,); starts, ends, prompts: int64, shape (rows,). hidden: bool, shape
     (tokens,), ids after the prompt that are no targets either, as the later questions of a
-    conversation; empty where there are none. cut: uint8, shape (rows,), as WHOLE; or empty.
+    conversation; empty where there are none. cut: uint8, shape (rows,), as WHOLE; or empty. soft:
+    bool, shape (rows,), whether targets are the parent's distributions (teacher.py); or empty.
     """
 
     ids: np.ndarray
@@ -47,6 +48,7 @@ class TokenRows:
     prompts: np.ndarray
     hidden: np.ndarray | tuple[()] = ()
     cut: np.ndarray | tuple[()] = ()
+    soft: np.ndarray | tuple[()] = ()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -85,8 +87,8 @@ class TokenRows:
         """Some of the rows: a slice, or an array as numpy takes it."""
         import numpy as np
 
-        found = {name: np.asarray(getattr(self, name))[rows] for name in ARRAYS[1:4]}
-        return replace(self, **found, cut=np.asarray(self.cut)[rows] if len(self.cut) else ())
+        names = [name for name in (*ARRAYS[1:4], "cut", "soft") if len(getattr(self, name))]
+        return replace(self, **{name: np.asarray(getattr(self, name))[rows] for name in names})
 
     def first(self, count: int) -> TokenRows:
         """The first `count` rows."""
@@ -95,12 +97,14 @@ class TokenRows:
 
 class Tokenized(NamedTuple):
     """One row: its ids, how many of them are the prompt, and of the others which are no targets
-    (one flag per id of the row, or none), and what the length limit took, as WHOLE."""
+    (one flag per id of the row, or none), what the length limit took, as WHOLE, and whether its
+    targets are the parent's distributions."""
 
     ids: list[int]
     prompt: int
     hidden: list[bool] | tuple[()] = ()
     cut: int = WHOLE
+    soft: bool = False
 
 
 @distributed.main_first
@@ -167,7 +171,8 @@ def answers(
         flat = tokenizer(list(itertools.chain(*texts)), add_special_tokens=False)["input_ids"]
         pieces = iter(flat)
         for row, own in zip(rows, texts, strict=True):
-            yield _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
+            fitted = _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
+            yield fitted._replace(soft=row.get("distill", False))
 
     settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit, "version": 2}
     name = f"instruction/{split}.jsonl"
@@ -278,7 +283,7 @@ def _cached(
         check_split(data_dir, part, split)  # the rows may have been edited since
     else:
         rows = load_split(data_dir, part, split)[:limit]
-        ids, hidden, lengths, prompts, cut = [], [], [], [], []
+        ids, hidden, lengths, prompts, cut, soft = [], [], [], [], [], []
         progress = Progress(f"tokenizing {part}", len(rows), unit="rows", quiet=True)
         with contextlib.closing(progress):
             for start in range(0, len(rows), 1_000):
@@ -289,6 +294,7 @@ def _cached(
                 lengths += [len(row.ids) for row in found]
                 prompts += [row.prompt for row in found]
                 cut += [row.cut for row in found]
+                soft += [row.soft for row in found]
                 progress.add(count=len(found))
         ends = np.cumsum(lengths, dtype=np.int64)
         flags = np.concatenate([np.zeros(0, bool), *hidden])
@@ -299,6 +305,7 @@ def _cached(
             "prompts": np.array(prompts, np.int64),
             "hidden": flags if flags.any() else flags[:0],
             "cut": np.array(cut, np.uint8),
+            "soft": np.array(soft, bool),
         }
         directory.parent.mkdir(parents=True, exist_ok=True)
         with writing.replacing(directory, shared=True) as staging:
