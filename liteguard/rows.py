@@ -5,7 +5,7 @@ came before in `history`: [[question, answer], ...]. `untrained` lists those of 
 answers are context and not learnt from; of a preference row none are. `system` is a system text of
 its own, in place of the prompt's. Rows of one exchange have none of these. The answer of an
 `open_ended` instruction row was cut: nothing is learnt from where it ends. At the answer's tokens
-of a `distill` row the parent's own distribution is learnt (training/teacher.py).
+of a `distill` row the base model's distribution is learnt (training/teacher.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Distributions as targets: what the parent of stage 2 expects, instead of a row's words."""
+"""Distributions as targets: what the base model expects, instead of a row's words."""
 
 from __future__ import annotations
 
@@ -115,51 +115,58 @@ def test_rows_of_validation_keep_their_words(tiny_phi):
 
 
 @pytest.fixture(scope="module")
-def parent(tiny_config, tmp_path_factory):
-    """A finished stage 1 of the tiny model."""
-    work = tmp_path_factory.mktemp("parent")
+def parents(tiny_config, tmp_path_factory):
+    """Two finished stages 1 of the tiny model: one that learnt, one that is all but the base."""
+    work = tmp_path_factory.mktemp("parents")
     succeed(ROOT / "prepare_datasets.py", "--config", tiny_config, "--output", work / "data")
     command = [ROOT / "train_domain.py", "--config", tiny_config, "--data", work / "data"]
-    succeed(*command, "--output", work / "domain")
-    return work / "domain"
+    for name, rate in (("learnt", 1e-2), ("still", 1e-9)):
+        rate = f"domain.learning_rate={rate}"
+        succeed(*command, "--output", work / name, "--set", rate)
+    return work
 
 
 @pytest.fixture
-def distilling(parent, tiny_config, tmp_path):
-    """The command of a stage 2 with distilled answers only, and its output."""
+def distilling(parents, tiny_config, tmp_path):
+    """The words of a stage 2 with distilled answers only, from a parent to an output."""
     content = yaml.safe_load(tiny_config.read_text())
     content["data"]["instruction"][0]["distill"] = True
-    config = tmp_path / "distill.yaml"
+    config, data = tmp_path / "distill.yaml", tmp_path / "data"
     config.write_text(yaml.safe_dump(content))
-    data, output = tmp_path / "data", tmp_path / "out"
     succeed(ROOT / "prepare_datasets.py", "--config", config, "--output", data)
-    command = [ROOT / "train_instruction.py", "--checkpoint", parent]
-    return [*command, "--config", config, "--data", data, "--output", output], output
+
+    def command(parent: str, output: str) -> list[str]:
+        words = [ROOT / "train_instruction.py", "--checkpoint", parents / parent]
+        words += ["--config", config, "--data", data, "--output", tmp_path / output]
+        return [*map(str, words)]
+
+    return command
 
 
-def test_stage_2_begins_where_its_parent_is(distilling):
-    """At the first step the loss is the parent's own entropy, whatever the rows say."""
-    command, output = distilling
-    succeed(*command)
-    log = json.loads((output / "log_history.json").read_text())
+def test_a_model_that_is_still_its_base_begins_at_its_own_entropy(distilling, tmp_path):
+    """Whatever the words say; validation is about them all the same."""
+    succeed(*distilling("still", "out"))
+    log = json.loads((tmp_path / "out/log_history.json").read_text())
     first = next(entry for entry in log if "loss" in entry)
     assert first["loss"] == pytest.approx(first["entropy"], rel=1e-2)  # of bfloat16
     hard = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    assert all(abs(loss - first["entropy"]) > 0.05 for loss in hard)  # of the words
-    assert not list(output.parent.glob(f".{output.name}*/teacher.npy"))
+    assert all(abs(loss - first["entropy"]) > 0.05 for loss in hard)
+    assert not [*tmp_path.rglob("teacher.npy")]
 
 
-def test_a_resumed_stage_2_has_the_same_teacher(distilling, tmp_path):
-    """The parent is asked before the trained adapter is loaded, even where its file is gone."""
-    command, output = distilling
-    succeed(*command)
-    again = [*map(str, command[:-1]), str(output.with_name("again"))]
-    kill_at("instruction 4/6", again, tmp_path)
-    (kept,) = tmp_path.glob(".again*/teacher.npy")
-    kept.unlink()
-    assert "resuming from checkpoint-3" in succeed(*again)
-    whole, resumed = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "again"))
-    assert whole.read_bytes() == resumed.read_bytes()
+def test_the_base_teaches_and_a_resumed_run_is_taught_the_same(distilling, tmp_path):
+    """By no adapter: not the parent's, nor the one that was trained until the kill."""
+    lessons = {}
+    for parent in ("learnt", "still"):
+        kill_at("instruction 4/6", distilling(parent, f"killed_{parent}"), tmp_path)
+        (kept,) = tmp_path.glob(f".killed_{parent}*/teacher.npy")
+        lessons[parent] = kept.read_bytes()
+        kept.unlink()
+    assert lessons["learnt"] == lessons["still"]
+    succeed(*distilling("learnt", "out"))
+    assert "resuming from checkpoint-3" in succeed(*distilling("learnt", "killed_learnt"))
+    found = [tmp_path / name / "adapter_model.safetensors" for name in ("out", "killed_learnt")]
+    assert found[0].read_bytes() == found[1].read_bytes()
 
 
 @pytest.mark.parametrize(

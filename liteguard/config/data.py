@@ -120,8 +120,8 @@ class SourceSection(Section):
     )
     distill: bool = Field(
         False,
-        description="Stage 2 learns what its parent expects at each token of the answers, and not "
-        "their words: what the parent knew is kept, and not sharpened (docs/training.md).",
+        description="Stage 2 learns what the base model expects at each token of the answers, and "
+        "not their words: how it answered is kept, and not sharpened (docs/training.md).",
     )
     phrasings: int = Field(
         1,

@@ -185,7 +185,7 @@ def row_weights(steps: list[list[int]], supervised: np.ndarray, reduction: str) 
 
 
 class Lesson(NamedTuple):
-    """What a stage's parent expects at the targets of the soft training rows (teacher.py).
+    """What the base model expects at the targets of the soft training rows (teacher.py).
 
     starts: number of a row -> its first line in `expected`, which has a line for each of its
     targets in order: float16, shape (targets, hidden size + 1).

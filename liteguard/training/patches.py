@@ -24,8 +24,8 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     4. `fuse_lora`: replaces linear layers, which no `forward` below holds a reference to.
     5. `isolation.pack`: rows alone, then attention of packed rows and `pack_forward`, then the
        proof that both are the same and no row sees another: with the layers that will train.
-    6. `precompute_reference`, `teacher.prepare`: forward passes as in training, so after 3 to 5,
-       by the parent's weights, which a resumed run loads only later. The first drops its copy.
+    6. `precompute_reference`, `teacher.prepare`: forward passes as in training, so after 3 to 5.
+       The first needs the parent's weights, which a resumed run replaces only later.
     7. `hook_losses`: the trainer's own losses and sets, which 6 has given a column more.
     8. `watch_losses`, `weigh_rows`: outermost around `forward`. The watch comes first and so sees
        log-probabilities before they are weighted: a weight of 0 must not hide a bad batch.

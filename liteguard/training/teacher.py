@@ -1,10 +1,10 @@
-"""Stage 2's parent as the teacher of `distill` rows: what it expects at each token of an answer.
+"""The base model as the teacher of `distill` rows: what it expects at each token of an answer.
 
 Words that a model said itself still teach it something: to say them more often. On greedy answers
 that sharpens every distribution, and text of other hands becomes less likely. The distribution that
-the words were taken from teaches nothing, until something else pulls away from it. All that a
-frozen vocabulary head needs of one is its mean row (`loss_head.expected_rows`), so it is computed
-once, before training, for every target of the run, and kept in the work directory.
+the words were taken from pulls back to how the base answers, and nowhere else. All that a frozen
+vocabulary head needs of one is its mean row (`loss_head.expected_rows`), so it is computed once,
+before training, for every target of the run, and kept in the work directory.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def taught_rows(trainer: Any) -> list[int]:
 
 
 def prepare(stage: Run, trainer: Any, rows: list[int]) -> None:
-    """Give the trainer's collator what the model at hand, the stage's parent, expects at the
-    targets of `rows`: from the work directory, if an interrupted run has written it there."""
+    """Give the trainer's collator what the base model, without its adapter, expects at the targets
+    of `rows`: from the work directory, if an interrupted run has written it there."""
     import numpy as np
 
     train = trainer.data_collator.parts["train"]
@@ -79,7 +79,7 @@ def _write(path: Path, trainer: Any, rows: list[int], targets: int) -> None:
     collator, model = trainer.data_collator, trainer.accelerator.unwrap_model(trainer.model)
     width = model.get_base_model().get_output_embeddings().weight.shape[1] + 1
     machine.check_disk(path, BYTES * width * targets / 1e9)
-    progress = Progress("what the parent expects", len(rows), unit="rows", quiet=True)
+    progress = Progress("what the base expects", len(rows), unit="rows", quiet=True)
     model.eval()
     with writing.replacing(path) as beside, torch.no_grad(), contextlib.closing(progress):
         shape = (targets, width)
@@ -88,7 +88,7 @@ def _write(path: Path, trainer: Any, rows: list[int], targets: int) -> None:
         for group in _groups(rows, collator.parts["train"].lengths):
             batch = collator([{"part": "train", "rows": group}])
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            with trainer.compute_loss_context_manager():
+            with trainer.compute_loss_context_manager(), model.disable_adapter():
                 found = model(**batch, fused_lm_head=True, teaching=True).expected
             lines[place : place + len(found)] = found.half().cpu().numpy()
             place += len(found)

@@ -39,7 +39,7 @@ class TokenRows:
     ids: uint32, shape (tokens,); starts, ends, prompts: int64, shape (rows,). hidden: bool, shape
     (tokens,), ids after the prompt that are no targets either, as the later questions of a
     conversation; empty where there are none. cut: uint8, shape (rows,), as WHOLE; or empty. soft:
-    bool, shape (rows,), whether targets are the parent's distributions (teacher.py); or empty.
+    bool, shape (rows,), whether targets are the base's distributions (teacher.py); or empty.
     """
 
     ids: np.ndarray
@@ -98,7 +98,7 @@ class TokenRows:
 class Tokenized(NamedTuple):
     """One row: its ids, how many of them are the prompt, and of the others which are no targets
     (one flag per id of the row, or none), what the length limit took, as WHOLE, and whether its
-    targets are the parent's distributions."""
+    targets are the base's distributions."""
 
     ids: list[int]
     prompt: int
