@@ -242,6 +242,12 @@ def outside_markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{report['verdict']['headline']}."])
 
 
+def outside_reasons(report: dict[str, Any]) -> str:
+    """Everything the verdict on the outside run looked at, in its own words."""
+    marks, reasons = {False: "no", True: "ok", None: "told"}, report["verdict"]["reasons"]
+    return "\n".join(f"- {marks[own['met']]}: {own['text']}" for own in reasons)
+
+
 def result_markdown(report: dict[str, Any]) -> str:
     """What README.md shows of a demo report: four numbers of each stage."""
     columns = [column for column in COLUMNS if column[0] in RESULT]
@@ -349,6 +355,7 @@ def blocks() -> dict[str, str]:
         "datasets": reference.datasets(),
         "tree": reference.tree(),
         "result": result_markdown(demo),
+        "verdict": outside_reasons(read_report("outside")),
         "machines": machines_markdown(demo, read_report("full_size"), memory),
         **{name: render(read_report(name)) for name, render in BLOCKS.items()},
     }
