@@ -172,7 +172,7 @@ def answers(
         pieces = iter(flat)
         for row, own in zip(rows, texts, strict=True):
             fitted = _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
-            yield fitted._replace(soft=row.get("distill", False))
+            yield Tokenized(*fitted[:4], row.get("distill", False))
 
     settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit, "version": 2}
     name = f"instruction/{split}.jsonl"
