@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, succeed
+from test_distributed import launch, losses
 from test_packing import adapted, batch, packed, run
 from test_pipeline import kill_at
 
@@ -169,6 +170,22 @@ def test_the_base_teaches_and_a_resumed_run_is_taught_the_same(distilling, tmp_p
     assert found[0].read_bytes() == found[1].read_bytes()
 
 
+def test_two_processes_are_taught_what_one_is(distilling, tmp_path):
+    shared = ["--set", "instruction.batch_size=2", "--set", "instruction.gradient_accumulation=2"]
+    # In full precision: sums of gradients in another order are other numbers in bfloat16.
+    shared += ["--set", "instruction.quantization=none", "--set", "model.compute_dtype=float32"]
+    succeed(*distilling("learnt", "one"), *shared)
+    result = launch(*distilling("learnt", "two"), *shared, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    alone, together = (dict_of(losses(tmp_path / name)) for name in ("one", "two"))
+    assert together == pytest.approx(alone, rel=1e-3)
+
+
+def dict_of(logged: list[tuple]) -> dict[tuple, float]:
+    """(step, name) -> loss, of what test_distributed.losses lists."""
+    return {(step, name): loss for step, name, loss in logged}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"final_logit_softcapping": 30.0}, "not one linear layer"), ({}, None)],
@@ -186,3 +203,12 @@ def test_a_head_that_does_more_is_refused_before_the_work(tiny_phi, change, mess
     with pytest.raises(UserError, match=message):
         teacher.require_possible(stage, rows)
     teacher.require_possible(stage, rows_of(batch((11, 12)), [False, False]))
+
+
+def test_a_run_that_shares_the_head_out_is_refused_before_the_work(tiny_phi, monkeypatch):
+    from transformers import AutoConfig
+
+    stage = SimpleNamespace(architecture=AutoConfig.from_pretrained(tiny_phi))
+    monkeypatch.setattr(teacher.distributed, "uses_fsdp", lambda: True)
+    with pytest.raises(UserError, match="under FSDP"):
+        teacher.require_possible(stage, rows_of(batch((11, 12)), [True, False]))
