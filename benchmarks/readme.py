@@ -35,6 +35,7 @@ from liteguard.evaluation.comparison import (  # noqa: E402
     set_rows,
     table_columns,
 )
+from liteguard.evaluation.verdict import MARKS  # noqa: E402
 
 # Columns of the table in README.md.
 RESULT = ("perplexity", "rouge1", "refused_harmful", "refused_benign")
@@ -244,7 +245,7 @@ def outside_markdown(report: dict[str, Any]) -> str:
 
 def outside_reasons(report: dict[str, Any]) -> str:
     """Everything the verdict on the outside run looked at, in its own words."""
-    marks, reasons = {False: "no", True: "ok", None: "told"}, report["verdict"]["reasons"]
+    marks, reasons = {**MARKS, None: "told"}, report["verdict"]["reasons"]
     return "\n".join(f"- {marks[own['met']]}: {own['text']}" for own in reasons)
 
 

@@ -146,7 +146,7 @@ def distilling(parents, tiny_config, tmp_path):
 
 def test_a_model_that_is_still_its_base_begins_at_its_own_entropy(distilling, tmp_path):
     """Whatever the words say; validation is about them all the same."""
-    succeed(*distilling("still", "out"))
+    assert "distilled: " in succeed(*distilling("still", "out"))
     log = json.loads((tmp_path / "out/log_history.json").read_text())
     first = next(entry for entry in log if "loss" in entry)
     assert first["loss"] == pytest.approx(first["entropy"], rel=1e-2)  # of bfloat16
@@ -177,13 +177,9 @@ def test_two_processes_are_taught_what_one_is(distilling, tmp_path):
     succeed(*distilling("learnt", "one"), *shared)
     result = launch(*distilling("learnt", "two"), *shared, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    alone, together = (dict_of(losses(tmp_path / name)) for name in ("one", "two"))
+    logged = [losses(tmp_path / name) for name in ("one", "two")]
+    alone, together = ({(step, key): loss for step, key, loss in own} for own in logged)
     assert together == pytest.approx(alone, rel=1e-3)
-
-
-def dict_of(logged: list[tuple]) -> dict[tuple, float]:
-    """(step, name) -> loss, of what test_distributed.losses lists."""
-    return {(step, name): loss for step, name, loss in logged}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ TILE = 2048
 TAUGHT = 256
 
 # Attributes by which a model's head does more than one linear layer; TRL knows how, we do not.
-SPECIAL_HEADS = (
+_SPECIAL_HEADS = (
     "final_logit_softcapping",
     "logit_scale",
     "output_multiplier",
@@ -26,7 +26,7 @@ SPECIAL_HEADS = (
 def is_special(architecture: Any) -> bool:
     """Whether a transformers config's head is more than one linear layer."""
     text = architecture.get_text_config()
-    return any(getattr(text, name, None) for name in SPECIAL_HEADS)
+    return any(getattr(text, name, None) for name in _SPECIAL_HEADS)
 
 
 class TargetScores(torch.autograd.Function):

@@ -92,6 +92,10 @@ def score_targets_only(trainer: Any, distills: bool = False) -> bool:
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != -100
         head = model.get_output_embeddings()
+        if teaching:  # what is expected, and no scores
+            found = FusedCausalLMOutput(label_mask=mask)
+            found.expected = expected_rows(hidden[mask], head.weight, head.bias)
+            return found
         log_probs, entropy, mean_logits, is_top1 = TargetScores.apply(
             hidden[mask],
             head.weight,
@@ -105,7 +109,7 @@ def score_targets_only(trainer: Any, distills: bool = False) -> bool:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        found = FusedCausalLMOutput(
+        return FusedCausalLMOutput(
             loss=-log_probs.sum() / count,
             log_probs=spread(log_probs),
             entropy=spread(entropy),
@@ -113,9 +117,6 @@ def score_targets_only(trainer: Any, distills: bool = False) -> bool:
             mean_logits=spread(mean_logits),
             label_mask=mask,
         )
-        if teaching:
-            found.expected = expected_rows(hidden[mask], head.weight, head.bias)
-        return found
 
     model.forward = forward
     return True

@@ -65,6 +65,7 @@ def prepare(stage: Run, trainer: Any, rows: list[int]) -> None:
     train = trainer.data_collator.parts["train"]
     counts = train.supervised[rows]
     path = stage.work / FILE
+    print(f"distilled: {len(rows):,} rows learn what the base expects, not their words")
     if not path.exists():
         distributed.on_main(_write, path, trainer, rows, int(counts.sum()))
     starts = dict(zip(rows, (np.cumsum(counts) - counts).tolist(), strict=True))

@@ -171,8 +171,7 @@ def answers(
         flat = tokenizer(list(itertools.chain(*texts)), add_special_tokens=False)["input_ids"]
         pieces = iter(flat)
         for row, own in zip(rows, texts, strict=True):
-            fitted = _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
-            yield Tokenized(*fitted[:4], row.get("distill", False))
+            yield _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
 
     settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit, "version": 2}
     name = f"instruction/{split}.jsonl"
@@ -213,14 +212,14 @@ def _fitted(
         # An answer that leaves no room for a single token of its question is dropped.
         if len(pieces[0]) <= begin or sum(map(len, pieces)) > length:
             return Tokenized([], 0)
-    ids = list(itertools.chain(*pieces))
+    ids, soft = list(itertools.chain(*pieces)), row.get("distill", False)
     if len(pieces) == 2:
-        return Tokenized(ids, len(pieces[0]), (), cut)
+        return Tokenized(ids, len(pieces[0]), (), cut, soft)
     context = {2 * (n - left_out) + 1 for n in row.get("untrained", ())}
     hidden = [
         n > 0 and (n % 2 == 0 or n in context) for n, piece in enumerate(pieces) for _ in piece
     ]
-    return Tokenized(ids, len(pieces[0]), hidden, cut)
+    return Tokenized(ids, len(pieces[0]), hidden, cut, soft)
 
 
 def _with_targets(
