@@ -12,9 +12,18 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from liteguard.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# How long processes wait for the main one. The default (10 minutes between GPUs, 30 between CPUs)
+# would end a run whose reference or teacher takes longer. A main process that dies ends them too:
+# the launcher sees to that.
+PATIENCE = timedelta(days=1)
 
 
 def world_size() -> int:
@@ -94,7 +103,7 @@ def connect() -> None:
         import torch
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def barrier() -> None:
@@ -126,6 +135,20 @@ def on_main(function: Callable[..., Any], *args: Any) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def write_once(path: Path, function: Callable[..., Any], *args: Any) -> None:
+    """`function(*args)`, which writes `path`, run by the main process if there is no such file.
+
+    Only the main process looks: another one may look when the file is just written, and then not
+    wait with the others for the result, but join them in the wrong one.
+    """
+
+    def unless_there() -> None:
+        if not path.exists():
+            function(*args)
+
+    on_main(unless_there)
 
 
 def main_first(function: Callable[..., Any]) -> Callable[..., Any]:

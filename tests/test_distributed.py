@@ -179,7 +179,8 @@ def test_one_process_needs_no_network(monkeypatch):
 
 
 ERRORS = """
-import sys
+import sys, time
+from pathlib import Path
 sys.path.insert(0, {root!r})
 from liteguard import distributed
 from liteguard.errors import UserError
@@ -191,6 +192,17 @@ def fill():
 distributed.main_first(fill)()
 distributed.barrier()
 assert open("order").read() == "01"
+# One that comes late finds the file written, and joins the others all the same.
+once = Path("once")
+time.sleep(distributed.rank())
+for _ in range(2):
+    distributed.write_once(once, lambda: once.open("a").write("written "))
+assert once.read_text() == "written "
+assert distributed.on_main(lambda: "after") == "after"
+# A main process that works for an hour is waited for.
+import torch
+group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+assert group.options._timeout.total_seconds() > 12 * 3600
 def fail():
     raise UserError("only the main process saw this")
 try:
@@ -199,7 +211,6 @@ except UserError as error:
     open(f"seen-{{distributed.rank()}}", "w").write(str(error))
 distributed.barrier()
 # Gloo's threads must not outlive the interpreter: on a busy machine that ends in abort().
-import torch
 torch.distributed.destroy_process_group()
 """
 

@@ -80,6 +80,7 @@ def precompute_reference(stage: Run, trainer: Any) -> None:
     sets = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
 
     def compute() -> None:
+        trainer.model.eval()
         found = {}
         for name, rows in sets.items():
             batches = DataLoader(
@@ -96,11 +97,9 @@ def precompute_reference(stage: Run, trainer: Any) -> None:
             found[f"{name}.chosen"], found[f"{name}.rejected"] = (row.clone() for row in both)
         with writing.replacing(path) as beside:
             save_file(found, str(beside))
-
-    if not path.exists():
-        trainer.model.eval()
-        distributed.on_main(compute)
         trainer.model.train()
+
+    distributed.write_once(path, compute)
     stored = load_file(str(path))
     with_scores = {
         name: rows.add_column("ref_chosen_logps", stored[f"{name}.chosen"].tolist()).add_column(

@@ -66,8 +66,7 @@ def prepare(stage: Run, trainer: Any, rows: list[int]) -> None:
     counts = train.supervised[rows]
     path = stage.work / FILE
     print(f"distilled: {len(rows):,} rows learn what the base expects, not their words")
-    if not path.exists():
-        distributed.on_main(_write, path, trainer, rows, int(counts.sum()))
+    distributed.write_once(path, _write, path, trainer, rows, int(counts.sum()))
     starts = dict(zip(rows, (np.cumsum(counts) - counts).tolist(), strict=True))
     trainer.data_collator.lesson = Lesson(starts, np.load(path, mmap_mode="r", allow_pickle=False))
 
