@@ -170,6 +170,7 @@ def run(main: Callable[[], None]) -> None:
     distributed.quiet_unless_main()
     try:
         main()
+        distributed.leave()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         told = failures.explain(error)

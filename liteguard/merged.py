@@ -56,7 +56,8 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, dtype: torch.dtype | No
                 continue
             layer = module.get_base_layer()
             before = layer.weight.data
-            summed = before.float()
+            # A copy: the weights of a base that is stored in float32 are not changed in place.
+            summed = before.to(torch.float32, copy=True)
             for active in module.active_adapters:
                 delta = module.get_delta_weight(active).float()
                 if not delta.isfinite().all():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,24 +83,27 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
 
     Raises UserError when the directory is missing, unfinished or changed since it was written.
     """
+    return list(iterate_split(data_dir, part, split))
+
+
+def iterate_split(data_dir: Path, part: str, split: str) -> Iterator[Row]:
+    """`load_split` row by row, for what need not have all of them in memory."""
     path = check_split(data_dir, part, split)
     manifest = read_manifest(data_dir)
-    text = path.read_bytes()
-    rows = []
-    # Not splitlines: it also splits at U+2028, which JSON leaves as it is.
-    for number, line in enumerate(text.split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line.decode("utf-8"))
-            if any(not isinstance(row[f], str) for f in FIELDS[part]):
-                raise ValueError(f"columns {FIELDS[part]} must be text")
-            if not row.keys().isdisjoint(CONVERSATION):
-                check_conversation(row, part)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: {error}. {again(manifest)}") from None
-        rows.append(row)
-    if not rows:
+    number = 0
+    with path.open("rb") as file:  # whose lines end at a newline only, not at U+2028
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+                if any(not isinstance(row[f], str) for f in FIELDS[part]):
+                    raise ValueError(f"columns {FIELDS[part]} must be text")
+                if not row.keys().isdisjoint(CONVERSATION):
+                    check_conversation(row, part)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: {error}. {again(manifest)}") from None
+            yield row
+    if not number:
         raise UserError(f"{path} is empty. {again(manifest)}")
-    return rows
 
 
 def check_split(data_dir: Path, part: str, split: str) -> Path:

@@ -64,8 +64,12 @@ def normalise(text: str) -> str:
 
 
 # What a tokenizer would read as a control token ("<|im_end|>" in a forum post would end the answer
-# there).
-_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|</?s>")
+# there): those of Phi, Qwen, Llama 3 and SmolLM, of SentencePiece, of Gemma, and DeepSeek's with
+# their wide bars.
+_CONTROL = re.compile(
+    r"<\|[A-Za-z0-9_]{1,40}\|>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
+    "|<\uff5c[^\uff5c<>]{1,40}\uff5c>"
+)
 # Signs that change what a medical text says, as the words they become in a `text_key`.
 _SIGNS = {
     **{sign: f" {sign} " for sign in "<>\u2264\u2265\u00b1\u00b0%+=\u2191\u2193"},

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_conversations import SLOT
 
-from liteguard.config import build, read_yaml, validate
+from liteguard.config import VerdictSection, build, read_yaml, validate
 from liteguard.evaluation import as_used, comparison, held_out, results, run, verdict
 from liteguard.evaluation.answerers import Checkpoint, Generated
 from liteguard.evaluation.journal import Journal
@@ -130,10 +130,19 @@ def test_table_and_verdict_show_them(tmp_path, least, met):
         *(f"Harmful refused ({condition})" for condition in as_used.CONDITIONS[1:]),
     ]
     assert rows[0]["cells"]["base"] == ("-", "") and rows[0]["cells"]["final"][0] == "67 %"
-    limits = config.evaluate.verdict.model_copy(update={"drawn_refused": least})
+    limits = VerdictSection(drawn_refused=least, fewest_rows=3)
     reasons = [*verdict._as_used(result, limits)]
     assert reasons[0].met is met and "own rows: harmful refused in all 2 draws" in reasons[0].text
     assert {reason.met for reason in reasons[1:]} == {None}
+
+
+@pytest.mark.parametrize("result", [{}, {"as_used": {}}])
+def test_a_limit_on_drawn_answers_is_not_kept_by_drawing_none(tmp_path, result):
+    few = {"as_used": measured(tmp_path, Scripted(), configured(SLOT))}
+    for given, count in ((result, 0), (few, 3)):
+        assert not [r for r in verdict._as_used(given, VerdictSection()) if r.met is False]
+        *_, last = verdict._as_used(given, VerdictSection(drawn_refused=0.1))
+        assert last.met is False and f"in all draws: measured on {count} rows" in last.text
 
 
 @pytest.fixture(scope="module")

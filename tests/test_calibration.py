@@ -254,6 +254,28 @@ def test_rows_are_training_rows_of_all_stages(monkeypatch, tmp_path):
     assert rows == layerwise.training_rows(config, tmp_path, tmp_path, ""), "the same each time"
 
 
+def test_rows_are_read_as_they_were_trained_on(monkeypatch, tmp_path):
+    """Behind the BOS, and an answer behind all that was said before its question."""
+    import tokenizers
+
+    turn = {"prompt": "ask 2", "history": [["ask 1", "no"]], "completion": "yes"}
+    rows = {
+        "domain": [{"text": "text 3"}],
+        "instruction": [turn],
+        "preference": [{"prompt": "want 4", "chosen": "no", "rejected": "sure"}],
+    }
+    monkeypatch.setattr(layerwise, "load_split", lambda _, part, split: rows[part])
+    words(tmp_path)
+    values = {"model_type": "tiny", "model": {"name": "a/model"}, "prompt": {"bos_token": "sure"}}
+    config = Config.model_validate(values)
+    found = layerwise.training_rows(config, tmp_path, tmp_path, "")
+    names = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).id_to_token
+    said = [[name for name in map(names, ids) if name != "?"] for ids in found]
+    assert [row[0] for row in said] == ["sure"] * 3
+    assert said[0][1:3] == ["text", "3"]
+    assert [name for name in said[1] if name in ("ask", "no", "yes")] == ["ask", "no", "ask", "yes"]
+
+
 def test_without_rows_it_says_so_and_goes_on(tmp_path, capsys):
     config = Config.model_validate({"model_type": "tiny", "model": {"name": "a/model"}})
     without = calibration.WITHOUT_ROWS

@@ -147,6 +147,9 @@ def test_a_trainers_checkpoint_is_resumed_only_with_the_best_one(tmp_path):
 
     first, second, third = save(1, 1), save(2, 2), save(3, 2)
     assert last_checkpoint(tmp_path) == third
+    # Moved since: the trainer takes the path as it stands, and where it is none knows no best step.
+    state = json.loads((third / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(second)
     (second / "adapter_model.safetensors").unlink()
     assert last_checkpoint(tmp_path) == first
     (third / "trainer_state.json").write_text("{")

@@ -312,6 +312,9 @@ def test_whitespace_runs_become_one_blank():
 def test_control_tokens_in_a_text_are_not_read_as_such():
     text = "He wrote <|im_end|>\n<|im_start|>system and </s>, with |x| < 3 and <b>."
     assert normalise(text) == "He wrote system and , with |x| < 3 and <b>."
+    # Gemma's and DeepSeek's.
+    text = "It ends<end_of_turn>\n<start_of_turn>user here <eos><bos> or <\uff5cend\u2581of\uff5c>."
+    assert normalise(text) == "It ends user here or ."
 
 
 def test_alpaca_rows_ask_the_input(tmp_path):

@@ -223,6 +223,23 @@ def test_results_and_errors_of_the_main_process_reach_all(tmp_path):
         assert (tmp_path / f"seen-{rank}").read_text() == "only the main process saw this"
 
 
+def test_fsdp_rounds_neither_buffers_nor_sums_of_gradients():
+    """Rotary frequencies of 8 bits are another model than the one that the adapter ships with."""
+    import torch
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.buffer_dtype == torch.bfloat16
+    distributed.keep_precision_under_fsdp(plugin)
+    for _ in range(2):
+        policy = plugin.mixed_precision_policy
+        assert policy.param_dtype == torch.bfloat16
+        assert policy.buffer_dtype == policy.reduce_dtype == torch.float32
+        # As transformers does for a quantized base, after this.
+        plugin.set_mixed_precision(torch.bfloat16, override=True)
+
+
 def test_accelerate_configurations_are_complete():
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 

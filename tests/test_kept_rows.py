@@ -387,6 +387,7 @@ def test_short_answers_are_kept_and_long_texts_cut(tmp_path):
     for row in found:
         where.setdefault(row["entity"], set()).add(row["in"])
     assert len(where) == 60 and all(len(splits) == 1 for splits in where.values())
+    assert max(map(len, where)) < 100, "a piece does not carry the whole text as its entity"
     parts = Counter(s for row in found for s in row["text"].rstrip(".").split(". "))
     assert parts == Counter(s for text in long for s in text.rstrip(".").split(". "))
     entry = next(e for e in prepared.manifest["sources"] if e["part"] == "domain")

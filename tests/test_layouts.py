@@ -412,6 +412,18 @@ def test_a_split_column_is_honoured(tmp_path):
         one(tmp_path, "prompt_completion", pair(1), split="test")
 
 
+def test_a_split_that_only_held_out_rows_name_is_honoured(tmp_path):
+    """As sparse JSON says it, or the second file of a folder."""
+    rows, held_out = [pair(n) for n in range(60)], [exam_row(n, split="test") for n in range(20)]
+    splits = own_splits(jsonl(tmp_path / "x.jsonl", [*rows, *held_out]))
+    assert where(splits, "Exam") == {"test": 20}
+    assert where(splits, "What").get("test", 0) == 0  # there is a test split: none is drawn
+    for name, own in (("a", rows), ("b", held_out)):
+        lines = [",".join(own[0]), *(",".join(map(json.dumps, row.values())) for row in own)]
+        write(tmp_path / f"d/{name}.csv", "\n".join(lines))
+    assert where(own_splits(tmp_path / "d"), "Exam") == {"test": 20}
+
+
 def test_config_name_is_a_folder_of_a_local_directory(tmp_path):
     jsonl(tmp_path / "d/icliniq/a.jsonl", [pair(1)])
     jsonl(tmp_path / "d/chat/a.jsonl", [pair(2)])

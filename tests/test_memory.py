@@ -411,6 +411,18 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(caps
     assert loop.train_within_memory(Card(9), 8, 3, explain=lambda: "never") == (24, [])
 
 
+def test_of_several_processes_none_goes_on_alone():
+    """One is out of memory, the others wait for its gradients: the next start is a smaller one."""
+    kept = []
+    card = Card(fits=2)
+    with pytest.raises(WorkError, match=r"in one of 4 processes .*\nRun the same command again"):
+        loop.train_within_memory(card, 5, 4, lambda: "never", processes=4, keep=kept.append)
+    # 2 x 10 would not be shared by 4.
+    assert card.calls == [(5, 4)] and kept == [{"batch_size": 1, "gradient_accumulation": 20}]
+    assert loop.train_within_memory(card, **kept[0], explain=lambda: "never", processes=4)[0] == 20
+    assert card.calls[1:] == [(1, 20)]
+
+
 def test_odd_micro_batches_keep_the_effective_batch():
     card = Card(fits=1)
     loop.train_within_memory(card, 6, 1, explain=lambda: "never")

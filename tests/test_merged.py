@@ -71,6 +71,20 @@ def test_sums_are_rounded_once(config, tiny_phi, adapter, dtype):
         assert unlike < 1e-3, f"{name}: {unlike:.2%} of the elements"
 
 
+def test_a_base_stored_in_float32_is_merged_like_any_other(tiny_phi, adapter):
+    """It is its own float32 copy: summed in place, nothing would seem to have changed."""
+    import torch
+
+    model = merged.load_stored(tiny_phi).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = merged.merge_adapter(model, adapter)
+    expected = sums(tiny_phi, adapter)
+    assert found.changed == len(expected) and 0 < found.largest_delta < 1
+    for name, value in expected.items():
+        torch.testing.assert_close(model.state_dict()[name].double(), value)
+        assert not torch.equal(model.state_dict()[name], before[name])
+
+
 def test_rslora_scales_by_the_root_of_the_rank(tiny_phi, tmp_path):
     """In training, by our own layers, and in what ships: alpha 6 over sqrt(4)."""
     import torch

@@ -12,7 +12,7 @@ from conftest import ROOT
 from liteguard import models
 from liteguard.config import build, read_yaml
 from liteguard.errors import UserError
-from liteguard.training import isolation, packing, patches
+from liteguard.training import feed, isolation, micro_batch, packing, patches
 from liteguard.training.tokens import TokenRows
 
 ATTENTIONS = ("sdpa", "eager")
@@ -183,9 +183,9 @@ def rows_of(lengths, prompts=None) -> TokenRows:
 
 def test_every_row_of_a_step_is_in_one_of_its_micro_batches():
     lengths = np.random.default_rng(0).integers(1, 300, 500)
-    steps = packing.steps_of_rows(packing.repeat_order(500, 0, False), 16, 40)
+    steps = micro_batch.steps_of_rows(micro_batch.repeat_order(500, 0, False), 16, 40)
     for capacity, multiple in ((512, 1), (2048, 1), (512, 2), (100_000, 4)):
-        batches, count = packing.micro_batches(steps, lengths, capacity, multiple)
+        batches, count = micro_batch.micro_batches(steps, lengths, capacity, multiple)
         assert len(batches) == count * len(steps) and count % multiple == 0
         for number, step in enumerate(steps):
             own = batches[number * count : (number + 1) * count]
@@ -193,7 +193,7 @@ def test_every_row_of_a_step_is_in_one_of_its_micro_batches():
             assert max(lengths[group].sum() for group in own) <= capacity
         if count > multiple:
             smaller = count - multiple
-            groups = [packing.spread([lengths[r] for r in step], smaller) for step in steps]
+            groups = [micro_batch.spread([lengths[r] for r in step], smaller) for step in steps]
             loads = [
                 sum(lengths[step[i]] for i in group)
                 for step, found in zip(steps, groups, strict=True)
@@ -201,12 +201,12 @@ def test_every_row_of_a_step_is_in_one_of_its_micro_batches():
             ]
             assert max(loads) > capacity, "fewer micro-batches would have done"
     with pytest.raises(UserError, match="cannot be spread over 32"):
-        packing.micro_batches(steps, lengths, 100_000, 32)
+        micro_batch.micro_batches(steps, lengths, 100_000, 32)
 
 
 def test_passes_over_the_rows_are_complete_and_repeatable():
     def order(seed):
-        found = packing.repeat_order(10, seed, shuffle_first=False)
+        found = micro_batch.repeat_order(10, seed, shuffle_first=False)
         return [next(found) for _ in range(30)]
 
     first = order(0)
@@ -217,11 +217,11 @@ def test_passes_over_the_rows_are_complete_and_repeatable():
 
 def test_steps_of_tokens_fill_the_budget_and_cut_nothing():
     lengths = np.random.default_rng(1).integers(1, 128, 300)
-    steps = packing.steps_of_tokens(packing.repeat_order(300, 0, True), lengths, 1024, 30)
+    steps = micro_batch.steps_of_tokens(micro_batch.repeat_order(300, 0, True), lengths, 1024, 30)
     totals = [lengths[step].sum() for step in steps]
     assert max(totals) <= 1024 and min(totals) > 1024 - 128
     assert sum(steps, []) == [
-        row for row, _ in zip(packing.repeat_order(300, 0, True), sum(steps, []), strict=False)
+        row for row, _ in zip(micro_batch.repeat_order(300, 0, True), sum(steps, []), strict=False)
     ]
 
 
@@ -232,17 +232,17 @@ def test_long_texts_fit_one_row_a_micro_batch():
     for article in generator.integers(500, 4500, 400):
         lengths += [2048] * (article // 2048) + [article % 2048 or 2048]
     lengths = np.array(lengths)
-    order = packing.repeat_order(len(lengths), 0, shuffle_first=True)
-    steps = packing.steps_of_tokens(order, lengths, 16 * 2048, 200)
+    order = micro_batch.repeat_order(len(lengths), 0, shuffle_first=True)
+    steps = micro_batch.steps_of_tokens(order, lengths, 16 * 2048, 200)
     with pytest.raises(UserError, match="cannot be spread"):
-        packing.micro_batches(steps, lengths, 2048)
-    order = packing.repeat_order(len(lengths), 0, shuffle_first=True)
-    steps = packing.steps_of_groups(order, lengths, 2048, 16, 200)
-    batches, count = packing.micro_batches(steps, lengths, 2048)
+        micro_batch.micro_batches(steps, lengths, 2048)
+    order = micro_batch.repeat_order(len(lengths), 0, shuffle_first=True)
+    steps = micro_batch.steps_of_groups(order, lengths, 2048, 16, 200)
+    batches, count = micro_batch.micro_batches(steps, lengths, 2048)
     assert count == 16 and len(batches) == 16 * 200
     assert max(lengths[batch].sum() for batch in batches) <= 2048
     # Nothing is left out: the steps hold the rows of the order, one after the other.
-    order = packing.repeat_order(len(lengths), 0, shuffle_first=True)
+    order = micro_batch.repeat_order(len(lengths), 0, shuffle_first=True)
     assert [row for step in steps for row in step] == [
         next(order) for _ in range(sum(map(len, steps)))
     ]
@@ -262,7 +262,7 @@ def test_collator_masks_prompts_and_padding():
 def test_row_weights_are_those_of_the_formula():
     supervised, steps = np.array([1, 4, 9]), [[0, 1], [1, 2]]
     token, square, sample = (
-        packing.row_weights(steps, supervised, name) for name in ("token", "square", "sample")
+        micro_batch.row_weights(steps, supervised, name) for name in ("token", "square", "sample")
     )
     assert [w.tolist() for w in token] == [[1, 1], [1, 1]]
     # 5 tokens: the loss 5 (1 l + 1/4 (l1 + .. + l4)) / 2 over 5 is the mean of two rows' means.
@@ -271,7 +271,31 @@ def test_row_weights_are_those_of_the_formula():
     assert square[1] == pytest.approx([13 / 2 / 5, 13 / 3 / 5])
 
 
-@pytest.mark.parametrize("reduction", packing.LOSS_REDUCTIONS)
+@pytest.mark.parametrize("capacity", [512, 2048, 8192])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_padded_texts_are_spread_within_the_same_memory(capacity, processes):
+    """Whatever number of texts a step holds, also of micro-batches that hold one long one each."""
+    lengths = np.random.default_rng(3).integers(40, 512, 400)
+    order = micro_batch.repeat_order(len(lengths), 0, shuffle_first=True)
+    planned = micro_batch.steps_of_tokens(order, lengths, 8 * 1024, 30)
+    assert len({len(step) for step in planned}) > 3
+    shape = {"batch_size": capacity // 512, "gradient_accumulation": 8 * 1024 // capacity}
+    section = SimpleNamespace(packing=False, max_length=512, max_steps=30, seed=0, **shape)
+    config = SimpleNamespace(model=SimpleNamespace(context_length=2048))
+    stage = SimpleNamespace(name="domain", section=section, config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed.distributed, "world_size", lambda: processes)
+        if 8 * 1024 // capacity < processes:
+            return
+        steps, batches, count = feed.spread_steps(stage, lengths, planned)
+    assert count % processes == 0 and len(batches) == 30 * count and all(batches)
+    assert max(len(b) * lengths[b].max() for b in batches) <= capacity
+    for number, step in enumerate(steps):
+        own = batches[number * count : (number + 1) * count]
+        assert sorted(row for batch in own for row in batch) == sorted(step)
+
+
+@pytest.mark.parametrize("reduction", micro_batch.LOSS_REDUCTIONS)
 def test_a_weighted_step_has_the_loss_and_gradient_of_its_definition(tiny_phi, reduction):
     """Micro-batch by micro-batch, divided by the tokens of the step as trainers do it."""
     import torch
@@ -280,7 +304,7 @@ def test_a_weighted_step_has_the_loss_and_gradient_of_its_definition(tiny_phi, r
     packing.weigh_rows(model.get_base_model())
     lengths = np.array([5, 12, 4, 9])
     rows = rows_of(lengths, prompts=lengths // 3)
-    weights = packing.row_weights([[0, 1, 2, 3]], rows.supervised, reduction)[0]
+    weights = micro_batch.row_weights([[0, 1, 2, 3]], rows.supervised, reduction)[0]
     collate = packing.Collator({"train": rows}, pad_id=0)
     everything = rows.supervised.sum()
 

@@ -331,6 +331,25 @@ def test_killed_training_goes_on_to_the_very_same_adapter(pipeline, tiny_config,
     assert found["metrics"]["tokens"] == uninterrupted["metrics"]["tokens"]
 
 
+def test_a_run_that_had_stopped_early_takes_no_further_step(pipeline, tiny_config, tmp_path):
+    """Killed between its last step and its publishing, as in a score that takes minutes."""
+    command = [str(ROOT / "train_domain.py"), "--config", str(tiny_config)]
+    early = {"learning_rate": 1.0, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
+    for name, value in early.items():
+        command += ["--set", f"domain.{name}={value}"]
+    outputs = {name: tmp_path / name for name in ("whole", "killed")}
+    said = succeed(*command, "--output", outputs["whole"], cwd=pipeline)
+    steps = record(outputs["whole"])["metrics"]["steps"]
+    assert steps < 6 and f"domain: {steps} steps," in said
+    kill_at(f"domain: {steps} steps,", [*command, "--output", str(outputs["killed"])], pipeline)
+    succeed(*command, "--output", outputs["killed"], cwd=pipeline)
+    one, other = (record(path) for path in outputs.values())
+    for key in ("steps", "tokens", "best_eval_loss"):
+        assert one["metrics"][key] == other["metrics"][key], key
+    assert losses(outputs["whole"], "eval_loss") == losses(outputs["killed"], "eval_loss")
+    assert one["files"]["adapter_model.safetensors"] == other["files"]["adapter_model.safetensors"]
+
+
 def losses(directory: Path, key: str = "loss") -> list[float]:
     history = json.loads((directory / "log_history.json").read_text())
     return [entry[key] for entry in history if key in entry]

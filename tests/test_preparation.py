@@ -557,6 +557,37 @@ def test_training_rows_that_repeat_a_test_question_are_dropped(project):
     assert not [r for r in project.rows("domain", "train", "after") if "Planted" in r["text"]]
 
 
+@pytest.mark.parametrize("length", [8, 25])
+def test_a_question_that_stands_five_times_in_a_set_is_no_set_phrase(project, length):
+    """One row an answer, as some sets have them: the question is looked for all the same."""
+    question = " ".join(f"word{n}" for n in range(length))
+    exam = project.directory / "exam.jsonl"
+    exam.write_text(f"{json.dumps({'question': f'{question}?'})}\n" * 5)
+    planted = f"Please tell me, {question}, or what?"
+    project.files["pairs"].append({"prompt": planted, "completion": ANSWER.format(801)})
+    project.data["decontaminate"] = [str(exam)]
+    project.save()
+    project.run()
+    assert project.reasons("801 days") == [f"overlaps {exam}"]
+
+
+def test_a_test_question_with_five_answers_is_no_set_phrase(project):
+    """Nor is the prompt of five test pairs: training rows with its words in them are left out."""
+    question = " ".join(f"word{n}" for n in range(16))
+    project.files["pairs"] += [
+        {"prompt": f"{question}?", "completion": ANSWER.format(800 + n), "split": "test"}
+        for n in range(5)
+    ]
+    planted = f"Please tell me, {question}, or what else is there to be said about all of it?"
+    project.files["pairs"].append({"prompt": planted, "completion": ANSWER.format(901)})
+    project.data["near_duplicate_threshold"] = None
+    project.save()
+    project.run()
+    assert project.reasons("901 days") == ["overlaps the test split"]
+    held = [row for row in project.rows("instruction", "test") if question in row["prompt"]]
+    assert len(held) == 5
+
+
 def test_a_phrase_that_many_rows_share_takes_none_of_them(project):
     """A lead-in of 17 words says nothing about a test row that has it too."""
     lead = " ".join(f"lead{n}" for n in range(17))

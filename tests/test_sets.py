@@ -29,6 +29,7 @@ from liteguard.evaluation import (
     verdict,
 )
 from liteguard.evaluation.answerers import Generated
+from liteguard.evaluation.contamination import OTHER_DATA
 from liteguard.evaluation.journal import Journal
 from liteguard.records import Result
 
@@ -574,6 +575,53 @@ def test_leaked_rows_of_a_set_stand_against_it(outside, tmp_path):
     assert judged(outside, BETTER, tmp_path, leaks, contaminated=0.2).ships
 
 
+def test_own_rows_decide_only_if_they_were_kept_apart(outside, tmp_path):
+    """Test rows of data that were prepared anew may be what the model was trained on."""
+    gone = {"unchecked": [f"data/instruction/train.jsonl (instruction stage{OTHER_DATA})"]}
+    assert judged(outside, BETTER, tmp_path, gone).ships is False  # its ordinary ones are own rows
+    assert judged(outside, BETTER, tmp_path, {"unchecked": ["what x was trained on"]}).ships
+    leaks = {"measured_by_set": {"questions": 8}}
+    why = against(judged(configured(), BETTER, tmp_path, leaks))
+    assert why == "own rows: 8 of those measured stand in training data"
+
+
+def test_no_verdict_beside_another_base(outside, tmp_path):
+    """Another model of another size, other weights, or another prompt before the questions."""
+    good = {
+        "base": measured(outside, BASE, tmp_path, "base"),
+        "final": measured(outside, BETTER, tmp_path, "final"),
+    }
+    for result in good.values():
+        result["inputs"] |= {"base": "abc", "prompt": {"end_token": "</s>"}}
+    assert verdict.verdict(good, VerdictSection(fewest_rows=4)).ships
+    for part, name, value, says in (
+        ("model", "name", "another/model", "is a/model, and what was made is of another/model"),
+        ("inputs", "base", "abd", "with other weights"),
+        ("inputs", "prompt", {"end_token": "<end>"}, "another prompt"),
+    ):
+        final = {**good["final"], part: {**good["final"][part], name: value}}
+        said = verdict.verdict({**good, "final": final}, VerdictSection(fewest_rows=4))
+        assert said.ships is None and says in said.reasons[0].text, name
+    # A bundle is measured without its base.
+    final = {**good["final"], "inputs": {**good["final"]["inputs"], "base": None}}
+    assert verdict.verdict({**good, "final": final}, VerdictSection(fewest_rows=4)).ships
+
+
+def test_a_set_whose_perplexity_could_not_be_measured_stands_against_it(outside, tmp_path):
+    """No reference answer fits the bundle's cache, say: ROUGE alone is half of what was asked."""
+    found = {
+        "base": measured(outside, BASE, tmp_path, "base"),
+        "final": measured(outside, BETTER, tmp_path, "final"),
+    }
+    scores = found["final"]["scores"]["nih"]
+    scores[3:] = [[None, 0]] * len(scores[3:])
+    said = verdict.verdict(found, VerdictSection(fewest_rows=4))
+    assert against(said).startswith("nih: perplexity of 3 rows, too few to judge by, at least 4")
+    scores[:] = [[None, 0]] * len(scores)
+    said = verdict.verdict(found, VerdictSection(fewest_rows=4))
+    assert against(said).startswith("nih: perplexity of 0 rows")
+
+
 def test_the_bundle_is_judged_and_must_be_proven(outside, tmp_path):
     found = {
         "base": measured(outside, BASE, tmp_path, "base"),
@@ -597,6 +645,8 @@ def test_the_bundle_is_judged_and_must_be_proven(outside, tmp_path):
     assert "proof: the bundle passed it" in verdict.verdict_text(said)
     write_json(file, {**record, "verify": None})
     assert "proof: none" in why()
+    write_json(file, {**record, "verify": {"steps": []}})
+    assert "proof: it has no steps" in why()
     write_json(file, {**record, "verify": {"steps": [{**step, "passed": False}]}})
     assert why() == "proof: perplexity failed"
     write_json(file, {**record, "files": {"x.task": "other"}})
@@ -692,6 +742,32 @@ def test_a_planted_row_of_an_outside_set_is_named(outside, tmp_path):
         answered["prompt"],
         request["prompt"],
     }
+
+
+@pytest.mark.parametrize("length", [8, 20])
+def test_a_question_that_stands_five_times_in_a_set_is_no_set_phrase(length, tmp_path):
+    """One row an answer, as some sets have them. All five are contaminated by one training row."""
+    question = " ".join(f"word{n}" for n in range(length))
+    held = [
+        {"prompt": f"{question}?", "completion": f"Answer {n}.", "measured_as": "nih"}
+        for n in range(5)
+    ]
+    rows = {"nih": held}
+    planted = [{"prompt": f"Please say: {question}, quickly?", "completion": "No idea."}]
+    data = prepared(tmp_path / "data", planted, ["A text."])
+    found = contamination.contamination(rows, rows, [data])
+    assert found["by_set"] == {"nih": 5} and found["measured_by_set"] == {"nih": 5}
+
+
+def test_training_data_is_looked_at_in_blocks(outside, tmp_path, monkeypatch):
+    rows = sets.outside(outside, everything=True)
+    planted = [{"prompt": f"Filler {n}?", "completion": "No idea."} for n in range(50)]
+    planted[33]["prompt"] = f"Please say: {rows['nih'][0]['prompt']}"
+    data = prepared(tmp_path / "data", planted, ["A text."])
+    whole = contamination.contamination(rows, rows, [data])
+    assert whole["by_set"]["nih"] == 1
+    monkeypatch.setattr(contamination, "BLOCK", 100)
+    assert contamination.contamination(rows, rows, [data]) == whole
 
 
 def test_a_results_inputs_know_its_sets_and_not_its_limits(outside, tmp_path):

@@ -48,6 +48,7 @@ def parts(pipeline, tmp_path_factory) -> dict:
             config, pipeline / record["data_dir"], own_tokenizer(merged)
         ),
         "merged": merged,
+        "data": pipeline / record["data_dir"],
         "tflite": work / "model.tflite",
         "tokenizer": work / "tokenizer.model",
         "replaced": report.replaced,
@@ -676,6 +677,20 @@ def test_equal_quantisation_parameters_are_stored_once(parts, exact, tmp_path, m
         sizes.append((tmp_path / "q.tflite").stat().st_size)
     rows = 2 * (4 * 64 + 128 + 64) + 2 * 640
     assert sizes[1] - sizes[0] > 12 * rows
+
+
+def test_requests_without_a_kind_are_compared_all_the_same(parts, monkeypatch):
+    """A user's own pairs; "refusals 0 of 0" would be a check that nothing passes through."""
+    original = measured.load_split
+
+    def nameless(*arguments):
+        return [{**row, "kind": "unknown"} for row in original(*arguments)]
+
+    monkeypatch.setattr(measured, "load_split", nameless)
+    samples = measured.collect_samples(
+        parts["config"], parts["data"], own_tokenizer(parts["merged"])
+    )
+    assert samples.requests and samples.drawn
 
 
 def test_no_held_out_rows_is_a_users_mistake(parts, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MIN_LANGUAGE_CHARACTERS = 80
 MIN_LANGUAGE_WORDS = 6
 MIN_LANGUAGE_SCORE = 0.7
+LONGEST_ENTITY = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,16 @@ def _name_entity(row: Row, rules: Rules) -> int:
     # Tasks on one text ("Summarise ...", "List the drugs of ...") are on one side as well.
     about = match_key(normalise(row.pop("about", "")))
     subject = row["text"] if rules.part == "domain" else opening(row)
-    row["entity"] = named or about or match_key(subject)
+    entity = named or about or match_key(subject)
+    # Every piece of a long text carries its entity: there is no need for a book in each.
+    digest = hashlib.blake2b(entity.encode(), digest_size=16).hexdigest()
+    row["entity"] = entity if len(entity) <= LONGEST_ENTITY else f"{entity[:40]} {digest}"
     # "train or validation": drawn among these, where a source brings its own test split.
     own = row.get("split")
     if own in SPLITS:
         return FIXED
     tiered = bool(named) and not own and rules.part != "domain"
-    row["split"] = draw_split(row["entity"], rules.data, tiered)
+    row["split"] = draw_split(entity, rules.data, tiered)
     if own:
         row["split"] = row["split"] if row["split"] in own else "train"
         return FIXED

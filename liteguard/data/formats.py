@@ -112,12 +112,11 @@ class OwnSplits:
     """
 
     def __init__(self, source: SourceSection, first: Row) -> None:
-        column = "split" in first
-        names = _named_splits(source)
-        if column and source.path:
-            rows = (row for _, row in read_rows(source) if not isinstance(row, Broken))
-            found = {SPLIT_NAMES.get(_split_text(renamed(source, row))) for row in rows}
-            names |= {split for split in found if split}
+        names, column = _named_splits(source), "split" in first
+        if source.path and (column or _may_differ(source)):
+            said = _said_splits(source)
+            column = column or bool(said)
+            names |= {SPLIT_NAMES[text] for text in said if text in SPLIT_NAMES}
         self.any = bool(names) or column or bool(source.hub and not source.path)
         self.wanted = SPLIT_NAMES.get(source.split or "") if source.path else None
         if self.wanted and not names and self.wanted != "train":
@@ -162,6 +161,18 @@ def _named_splits(source: SourceSection) -> set[str]:
     if source.path:
         return {split for split in files_and_splits(source).values() if split}
     return {split for _, split in hub_splits(source) if split}
+
+
+def _may_differ(source: SourceSection) -> bool:
+    """Whether later rows may have a column that the first lacks: those of JSON, or other files."""
+    files = list(files_and_splits(source))
+    return len(files) > 1 or any({".json", ".jsonl", ".ndjson"} & {*f.suffixes} for f in files)
+
+
+def _said_splits(source: SourceSection) -> set[str]:
+    """What the column `split` of any row says, in lower case."""
+    rows = (row for _, row in read_rows(source) if not isinstance(row, Broken))
+    return {_split_text(renamed(source, row)) for row in rows} - {""}
 
 
 def _split_text(row: Row) -> str:

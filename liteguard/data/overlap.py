@@ -52,8 +52,8 @@ class OverlapIndex:
         """From (name of the set, text) pairs.
 
         A text of 6 to 12 words is one window of its own length, so that it is found inside a
-        longer one; a shorter text only as a whole. Windows of more than three texts of a set are
-        how its questions are phrased, and left out.
+        longer one; a shorter text only as a whole. Windows of more than three different texts are
+        how questions are phrased, and left out.
         """
         names: list[str] = []
         ordered: dict[int, list[np.ndarray]] = {}
@@ -69,6 +69,9 @@ class OverlapIndex:
             words = key.split()
             size = min(len(words), OVERLAP_WORDS)
             numbers = word_numbers(words)
+            # One question with five answers is one text, not a set phrase of five.
+            if key_number(key) in whole:
+                continue
             if size >= SHORTEST_WINDOW:
                 ordered.setdefault(size, []).append(windows(numbers, size))
                 sets.setdefault(size, []).append(number)
@@ -138,7 +141,7 @@ def _low_bits(hashes: np.ndarray) -> np.ndarray:
 def distinctive(texts: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     """(sorted windows, which text each is from) of held-out texts, without set phrases.
 
-    `texts` are each text's windows of `size` words in order. A window that more than
+    `texts` are each text's windows of `size` words in order, no text twice. A window that more than
     `COMMON_TEXTS` of them have is a set phrase (a lead-in, a licence line): it says nothing about
     any of them and would take every training row with it. Windows that share words with one are
     left out too.

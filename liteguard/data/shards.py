@@ -35,10 +35,10 @@ from liteguard.progress import Progress
 from liteguard.rows import FIELDS, Row
 from liteguard.wheels import WHEELS
 
-CHUNK_ROWS = 2_000
+CHUNK_ROWS, CHUNK_CHARACTERS = 2_000, 10_000_000
 # To be raised by whoever changes which rows come out of the same input: prepared data and the cache
 # of older versions are then made again. tests/test_preparation.py holds it to the code.
-ROWS_VERSION = 5
+ROWS_VERSION = 6
 INFO = "info.json"
 CACHE_DAYS = 14
 
@@ -121,12 +121,16 @@ class Cleaner:
 
 
 def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    """Rows in lists: few of them where each is a book."""
     chunk: list[Any] = []
+    size = 0
     for row in rows:
         chunk.append(row)
-        if len(chunk) == CHUNK_ROWS:
+        if not isinstance(row, Broken):
+            size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if chunk:
         yield chunk
 

@@ -198,6 +198,21 @@ def _near_duplicates(part: Part, rows: np.ndarray, threshold: float) -> np.ndarr
     return near_duplicates.near_duplicates(signatures, pairs) >= 0
 
 
+def _first_of_each(values: np.ndarray, among: np.ndarray, seen: set[int]) -> np.ndarray:
+    """Where a value stands for the first time `among` rows, bool of shape (rows,).
+
+    `seen` holds the values of earlier rows, and then those of these, too. A question with five
+    answers is one text: counted five times its windows would pass for a set phrase.
+    """
+    result = np.zeros(len(values), bool)
+    places = np.flatnonzero(among)
+    unique, first = np.unique(values[places], return_index=True)
+    new = [value not in seen for value in unique.tolist()]
+    result[places[first[new]]] = True
+    seen.update(unique.tolist())
+    return result
+
+
 def drop_overlaps(
     parts: list[Part], index: OverlapIndex | None, similarity: float | None = None
 ) -> None:
@@ -220,22 +235,26 @@ def drop_overlaps(
     for part in parts:
         domain = part.name == "domain"
         picked: list[np.ndarray] = []
+        seen: set[int] = set()
         for number, shard in enumerate(part.shards):
             rows = part.of_shard(number)
             held_out = (part.arrays["split"][rows] == test) & (part.reason[rows] == "")
             counts = ngram_counts(part.arrays["words"][rows])
             starts = np.cumsum(counts) - counts
+            looked_for = held_out
             if not domain:
                 # Windows of the question come first.
                 counts = ngram_counts(part.arrays["question_words"][rows])
-                questions.append(part.arrays["question"][rows][held_out])
+                asked_here = part.arrays["question"][rows]
+                questions.append(asked_here[held_out])
+                looked_for = _first_of_each(asked_here, held_out, seen)
                 # Of a conversation its opening, too: what follows may be asked anywhere ("Why?").
                 of_turn = turn_rows(part, number, openings=True)
                 first = np.diff(of_turn, prepend=-1) > 0
                 opened = shard.array("turn_keys")[first & held_out[of_turn]]
                 questions.append(opened)
             ngrams = shard.array("ngrams")
-            spans = zip(starts[held_out], counts[held_out], strict=True)
+            spans = zip(starts[looked_for], counts[looked_for], strict=True)
             picked += [ngrams[start : start + count] for start, count in spans if count]
         # Set phrases of many test rows are found per part, where they are common.
         found, _ = distinctive(picked, OVERLAP_WORDS)

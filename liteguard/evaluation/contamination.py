@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from liteguard import checkpoints
 from liteguard.data import overlap
 from liteguard.errors import UserError
 from liteguard.records import Made
-from liteguard.rows import FIELDS, load_split, questions, read_manifest
+from liteguard.rows import FIELDS, iterate_split, questions, read_manifest
 from liteguard.text import text_key
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What of its data a stage trains on.
 TRAINED_ON = {
@@ -19,6 +22,11 @@ TRAINED_ON = {
     "instruction": "instruction/train.jsonl",
     "safety": "preference/train.jsonl",
 }
+
+# Ends the name of data that is gone or was made anew, and surely not what is measured on.
+OTHER_DATA = ": other rows than these"
+# Characters of training rows that are looked at together; a word takes some 100 bytes meanwhile.
+BLOCK = 5_000_000
 
 
 def training_data(data_dir: Path, record: Made | None) -> tuple[list[Path], list[str]]:
@@ -40,7 +48,7 @@ def training_data(data_dir: Path, record: Made | None) -> tuple[list[Path], list
                     directories.append(own)
                     known.append(files)
                 else:
-                    unchecked.append(f"{own / name} ({record.stage} stage)")
+                    unchecked.append(f"{own / name} ({record.stage} stage{OTHER_DATA})")
         path, adapter = record.parent, record.parent_adapter_sha256
         record = None
         if path in seen:  # a record may name itself
@@ -68,6 +76,50 @@ def _named(row: dict[str, Any]) -> str:
     return row.get("text") or " ".join(questions(row))
 
 
+def _blocks(data_dir: Path, part: str) -> Iterator[list[dict[str, Any]]]:
+    """The train split in lists of rows that have about BLOCK characters each."""
+    block: list[dict[str, Any]] = []
+    size = 0
+    for row in iterate_split(data_dir, part, "train"):
+        block.append(row)
+        size += sum(len(row[field]) for field in FIELDS[part])
+        if size > BLOCK:
+            yield block
+            block, size = [], 0
+    yield block
+
+
+def _shared(
+    rows: list[dict[str, Any]],
+    part: str,
+    exact: Container[str],
+    known: dict[tuple[bool, int], tuple[np.ndarray, np.ndarray, list[str]]],
+) -> set[str]:
+    """Held-out texts that training rows have as a whole question, or share a window with.
+
+    `known`: (from a domain text?, words in a window) -> (windows, which text each is from, texts).
+    """
+    import numpy as np
+
+    shared: set[str] = set()
+    words: list[str] = []
+    for row in rows:
+        asked = [row["text"]] if part == "domain" else questions(row)
+        answered = [answer for _, answer in row.get("history", ())]
+        answered += [row[field] for field in FIELDS[part][1:2]]
+        keys = [text_key(text) for text in (*asked, *answered)]
+        wholes = {text_key(" ".join(asked)), *keys[: len(asked)]}
+        shared.update(key for key in wholes if key in exact)
+        for key in keys:
+            words += [*key.split(), ""]
+    numbers = overlap.word_numbers(words)
+    for (is_text, size), (hashes, origin, texts) in known.items():
+        if part == "domain" or not is_text:
+            found = origin[np.isin(hashes, overlap.windows(numbers, size))]
+            shared.update(texts[place] for place in found.tolist())
+    return shared
+
+
 def contamination(
     rows: dict[str, list[dict[str, Any]]],
     measured: dict[str, list[dict[str, Any]]],
@@ -92,12 +144,11 @@ def contamination(
     that numbers were computed on, "by_set", "measured_by_set", "examples": up to 5 [set, question
     or text]}.
     """
-    import numpy as np
-
     held = [(name, row) for name, found in rows.items() for row in found]
     exact: dict[str, list[int]] = {}
-    # (from a domain text?, words in a window) -> [(row, its windows)]
-    looked_for: dict[tuple[bool, int], list[tuple[int, np.ndarray]]] = {}
+    # (from a domain text?, words in a window) -> {text: its windows}; a question with five answers
+    # is one text, and no set phrase
+    looked_for: dict[tuple[bool, int], dict[str, np.ndarray]] = {}
     for number, (name, row) in enumerate(held):
         of_others = name == "knowledge" or "measured_as" in row
         shortest = overlap.SHORTEST_WINDOW if of_others else overlap.OVERLAP_WORDS
@@ -110,30 +161,18 @@ def contamination(
             size = min(len(words), overlap.OVERLAP_WORDS)
             if size >= shortest:
                 own = overlap.windows(overlap.word_numbers(words), size)
-                looked_for.setdefault((name == "texts", size), []).append((number, own))
+                looked_for.setdefault((name == "texts", size), {})[key] = own
     known = {}
     for kind, found in looked_for.items():
-        hashes, origin = overlap.distinctive([own for _, own in found], kind[1])
-        known[kind] = hashes, np.array([number for number, _ in found], int)[origin]
+        hashes, origin = overlap.distinctive(list(found.values()), kind[1])
+        known[kind] = hashes, origin, list(found)
     hit: set[int] = set()
     training_rows = 0
     for directory in training_dirs:
-        for part, fields in FIELDS.items():
-            words = []
-            for row in load_split(directory, part, "train"):
-                training_rows += 1
-                asked = [row["text"]] if part == "domain" else questions(row)
-                answered = [answer for _, answer in row.get("history", ())]
-                answered += [row[field] for field in fields[1:2]]
-                keys = [text_key(text) for text in (*asked, *answered)]
-                wholes = {text_key(" ".join(asked)), *keys[: len(asked)]}
-                hit.update(number for key in wholes for number in exact.get(key, ()))
-                for key in keys:
-                    words += [*key.split(), ""]
-            numbers = overlap.word_numbers(words)
-            for (is_text, size), (hashes, origin) in known.items():
-                if part == "domain" or not is_text:
-                    hit.update(origin[np.isin(hashes, overlap.windows(numbers, size))].tolist())
+        for part in FIELDS:
+            for block in _blocks(directory, part):
+                training_rows += len(block)
+                hit.update(n for key in _shared(block, part, exact, known) for n in exact[key])
     hits = [(name, _named(row)) for name, row in map(held.__getitem__, hit)]
     used = {(name, _named(row)) for name, own in measured.items() for row in own}
     hits.sort(key=lambda entry: (entry not in used, entry))

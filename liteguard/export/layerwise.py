@@ -37,13 +37,9 @@ def training_rows(
 
     prompt = config.prompt
     parts: dict[str, Callable[[dict[str, Any]], str]] = {
-        "domain": lambda row: row["text"] + prompt.document_end_token,
-        "instruction": lambda row: (
-            prompt.render_question(row["prompt"]) + prompt.render_answer(row["completion"])
-        ),
-        "preference": lambda row: (
-            prompt.render_question(row["prompt"]) + prompt.render_answer(row["chosen"])
-        ),
+        "domain": lambda row: prompt.render_document(row["text"]),
+        "instruction": lambda row: prompt.render_row(row) + prompt.render_answer(row["completion"]),
+        "preference": lambda row: prompt.render_row(row) + prompt.render_answer(row["chosen"]),
     }
     try:
         found = {part: load_split(data_dir, part, "train") for part in parts}

@@ -125,7 +125,9 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
     questions = {conversation_text(row): row for row in [first, *fitting]}
     usable = [r for r in preferences if "history" not in r or fits(r, 2 * REQUEST_TOKENS)]
     kinds = [[row for row in usable if row.get("kind") == kind] for kind in REQUESTS]
-    share = -(-section.requests // len(REQUESTS))
+    # Pairs without kinds are requests all the same: what is compared is who refuses them.
+    kinds = kinds if any(kinds) else [usable]
+    share = -(-section.requests // len(kinds))
     requests = {conversation_text(row): row for kind in kinds for row in kind[:share]}
     texts = [text for row in rows for text in (row["prompt"], row["completion"])] + documents
     texts += [text for row in preferences for text in (row["prompt"], row["chosen"])]

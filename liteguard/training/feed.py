@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from liteguard import distributed, machine, models, shown
 from liteguard.config import TrainSection
 from liteguard.errors import UserError
-from liteguard.training import memory_estimate, packing, teacher
+from liteguard.training import memory_estimate, micro_batch, packing, teacher
 from liteguard.training.stage import Stage
 from liteguard.training.tokens import TokenRows
 
@@ -60,34 +60,20 @@ def make_feed(stage: Stage, tokenizer: Any, train: TokenRows, held_out: TokenRow
 
     section, lengths = stage.section, train.lengths
     rows_per_step = section.batch_size * section.gradient_accumulation
-    order = packing.repeat_order(len(train), section.seed, shuffle_first=stage.name == "domain")
+    order = micro_batch.repeat_order(len(train), section.seed, shuffle_first=stage.name == "domain")
     if stage.name == "domain":
         budget = rows_per_step * min(section.max_length, stage.config.model.context_length)
-        steps = packing.steps_of_tokens(order, lengths, budget, section.max_steps)
+        steps = micro_batch.steps_of_tokens(order, lengths, budget, section.max_steps)
     else:
-        steps = packing.steps_of_rows(order, rows_per_step, section.max_steps)
-    processes = distributed.world_size()
-    if section.packing:
-        capacity = micro_batch_tokens(stage, lengths)
-        try:
-            batches, count = packing.micro_batches(steps, lengths, capacity, processes)
-        except UserError:
-            if stage.name != "domain":
-                raise
-            # Long texts that fill a micro-batch alone: fewer of them a step.
-            order = packing.repeat_order(len(train), section.seed, shuffle_first=True)
-            groups = max(budget // capacity // processes, 1) * processes
-            steps = packing.steps_of_groups(order, lengths, capacity, groups, section.max_steps)
-            batches, count = packing.micro_batches(steps, lengths, capacity, processes)
-    else:
-        batches, count = packing.padded_micro_batches(steps, lengths, section.batch_size, processes)
+        steps = micro_batch.steps_of_rows(order, rows_per_step, section.max_steps)
+    steps, batches, count = spread_steps(stage, lengths, steps)
     sizes = np.array([[lengths[b].sum(), len(b) * lengths[b].max()] for b in batches])
     per_step = sizes.reshape(len(steps), count, 2).sum(1)
     supervised = train.supervised
     items = {"part": ["train"] * len(batches), "rows": batches}
     reduction = getattr(section, "loss_reduction", "token")
     if reduction != "token":
-        weights = packing.row_weights(steps, supervised, reduction)
+        weights = micro_batch.row_weights(steps, supervised, reduction)
         of_row = [dict(zip(s, w, strict=True)) for s, w in zip(steps, weights, strict=True)]
         items["weights"] = [[of_row[i // count][row] for row in b] for i, b in enumerate(batches)]
     return Feed(
@@ -99,7 +85,7 @@ def make_feed(stage: Stage, tokenizer: Any, train: TokenRows, held_out: TokenRow
             }
         ),
         collator=packing.Collator({"train": train, "validation": held_out}, tokenizer.pad_token_id),
-        accumulation=count // processes,
+        accumulation=count // distributed.world_size(),
         counts=Counts(
             tokens=per_step[:, 0],
             supervised=np.array([supervised[step].sum() for step in steps]),
@@ -108,12 +94,47 @@ def make_feed(stage: Stage, tokenizer: Any, train: TokenRows, held_out: TokenRow
     )
 
 
+def spread_steps(
+    stage: Stage, lengths: np.ndarray, steps: list[list[int]]
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """(rows of each optimizer step, rows of each micro-batch, micro-batches a step).
+
+    Long texts that fill a micro-batch alone may not fit as many as a step of stage 1 has: its steps
+    are then planned anew, with fewer of them each.
+    """
+    section, processes = stage.section, distributed.world_size()
+    if not section.packing and stage.name != "domain":
+        found = micro_batch.padded_micro_batches(steps, lengths, section.batch_size, processes)
+        return steps, *found
+    longest = min(section.max_length, stage.config.model.context_length)
+    capacity = section.batch_size * longest
+    spread = micro_batch.padded_micro_batches_of_texts
+    if section.packing:
+        capacity, spread = micro_batch_tokens(stage, lengths), micro_batch.micro_batches
+    try:
+        return steps, *spread(steps, lengths, capacity, processes)
+    except UserError:
+        if stage.name != "domain":
+            raise
+    order = micro_batch.repeat_order(len(lengths), section.seed, shuffle_first=True)
+    budget = section.batch_size * section.gradient_accumulation * longest
+    groups = max(budget // capacity // processes, 1) * processes
+    if section.packing:
+        steps = micro_batch.steps_of_groups(order, lengths, capacity, groups, section.max_steps)
+        return steps, *micro_batch.micro_batches(steps, lengths, capacity, processes)
+    batches = micro_batch.padded_steps_of_groups(
+        order, lengths, capacity, groups, section.max_steps
+    )
+    parts = [batches[i : i + groups] for i in range(0, len(batches), groups)]
+    return [[row for part in step for row in part] for step in parts], batches, groups
+
+
 def pair_order(section: TrainSection, pairs: int) -> list[int]:
     """The pairs of a run of stage 3 in order, `batch_size` x `gradient_accumulation` a step.
 
     The first pass keeps their order, the mixture; further ones are shuffled, as in stage 2.
     """
-    order = packing.repeat_order(pairs, section.seed, shuffle_first=False)
+    order = micro_batch.repeat_order(pairs, section.seed, shuffle_first=False)
     return list(itertools.islice(order, needed_rows(section)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from liteguard import distributed
 from liteguard.errors import WorkError
 from liteguard.training import packing
 
@@ -54,11 +55,13 @@ def pack(model: Any, architecture: Any, longest: int) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows, beyond = check_rows(architecture, longest)
     rows = rows.to(next(model.parameters()).device)
-    alone = last_row(model, rows[2:])
+    # The main process answers for all: they must not go different ways, and under FSDP the others
+    # may not have the weights yet.
+    alone = last_row(model, rows[2:]) if distributed.is_main() else None
     if base.config._attn_implementation == "sdpa":
         packing.use_segment_attention(base)
     packing.pack_forward(base)
-    check_isolation(model, rows, alone, beyond)
+    distributed.on_main(check_isolation, model, rows, alone, beyond)
 
 
 def check_rows(architecture: Any, longest: int) -> tuple[torch.Tensor, int]:

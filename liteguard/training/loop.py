@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from liteguard import distributed, machine, shown
+from liteguard import checkpoints, distributed, machine, shown
 from liteguard.errors import WorkError
 from liteguard.machine import gpu_memory_gb
 from liteguard.training import memory_estimate, patches
@@ -17,12 +17,17 @@ from liteguard.training.feed import Counts
 from liteguard.training.isolation import PackingRefused
 from liteguard.training.stage import Run, Stage, last_checkpoint
 
+# In the work directory of several processes: the micro-batches that one of them asked for.
+MICRO_BATCH = "micro_batch.json"
+
 
 def train_within_memory(
     train: Callable[[int, int], Any],
     batch_size: int,
     gradient_accumulation: int,
     explain: Callable[[], str],
+    processes: int = 1,
+    keep: Callable[[dict[str, int]], None] = lambda shape: None,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """(what `train` returned, the steps that ran out of memory, for stage.json).
 
@@ -31,6 +36,10 @@ def train_within_memory(
     effective batch and so the result stay the same. An odd micro-batch of b goes to the largest
     smaller divisor of the effective batch. At micro-batch 1 a WorkError with `explain()`, the
     estimate and the settings to change. `train` has to resume from its last checkpoint.
+
+    Of several processes one runs out of memory, and the others wait for its gradients: it cannot go
+    on without them. There the smaller shape is handed to `keep` and a WorkError asks for another
+    start, which goes on with it.
     """
     import gc
 
@@ -56,7 +65,15 @@ def train_within_memory(
         )
         if batch_size == 1:
             raise WorkError(f"Out of memory at micro-batch 1 ({message}).\n{explain()}")
-        smaller = next(b for b in range(batch_size // 2, 0, -1) if effective % b == 0)
+        smaller = next(b for b in range(batch_size // 2, 0, -1) if effective % (b * processes) == 0)
+        if processes > 1:
+            shape = {"batch_size": smaller, "gradient_accumulation": effective // smaller}
+            keep(shape)
+            raise WorkError(
+                f"Out of memory with micro-batch {batch_size} in one of {processes} processes "
+                f"({message}).\nRun the same command again: it goes on from the last checkpoint "
+                f"with {smaller} x {effective // smaller} (same effective batch)."
+            )
         print(
             f"out of memory with micro-batch {batch_size} x {gradient_accumulation}: going on from "
             f"the last checkpoint with {smaller} x {effective // smaller} (same effective batch)"
@@ -75,16 +92,24 @@ def run(
     model that must not be packed, which is trained on padded rows.
     """
     refused: list[str] = []
+    first: list[Counts] = []
+    smaller = stage.work / MICRO_BATCH
 
     def attempt(batch_size: int, accumulation: int) -> tuple[Any, dict[str, Any]]:
         shape = {"batch_size": batch_size, "gradient_accumulation": accumulation}
         shape |= {"packing": False} if refused else {}
         section = stage.section.model_copy(update=shape)
         config = stage.config.model_copy(update={stage.name: section})
-        smaller = replace(stage, config=config)
-        trainer, counts = make_trainer(smaller)
+        reduced = replace(stage, config=config)
+        trainer, counts = make_trainer(reduced)
+        first.append(counts)
+        if (counts.tokens != first[0].tokens).any():
+            print(
+                f"{stage.name}: texts are spread over micro-batches otherwise now, so from here on "
+                "its steps hold other texts than they would have held"
+            )
         try:
-            return trainer, train(smaller, trainer, counts)
+            return trainer, train(reduced, trainer, counts)
         except PackingRefused as error:
             refused.append(str(error))
         print(f"{refused[0]}\n{stage.name}: going on with padded rows (same steps, same loss)")
@@ -93,11 +118,16 @@ def run(
         return attempt(batch_size, accumulation)
 
     section = stage.section
+    shape = distributed.on_main(checkpoints.read_dict, smaller) or {
+        "batch_size": section.batch_size,
+        "gradient_accumulation": section.gradient_accumulation,
+    }
     (trainer, metrics), ladder = train_within_memory(
         attempt,
-        section.batch_size,
-        section.gradient_accumulation,
+        **shape,
         explain=lambda: memory_estimate.explain(stage.config, stage.name, stage.architecture),
+        processes=distributed.world_size(),
+        keep=lambda shape: checkpoints.write_json(smaller, shape),
     )
     extra = {"packing_refused": refused[0]} if refused else {}
     return trainer, {**metrics, "out_of_memory": ladder, **extra}
@@ -118,7 +148,11 @@ def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
     if resume:
         state = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))
         if stopped_early(stage.section, state["log_history"]):
-            trainer.args.max_steps = first  # killed between its end and publishing
+            # Killed between its end and publishing. Of steps that are left the trainer would take
+            # one before it looks whether it should.
+            done = len(trainer.train_dataset) * first // stage.section.max_steps
+            trainer.train_dataset = trainer.train_dataset.select(range(done))
+            trainer.args.max_steps = first
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds, last = time.monotonic() - started, trainer.state.global_step
     cpu_seconds = time.process_time() - cpu_started

@@ -1,19 +1,18 @@
 """Micro-batches without padding, in which no example sees another.
 
-An optimizer step trains on the same examples as with padded rows. They are spread over as few
-micro-batches as the memory that the configuration allows (`batch_size` x `max_length` tokens), and
-the model runs on their tokens only: `pack_forward` takes the padding out of every batch that a
-trainer hands over, keeps positions and attention within each example, and puts the results back
-where the trainer expects them. Loss and gradients are those of padded rows; tests/test_packing.py
-compares them, and isolation.py looks at the model at hand before anything is trained.
+An optimizer step trains on the same examples as with padded rows, spread over micro-batches
+(micro_batch.py). The model runs on their tokens only: `pack_forward` takes the padding out of every
+batch that a trainer hands over, keeps positions and attention within each example, and puts the
+results back where the trainer expects them. Loss and gradients are those of padded rows;
+tests/test_packing.py compares them, and isolation.py looks at the model at hand before anything is
+trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from liteguard.errors import UserError
 from liteguard.training.tokens import TokenRows
 
 if TYPE_CHECKING:
@@ -27,161 +26,6 @@ SEGMENTS = "liteguard_segments"  # name of the attention below in transformers' 
 CPU_LENGTHS = 32
 # Per-token results of TRL's forward that are handed back in the shape of the padded batch.
 _PER_TOKEN = ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
-
-
-def repeat_order(rows: int, seed: int, shuffle_first: bool) -> Iterator[int]:
-    """Row numbers without end: every pass over the rows in another order.
-
-    The first pass keeps the rows' own order unless `shuffle_first`; preparation has mixed them.
-    """
-    import numpy as np
-
-    number = 0
-    while True:
-        order = np.arange(rows)
-        if number or shuffle_first:
-            order = np.random.default_rng([seed, number]).permutation(rows)
-        yield from order.tolist()
-        number += 1
-
-
-def steps_of_rows(order: Iterator[int], rows_per_step: int, steps: int) -> list[list[int]]:
-    """The rows of each optimizer step, `rows_per_step` at a time."""
-    return [[next(order) for _ in range(rows_per_step)] for _ in range(steps)]
-
-
-def steps_of_tokens(
-    order: Iterator[int], lengths: np.ndarray, budget: int, steps: int
-) -> list[list[int]]:
-    """The rows of each optimizer step, as many as fit `budget` tokens (no row is cut)."""
-    found: list[list[int]] = []
-    waiting = next(order)
-    for _ in range(steps):
-        step, total = [waiting], int(lengths[waiting])
-        while total + lengths[waiting := next(order)] <= budget:
-            step.append(waiting)
-            total += int(lengths[waiting])
-        found.append(step)
-    return found
-
-
-def steps_of_groups(
-    order: Iterator[int], lengths: np.ndarray, capacity: int, groups: int, steps: int
-) -> list[list[int]]:
-    """The rows of each optimizer step, as many as `spread` fits into `groups` of `capacity` tokens.
-
-    A step has a row for every group at least, because no row is longer than `capacity`.
-    """
-    found: list[list[int]] = []
-    waiting = next(order)
-    for _ in range(steps):
-        step: list[int] = []
-        total = 0
-        while True:
-            step, total = [*step, waiting], total + int(lengths[waiting])
-            waiting = next(order)
-            if total + lengths[waiting] > groups * capacity:
-                break
-            # In the first half they always fit: a row that joins others is no longer than any of
-            # them, so neither it nor the shortest group is longer than half of `capacity`.
-            if total + lengths[waiting] > groups * capacity // 2:
-                sizes = [int(lengths[row]) for row in (*step, waiting)]
-                if max(sum(sizes[i] for i in g) for g in spread(sizes, groups)) > capacity:
-                    break
-        found.append(step)
-    return found
-
-
-def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of `lengths` spread over `count` groups of about equal sums.
-
-    Longest first, each into the group that is shortest so far (Graham 1969: at most 4/3 of the best
-    possible maximum). Deterministic; a group keeps its rows in order of falling length.
-    """
-    groups: list[list[int]] = [[] for _ in range(count)]
-    totals = [0] * count
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        shortest = totals.index(min(totals))
-        groups[shortest].append(index)
-        totals[shortest] += lengths[index]
-    return groups
-
-
-def micro_batches(
-    steps: list[list[int]], lengths: np.ndarray, capacity: int, multiple: int = 1
-) -> tuple[list[list[int]], int]:
-    """(row numbers of each micro-batch, micro-batches per optimizer step).
-
-    Every step gets the same number, because the trainer accumulates a fixed one: the smallest
-    multiple of `multiple` (the number of processes) with which no micro-batch of any step exceeds
-    `capacity` tokens.
-
-    Raises UserError when a step has fewer rows than processes.
-    """
-    smallest = min(map(len, steps))
-    count = multiple
-    while True:
-        if count > smallest:
-            raise UserError(
-                f"An optimizer step of {smallest} rows cannot be spread over {count} micro-batches "
-                f"({multiple} process{'es' if multiple > 1 else ''}, at most {capacity:,} tokens "
-                "each). Raise batch_size or gradient_accumulation, or use fewer processes."
-            )
-        grouped = []
-        for step in steps:
-            sizes = [int(lengths[row]) for row in step]
-            groups = spread(sizes, count)
-            if max(sum(sizes[i] for i in group) for group in groups) > capacity:
-                break
-            grouped += [[step[i] for i in group] for group in groups]
-        else:
-            return grouped, count
-        count += multiple
-
-
-def padded_micro_batches(
-    steps: list[list[int]], lengths: np.ndarray, batch_size: int, multiple: int = 1
-) -> tuple[list[list[int]], int]:
-    """As `micro_batches`, for padded rows: `batch_size` each, those of similar length together.
-
-    For models whose attention cannot keep packed examples apart (`packing: false`).
-    """
-    import numpy as np
-
-    count = multiple * -(-max(map(len, steps)) // (batch_size * multiple))
-    found: list[list[int]] = []
-    for step in steps:
-        if len(step) < count:
-            raise UserError(
-                f"An optimizer step of {len(step)} rows cannot be spread over {count} "
-                f"micro-batches ({multiple} processes). Raise batch_size or "
-                "gradient_accumulation, or use fewer processes."
-            )
-        ordered = sorted(step, key=lambda row: (lengths[row], row))
-        found += [part.tolist() for part in np.array_split(ordered, count)]
-    return found, count
-
-
-# Power of an answer's length by which its tokens' losses are divided. "square" is the square
-# averaging of InternVL 2.5 (Chen et al. 2024, arXiv:2412.05271).
-LOSS_REDUCTIONS = {"token": 0.0, "square": 0.5, "sample": 1.0}
-
-
-def row_weights(steps: list[list[int]], supervised: np.ndarray, reduction: str) -> list[np.ndarray]:
-    """What the loss of each row's tokens is multiplied with, for every optimizer step.
-
-    A trainer divides the sum over a step's tokens by their number N. With n tokens in a row and the
-    weights N n^-p / sum(n^(1-p)) that becomes the mean over tokens (p = 0), over rows (p = 1) or
-    between (p = 1/2): a row counts n^(1-p) times. supervised: (rows,), tokens that are targets.
-    """
-    import numpy as np
-
-    power = LOSS_REDUCTIONS[reduction]
-    found = []
-    for step in steps:
-        counts = np.maximum(supervised[step], 1).astype(float)
-        found.append(supervised[step].sum() * counts**-power / (counts ** (1 - power)).sum())
-    return found
 
 
 class Lesson(NamedTuple):

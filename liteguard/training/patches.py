@@ -34,6 +34,7 @@ def prepare(stage: Run, trainer: Any, counts: Counts) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if distributed.uses_fsdp():
         distributed.keep_adapters_under_fsdp()
+        distributed.keep_precision_under_fsdp(trainer.accelerator.state.fsdp_plugin)
     restore_precision(model, stage)
     if stage.name == "safety":
         check_reference(model, stage)

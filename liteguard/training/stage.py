@@ -259,6 +259,11 @@ def last_checkpoint(work: Path) -> Path | None:
         needed = [path / name for name in ADAPTER_FILES]
         needed += [path.with_name(best) / name for name in ADAPTER_FILES]
         if all(file.is_file() for file in needed):
+            known = state.get("best_model_checkpoint")
+            if known and not Path(known).is_dir():
+                # The directory was moved: the trainer would forget its best step without a word.
+                state["best_model_checkpoint"] = str(path.with_name(best))
+                checkpoints.write_json(path / "trainer_state.json", state)
             found.append((int(path.name.rsplit("-", 1)[1]), path))
     return max(found)[1] if found else None
 
