@@ -266,7 +266,7 @@ def test_rows_are_read_as_they_were_trained_on(monkeypatch, tmp_path):
     }
     monkeypatch.setattr(layerwise, "load_split", lambda _, part, split: rows[part])
     words(tmp_path)
-    values = {"model_type": "tiny", "model": {"name": "a/model"}, "prompt": {"bos_token": "sure"}}
+    values = {"model_type": "tiny", "model": {"name": "a/model"}, "prompt": {"bos_token": "sure "}}
     config = Config.model_validate(values)
     found = layerwise.training_rows(config, tmp_path, tmp_path, "")
     names = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).id_to_token

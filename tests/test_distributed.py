@@ -150,6 +150,26 @@ def test_two_processes_train_like_one(tiny_config, data, tmp_path, configuration
         assert largest_difference(tmp_path / "one", tmp_path / "killed") < TOLERANCE
 
 
+def test_stage_3_runs_under_fsdp_on_a_16_bit_base(tiny_config, data, tmp_path):
+    """Its reference is float32 and frozen, beside a base in bfloat16: units of their own."""
+    own = ["--config", str(tiny_config), "--data", str(data)]
+    own += ["--set", "model.compute_dtype=bfloat16"]
+    parent = None
+    for stage in ("domain", "instruction"):
+        before = ["--checkpoint", str(parent)] if parent else []
+        parent = tmp_path / stage
+        command = [ROOT / f"train_{stage}.py", *own, *before, "--output", parent]
+        succeed(*map(str, command), cwd=tmp_path, env=ENVIRONMENT)
+    command = [str(ROOT / "train_safety.py"), *own, "--checkpoint", str(parent)]
+    command += ["--set", "safety.batch_size=2", "--set", "safety.gradient_accumulation=2"]
+    succeed(*command, "--output", str(tmp_path / "one"), cwd=tmp_path, env=ENVIRONMENT)
+    command += ["--output", str(tmp_path / "two")]
+    result = launch(*command, cwd=tmp_path, configuration="fsdp")
+    assert result.returncode == 0, result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [loss for _, _, loss in two] == pytest.approx([loss for _, _, loss in one], rel=0.02)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tiny_config, data, tmp_path):
     settings = (*SETTINGS, "domain.gradient_accumulation=3")
     result = launch(

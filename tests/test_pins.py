@@ -30,6 +30,7 @@ NAMES = {
         "OutOfMemoryError",
     ],
     "torch.distributed.fsdp._flat_param": [],
+    "torch.distributed.fsdp.wrap": ["_or_policy", "lambda_auto_wrap_policy"],
     "torch.distributed.fsdp._init_utils": ["_get_device_from_device_id"],
     "torch.utils._python_dispatch": ["TorchDispatchMode"],
     "torch.utils._pytree": ["tree_iter"],
