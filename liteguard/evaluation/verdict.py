@@ -7,6 +7,7 @@ the whole 95 % interval of its change is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,7 +274,9 @@ def _contamination(
             yield rate
     ours = sum(count for name, count in measured.items() if name not in result["sets"])
     if ours:
-        total = sum(map(len, result["scores"].values())) + len(result["answers"])
+        sizes = Counter(answer["set"] for answer in result["answers"])
+        sizes |= Counter({name: len(scores) for name, scores in result["scores"].items()})
+        total = sum(size for name, size in sizes.items() if name not in result["sets"])
         met = None if not own_rows else ours / total <= limits.contaminated
         yield Reason(met, f"own rows: {ours} of those measured stand in training data")
     if leaks["unchecked"]:

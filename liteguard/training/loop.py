@@ -93,7 +93,7 @@ def run(
     """
     refused: list[str] = []
     first: list[Counts] = []
-    smaller = stage.work / MICRO_BATCH
+    shape_file = stage.work / MICRO_BATCH
 
     def attempt(batch_size: int, accumulation: int) -> tuple[Any, dict[str, Any]]:
         shape = {"batch_size": batch_size, "gradient_accumulation": accumulation}
@@ -118,7 +118,7 @@ def run(
         return attempt(batch_size, accumulation)
 
     section = stage.section
-    shape = distributed.on_main(checkpoints.read_dict, smaller) or {
+    shape = distributed.on_main(checkpoints.read_dict, shape_file) or {
         "batch_size": section.batch_size,
         "gradient_accumulation": section.gradient_accumulation,
     }
@@ -127,7 +127,7 @@ def run(
         **shape,
         explain=lambda: memory_estimate.explain(stage.config, stage.name, stage.architecture),
         processes=distributed.world_size(),
-        keep=lambda shape: checkpoints.write_json(smaller, shape),
+        keep=lambda shape: checkpoints.write_json(shape_file, shape),
     )
     extra = {"packing_refused": refused[0]} if refused else {}
     return trainer, {**metrics, "out_of_memory": ladder, **extra}
