@@ -187,7 +187,7 @@ def failure(repository: Repository, error: Exception, doing: str | None = None) 
     status = next(
         (e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)), None
     )
-    known = _denied(repository, causes, status)
+    known = _denied(repository, causes, status) or _without_rows(repository, error)
     if known:
         return UserError(known)
     ways = "Ways on:\n" + _WAYS_ON[repository.kind]
@@ -208,6 +208,20 @@ def failure(repository: Repository, error: Exception, doing: str | None = None) 
     if doing:
         return WorkError(f"{doing} {repository} broke off ({detail}).\n{_AGAIN}")
     return UserError(f"Could not reach {repository} on the model hub ({detail}).\n{ways}")
+
+
+def _without_rows(repository: Repository, error: Exception) -> str | None:
+    """What to say of a dataset that is a script, or has no files of a kind that can be read."""
+    told = first_line(error)
+    if "scripts are no longer supported" not in told and (
+        type(error).__name__ not in ("DataFilesNotFoundError", "EmptyDatasetError")
+    ):
+        return None
+    return (
+        f"{repository} has no rows that can be read without running code of its own ({told[:300]})."
+        "\nMost such datasets were converted: write `revision: refs/convert/parquet` in this "
+        "source's entry in the YAML, or load its files and write `path:` instead of `hub:`."
+    )
 
 
 def _denied(repository: Repository, causes: list[BaseException], status: int | None) -> str | None:

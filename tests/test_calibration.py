@@ -194,15 +194,36 @@ def test_padding_changes_nothing(model, monkeypatch):
     layer = loaded.model.layers[0]
     target = next(m for n, m in layer.named_modules() if n in ("mlp.fc2", "mlp.down_proj"))
     with torch.inference_mode():
-        together = list(layerwise.batches(loaded, layer, model.rows))
+        together = list(layerwise.batches(loaded, model.rows))
         assert len(together) < len(model.rows) and not all(b.real.all() for b in together)
         monkeypatch.setattr(layerwise, "BATCH", 1)
-        alone = list(layerwise.batches(loaded, layer, model.rows))
+        alone = list(layerwise.batches(loaded, model.rows))
         assert len(alone) == len(model.rows)
         found = [
             calibration._hessian(layer, target, batches, True) for batches in (together, alone)
         ]
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_every_layer_is_given_what_the_model_gives_it():
+    """Of Gemma 3 some look back a short way, with rotary frequencies of their own."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 60}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    config = Gemma3TextConfig(**sizes, **heads, layer_types=kinds, sliding_window=8)
+    whole = Gemma3ForCausalLM(config).eval()
+    for matrix in whole.parameters():
+        torch.nn.init.normal_(matrix, std=0.3)
+    row = torch.randint(0, 60, (24,)).tolist()
+    with torch.inference_mode():
+        (batch,) = layerwise.batches(whole, [row])
+        for layer in whole.model.layers:
+            batch.hidden = layerwise.forward(layer, batch)
+        expected = whole.model(torch.tensor([row]), use_cache=False).last_hidden_state
+        torch.testing.assert_close(whole.model.norm(batch.hidden), expected)
 
 
 def prepared(monkeypatch) -> list[tuple[str, str]]:

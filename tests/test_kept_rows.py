@@ -157,6 +157,17 @@ def test_pairs_with_another_rejected_answer_are_kept(tmp_path):
     assert len(prepared.rows("preference")) == 240 and not prepared.dropped("preference")
 
 
+def test_a_pair_and_its_opposite_are_no_near_duplicates(tmp_path):
+    """Raters who do not agree: the first one would have won without a word."""
+    rows = []
+    for n in range(60):
+        asked, one, other = f"Is it {words(n + 5000)}", words(n + 6000, 30), words(n + 7000, 30)
+        rows.append({"prompt": asked, "chosen": one, "rejected": other})
+        rows.append({"prompt": asked, "chosen": other, "rejected": one})
+    prepared = Prepared(tmp_path, preference=rows).run(question_similarity=None)
+    assert len(prepared.rows("preference")) == 120 and not prepared.dropped("preference")
+
+
 # --- several answers ------------------------------------------------------------------------------
 def several(count: int = 100) -> list[Row]:
     return [

@@ -584,6 +584,53 @@ def test_a_spreadsheet_is_read_from_its_first_sheet(tmp_path, capsys):
         read(tmp_path / "y.xlsx", "prompt_completion")
 
 
+def test_a_spreadsheets_numbers_are_those_that_it_shows(tmp_path):
+    rows = (
+        '<row r="1"><c r="A1" t="inlineStr"><is><t>prompt</t></is></c>'
+        '<c r="B1" t="inlineStr"><is><t>completion</t></is></c></row>'
+        '<row r="2"><c r="A2" t="inlineStr"><is><t>How much?_x000D_Say.</t></is></c>'
+        '<c r="B2"><v>4.0999999999999996</v></c></row>'
+        '<row r="3"><c r="A3" t="inlineStr"><is><t>How many?</t></is></c>'
+        '<c r="B3"><v>12345678901234</v></c></row>'
+    )
+    one, two = read(spreadsheet(tmp_path / "x.xlsx", rows), "prompt_completion")
+    assert one["prompt"].split() == ["How", "much?", "Say."] and one["completion"] == "4.1"
+    assert two["completion"] == "12345678901234"
+
+
+def test_a_prompt_is_cut_off_an_answer_that_repeats_it_not_one_that_begins_alike(tmp_path):
+    def pairs(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        found, _ = one(tmp_path, "preference", row)
+        return found["chosen"].strip(), found["rejected"].strip()
+
+    asked = "What helps against a cold?"
+    assert pairs(asked, f"{asked} Rest.", f"{asked} Nothing.") == ("Rest.", "Nothing.")
+    for prompt, *answers in (
+        ("Hypertension", "Hypertension is raised pressure.", "Hypertension is no matter."),
+        ("Hi", "Hi! How can I help?", "His pulse is fine."),
+    ):
+        assert pairs(prompt, *answers) == tuple(answers)
+
+
+def test_a_prompt_may_be_a_dialogue_of_texts(tmp_path):
+    """As some collections of preferences have it, up to where the answers begin."""
+    prompt = (
+        "\n\nHuman: What is flu?\n\nAssistant: An infection.\n\nHuman: Is it bad?\n\nAssistant:"
+    )
+    row = {
+        "prompt": prompt,
+        "chosen": "Mostly not, but see a doctor.",
+        "rejected": "Never mind it.",
+    }
+    found, _ = one(tmp_path, "preference", row)
+    assert found["prompt"] == "Is it bad?" and found["chosen"].startswith("Mostly not")
+    assert found["history"] == [["What is flu?", "An infection."]]
+    row = {"prompt": prompt, "completion": "Mostly not."}
+    found, _ = one(tmp_path, "prompt_completion", row)
+    assert (found["prompt"], found["completion"]) == ("Is it bad?", "Mostly not.")
+
+
 def test_columns_may_name_what_is_inside(tmp_path):
     row = {"data": {"answers": [{"text": "An infection."}], "q": "What is flu?"}, "id": 1}
     columns = {"prompt": "data.q", "completion": "data.answers.0.text"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -569,6 +570,26 @@ def test_a_question_that_stands_five_times_in_a_set_is_no_set_phrase(project, le
     project.save()
     project.run()
     assert project.reasons("801 days") == [f"overlaps {exam}"]
+
+
+def test_an_exam_is_read_as_training_rows_are(project):
+    """Tags and entities are no words; bytes that are no UTF-8 would be lost ones."""
+    exam = project.directory / "exam.csv"
+    exam.write_text("question\n<p>What is Crohn&#39;s disease of the gut?</p>\n")
+    planted = "Tell me: what is Crohn's disease of the gut, please?"
+    project.files["pairs"].append({"prompt": planted, "completion": ANSWER.format(801)})
+    project.data["decontaminate"] = [str(exam)]
+    project.save()
+    project.run()
+    assert project.reasons("801 days") == [f"overlaps {exam}"]
+    exam.write_bytes("question\nWhat is M\u00e9ni\u00e8re's disease of the ear?\n".encode("cp1252"))
+    message = fail(2, *project.command("other"), cwd=project.directory)
+    assert "exam.csv, line 2: not UTF-8" in message
+    packed = project.directory / "exam.txt.gz"
+    packed.write_bytes(gzip.compress(b"What is flu of the lung?\n" * 900)[:-12])
+    project.data["decontaminate"] = [str(packed)]
+    project.save()
+    assert "is damaged" in fail(2, *project.command("third"), cwd=project.directory)
 
 
 def test_a_test_question_with_five_answers_is_no_set_phrase(project):

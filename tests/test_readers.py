@@ -25,7 +25,7 @@ from liteguard.config import SourceSection, build, read_yaml
 from liteguard.data import conversations, datasets, formats, preparation, readers
 from liteguard.data.cleaning import Rules
 from liteguard.data.readers import Broken
-from liteguard.data.shards import Cleaner, _limited, clean_source
+from liteguard.data.shards import Cleaner, clean_source
 from liteguard.data.splits import Part, trained_entities, write_part
 from liteguard.errors import UserError, WorkError
 from liteguard.rows import FIELDS, SPLITS, load_split
@@ -663,7 +663,7 @@ def test_a_hub_dataset_comes_through_the_hubs_own_library(tmp_path, monkeypatch)
     first = [place for place, _ in readers.read_rows(source)][0]
     assert first == f"{hub}, row 1"
     capped = source.model_copy(update={"limit": 4})
-    assert len(list(_limited(formats.formatted(capped, tmp_path), capped))) == 4
+    assert len(list(formats.formatted(capped, tmp_path))) == 4
     with pytest.raises(UserError) as error:
         list(formats.formatted(source.model_copy(update={"split": "holdout"}), tmp_path))
     assert "holdout" in str(error.value) and "train" in str(error.value)

@@ -94,6 +94,39 @@ def test_published_layouts_are_read(tmp_path):
     assert read(path, "questions", columns=columns)["x"][0]["prompt"] == "Why?"
 
 
+def test_what_is_asked_may_be_the_input_of_an_instruction(tmp_path):
+    """Alpaca's layout, as medical collections have it: the instruction says who answers."""
+    rows = [
+        {"instruction": "Answer this question truthfully", "input": "What is flu?", "output": "A."},
+        {"instruction": "Sum this up", "input": "Flu is common.", "output": "B."},
+        {"instruction": "What is asthma?", "input": "", "output": "C."},
+    ]
+    path = lines(tmp_path / "alpaca.jsonl", rows)
+    asked = {row["completion"]: row["prompt"] for row in read(path, "questions")["x"]}
+    assert asked == {"A.": "What is flu?", "B.": "Sum this up: Flu is common."} | {
+        "C.": "What is asthma?"
+    }
+    assert {row["prompt"] for row in read(path, "ordinary")["x"]} == {*asked.values()}
+    # JailbreakBench: a title and what is asked.
+    path = lines(tmp_path / "jbb.jsonl", [{"Behavior": "Fraud", "Goal": "Write a false note"}])
+    assert read(path, "harmful")["x"][0]["prompt"] == "Write a false note"
+
+
+def test_rows_are_cleaned_as_training_rows_are(tmp_path):
+    """Else a copy among the training rows would have other words."""
+    row = {"question": "<p>What is Crohn&#39;s disease?</p>", "answer": "A disease<br>of the gut."}
+    (found,) = read(lines(tmp_path / "x.jsonl", [row]), "questions")["x"]
+    assert (found["prompt"], found["completion"]) == (
+        "What is Crohn's disease?",
+        "A disease of the gut.",
+    )
+    (tmp_path / "y.csv").write_bytes(
+        "question,answer\nIs it M\u00e9ni\u00e8re?,No.\n".encode("cp1252")
+    )
+    with pytest.raises(UserError, match="not UTF-8"):
+        read(tmp_path / "y.csv", "questions")
+
+
 @pytest.mark.parametrize("kind, safe", [("ordinary", "ordinary"), ("borderline", "borderline")])
 def test_a_rows_label_wins_over_its_sets_kind(tmp_path, kind, safe):
     (tmp_path / "xs.csv").write_text(

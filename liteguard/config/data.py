@@ -99,7 +99,9 @@ class SourceSection(Section):
         default_factory=dict,
         description="Our column name -> the source's column name; 'data.answer.text' is inside.",
     )
-    limit: int | None = Field(None, ge=1, description="Keep at most this many rows.")
+    limit: int | None = Field(
+        None, ge=1, description="Keep at most this many rows; of each split that a hub dataset has."
+    )
     weight: float | None = Field(
         None,
         gt=0,

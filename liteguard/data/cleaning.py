@@ -33,6 +33,7 @@ MIN_LANGUAGE_CHARACTERS = 80
 MIN_LANGUAGE_WORDS = 6
 MIN_LANGUAGE_SCORE = 0.7
 LONGEST_ENTITY = 200  # characters
+REJECTED = np.uint64(0x9E3779B97F4A7C14)  # even: the lowest bit says what kind of word it is
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,11 @@ class _Columns:
             found["digest"] = sign_texts(first)
         else:
             asked = [words for words in first if len(words) <= near_questions.MAX_ASKED]
-            answers = [np.concatenate(words[1:]) for words in self._words]
+            # A rejected answer's words are others: exchanged, a pair says the opposite.
+            answers = [
+                np.concatenate([words[1], *(own ^ REJECTED for own in words[2:])])
+                for words in self._words
+            ]
             found["digest"] = sign_pairs(first, answers)
         found["asked"] = np.concatenate([np.empty(0, np.uint64), *asked])
         return found | self._overlaps(found["words"].astype(np.int64))

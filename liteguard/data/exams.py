@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from liteguard.data.files import kind, open_data, unreadable
 from liteguard.data.overlap import OverlapIndex
 from liteguard.data.readers import Broken, read_rows
 from liteguard.data.shards import code_version, file_hashes
-from liteguard.data.values import given
+from liteguard.data.values import given, is_unicode, mended
 from liteguard.errors import UserError
 from liteguard.progress import ticking
 from liteguard.rows import Row, questions
@@ -49,6 +50,8 @@ def _has_paragraphs(path: Path) -> bool:
             text = b"".join(line.strip() and b"x" or b" " for line in file)
     except OSError as error:
         raise unreadable(path, error) from None
+    except (EOFError, zlib.error, UnicodeError) as error:
+        raise UserError(f"{path} is damaged: {error}. Unpack it, or load it again.") from None
     return b" " in text.strip()
 
 
@@ -90,9 +93,11 @@ def _exam_questions(name: str, report: dict[str, str]) -> Iterator[str]:
         if found is None:
             without.append(f"{place}: found {', '.join(map(repr, row)) or 'nothing'}")
             continue
+        if not is_unicode(found[1]):
+            raise UserError(f"{place}: not UTF-8. Save the evaluation set in UTF-8 first.")
         example = example or found[1]
         fields[found[0]] += 1
-        yield found[1]
+        yield mended(found[1], Counter())  # as training rows are
     if not fields or len(without) > _MISSING * rows:
         share = f"{len(without):,} of {rows:,} rows of {name} are without a question."
         shown = "".join(f"  {line}\n" for line in without[:3])

@@ -25,7 +25,7 @@ from liteguard.data.readers import (
     read_rows,
     rows_and_splits,
 )
-from liteguard.data.values import NO_TEXT, given, mended, says_yes
+from liteguard.data.values import NO_TEXT, given, is_unicode, mended, says_yes
 from liteguard.errors import UserError
 from liteguard.rows import FIELDS, SPLITS, Row
 
@@ -205,7 +205,7 @@ def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | 
     for label in (*layout.defaults, "entity"):
         value = given(row.get(label))
         made[label] = layout.defaults.get(label) if value is None else str(value)
-    if not all(_is_unicode(text) for text in _texts(made)):
+    if not all(is_unicode(text) for text in _texts(made)):
         return broken(place, "not UTF-8", row)
     return made
 
@@ -217,15 +217,6 @@ def _is_text(value: Any) -> bool:
 def _texts(made: Row) -> Iterator[str]:
     yield from (value for value in made.values() if isinstance(value, str))
     yield from (text for pair in made.get("history", ()) for text in pair)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written: half a surrogate pair in JSON, or raw bytes in CSV, cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def renamed(source: SourceSection, row: Row) -> Row:

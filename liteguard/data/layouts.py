@@ -116,12 +116,21 @@ def sharegpt(row: Row, notes: Counter[str]) -> Row:
     return row_of(turns(row.get("conversations"), notes), notes, row.get("system"))
 
 
+def _opening(prompt: Any) -> Any:
+    """A prompt; the messages of one that is a dialogue and ends where the answer begins."""
+    messages = dialogue(prompt)
+    if not messages:
+        return prompt
+    last = messages[-1]
+    return messages[:-1] if last["role"] == "assistant" and not last["content"] else messages
+
+
 def prompt_completion(row: Row, notes: Counter[str]) -> Row:
     """Columns prompt, completion; texts, or messages.
 
     What is learnt from is the completion; answers in the prompt are context.
     """
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt, completion = _opening(row.get("prompt")), row.get("completion")
     _count_tools(row, notes)
     if not is_conversation(prompt) and not is_conversation(completion):
         return {"prompt": prompt, "completion": completion, **_system(row)}
@@ -145,7 +154,7 @@ def preference(row: Row, notes: Counter[str]) -> Row:
     """
     _count_tools(row, notes)
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    prompt = row.get("prompt")
+    prompt = _opening(row.get("prompt"))
     if "prompt" not in row:
         if "instruction" in row:
             prompt = asked(row["instruction"], row.get("input"), notes)
@@ -165,18 +174,20 @@ def preference(row: Row, notes: Counter[str]) -> Row:
         raise NotForTraining("the prompt is not the question of the answers: not used")
     context = before or given_before
     prompt = context.asked if context else prompt
-    if (
-        all(isinstance(text, str) for text in (prompt, chosen, rejected))
-        and prompt
-        and chosen.startswith(prompt)
-        and rejected.startswith(prompt)
-    ):
+    if isinstance(prompt, str) and all(_repeats(prompt, text) for text in (chosen, rejected)):
         notes["rows whose answers began with the prompt, which is cut off"] += 1
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     made = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     made |= {} if "prompt" in row else about(row, prompt)
     own = beside(context) if context else {}
     return made | own | (_system(row) if "system" not in own else {})
+
+
+def _repeats(prompt: str, answer: Any) -> bool:
+    """Whether an answer begins with the prompt, and not just with the word that the prompt is
+    ("Hypertension" and "Hypertension is ..." are a question and its answer)."""
+    asks = len(prompt.split()) > 3 or prompt[-1:] in "\n.:?!\u3002\uff1f"
+    return bool(prompt) and asks and isinstance(answer, str) and answer.startswith(prompt)
 
 
 def _fits(before: Conversation, prompt: Any, context: Conversation | None) -> bool:

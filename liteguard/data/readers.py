@@ -172,7 +172,8 @@ def _hub_rows(source: SourceSection) -> Iterator[tuple[str, Row, str | None]]:
                 streaming=True,
             )
             label = "row" if len(names) == 1 else f"{name} row"
-            for number, row in enumerate(rows, 1):
+            # It is streamed, so the first ones; of each split, or the held-out ones were not seen.
+            for number, row in enumerate(itertools.islice(rows, source.limit), 1):
                 yield f"{source.hub}, {label} {number}", row, split
     except ValueError as error:
         # What the library says to an unknown configuration or split lists those that exist.

@@ -15,7 +15,9 @@ from liteguard import checkpoints
 from liteguard.config import SET_KINDS, Config, SetSection, SourceSection, validate
 from liteguard.data.files import local_files
 from liteguard.data.formats import FORMATS
+from liteguard.data.layouts import asked
 from liteguard.data.readers import Broken, broken, read_rows
+from liteguard.data.values import is_unicode, mended
 from liteguard.errors import UserError
 from liteguard.rows import Row, conversation_text
 from liteguard.text import normalise, unit
@@ -25,7 +27,7 @@ REQUEST_KINDS = ("harmful", "ordinary", "borderline")
 # column, XSTest and OR-Bench `prompt` with labels, MedQuAD `question` and `answer`.
 NAMES = {
     "prompt": ("prompt", "question", "query", "instruction", "request", "harmful_medical_request")
-    + ("messages", "conversations", "input", "behavior", "goal", "text"),
+    + ("messages", "conversations", "input", "goal", "behavior", "text"),
     "completion": ("completion", "answer", "response", "output", "reference"),
     "text": ("text", "body", "content", "abstract", "document", "passage", "article"),
 }
@@ -179,6 +181,9 @@ def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
             yield found
             continue
         row = {ours: found.get(theirs) for ours, theirs in columns.items()}
+        if (task := columns.get("prompt")) in found and str(task).lower() == "instruction":
+            # Alpaca's layout: the question may be the input, and the instruction who answers it.
+            row["prompt"] = asked(found[task], _input(found), Counter())
         try:
             made = _fields(section.kind, row)
         except ValueError as error:
@@ -190,11 +195,14 @@ def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
         if not all(isinstance(value, str) for value in (*made.values(), *said, system)):
             yield broken(place, "missing or not text", found)
             continue
-        made = {name: normalise(value) for name, value in made.items()}
+        if not all(map(is_unicode, (*made.values(), *said, system))):
+            yield broken(place, "not UTF-8", found)
+            continue
+        made = {name: _clean(value) for name, value in made.items()}
         if history:
-            made["history"] = [[normalise(text) for text in pair] for pair in history]
-        if system_slot and normalise(system):
-            made["system"] = normalise(system)
+            made["history"] = [[_clean(text) for text in pair] for pair in history]
+        if system_slot and _clean(system):
+            made["system"] = _clean(system)
         if not (made.get("text") or made.get("prompt")):
             yield broken(place, "empty", found)
             continue
@@ -202,6 +210,16 @@ def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
         group = next((str(value) for value in groups if value), None)
         kind = _labelled(section, place, found, contrasts)
         yield {**made, "kind": group, "area": group, "measured_as": kind, "file": file}
+
+
+def _clean(text: str) -> str:
+    """As preparation makes training rows, which these are compared with."""
+    return normalise(mended(text, Counter()))
+
+
+def _input(row: Row) -> Any:
+    """What stands in the column `input`, however it is spelled."""
+    return next((value for name, value in row.items() if str(name).lower() == "input"), None)
 
 
 def _columns(section: SetSection, place: str, first: Row) -> dict[str, str]:
@@ -228,8 +246,8 @@ def _columns(section: SetSection, place: str, first: Row) -> dict[str, str]:
         else:
             chosen[ours] = found
     # A list of messages holds both.
-    asked = first[chosen["prompt"]] if "prompt" in chosen else None
-    if missing == ["completion"] and isinstance(asked, list):
+    said = first[chosen["prompt"]] if "prompt" in chosen else None
+    if missing == ["completion"] and isinstance(said, list):
         return chosen
     if missing:
         line = ", ".join(f"{ours}: THE_COLUMN" for ours in missing)

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import heapq
 import importlib.metadata
-import itertools
 import multiprocessing
 import os
 import time
@@ -264,7 +263,7 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
         (directory / "dropped.jsonl").open("wb") as dropped,
     ):
         files = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
-        for chunk in cleaner.run(rules, _limited(rows, source)):
+        for chunk in cleaner.run(rules, rows):
             read += chunk.read
             added += chunk.added
             kept += len(chunk.lines)
@@ -289,12 +288,6 @@ def _write_shard(directory: Path, rules: Rules, cleaner: Cleaner) -> dict[str, A
     }
     checkpoints.write_json(directory / INFO, info)
     return info
-
-
-def _limited(rows: Iterable[Any], source: SourceSection) -> Iterator[Any]:
-    """At most `limit` rows of a hub dataset (it is streamed, so its first ones)."""
-    limit = source.limit if source.hub and not source.path else None
-    return itertools.islice(rows, limit)
 
 
 def _sample(rows: Iterable[Row | Broken], limit: int, seed: str, part: str) -> list[Row | Broken]:

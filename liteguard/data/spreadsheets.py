@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -67,7 +68,12 @@ def _shared_texts(archive: zipfile.ZipFile) -> list[str]:
 def _text(element: ElementTree.Element) -> str:
     """The runs of a text; not what is written above them to say how they are pronounced."""
     spoken = {id(t) for over in element.iter(f"{_MAIN}rPh") for t in over.iter(f"{_MAIN}t")}
-    return "".join(t.text or "" for t in element.iter(f"{_MAIN}t") if id(t) not in spoken)
+    text = "".join(t.text or "" for t in element.iter(f"{_MAIN}t") if id(t) not in spoken)
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
+
+
+# A character that XML cannot hold, mostly the carriage return of a pasted line: "_x000D_".
+_ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 def _rows(file, shared: list[str]) -> Iterator[tuple[int, list[str | None]]]:
@@ -103,4 +109,7 @@ def _value(cell: ElementTree.Element, shared: list[str]) -> str | None:
         return None
     if kind == "b":
         return "true" if value == "1" else "false"
-    return shared[int(value)] if kind == "s" else value
+    if kind == "s":
+        return shared[int(value)]
+    # Of a number 17 digits are kept and 15 are shown: 4.1 is written as 4.0999999999999996.
+    return f"{float(value):.15g}" if kind == "n" and "." in value else value

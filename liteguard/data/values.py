@@ -27,6 +27,15 @@ def given(value: Any) -> Any:
     return value
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: half a surrogate pair in JSON, or raw bytes in CSV, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def says_yes(value: Any) -> bool | None:
     """What a cell says that is true or false (1, "yes", "False", 0.0); None when it is neither."""
     text = str(value).strip().lower()

@@ -123,7 +123,7 @@ def calibrate(
         batches: list[Batch] = []
         if rows:
             model.get_input_embeddings().float()
-            batches = list(layerwise.batches(model, layers[0], rows))
+            batches = list(layerwise.batches(model, rows))
         remaining = list(layers)
         del model, layers  # embedding and output layer are not needed any more
         progress = Progress("calibrating", len(remaining), unit="layers")

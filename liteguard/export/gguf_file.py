@@ -98,6 +98,8 @@ def beside(
     same = made.get("inputs") == inputs and output.is_file()
     if same and made.get("sha256") == checkpoints.sha256_file(output):
         print(f"{output} was made from the same model: kept")
+        if (left := checkpoints.work_directory(output)).is_dir():  # a kill while it was deleted
+            checkpoints.drop_work(left)
         return made
     # The merged model, and 8 of its 16 bits again.
     stored = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
@@ -112,8 +114,9 @@ def beside(
         machine.in_child("merge for GGUF", merge.merge_adapter, *parts)
         found = machine.in_child("GGUF", write, merged, config.prompt, file, licence)
     made = {"inputs": inputs, "sha256": checkpoints.sha256_file(file), **found}
-    writing.put(file, output)
+    # The record first: by it a later run knows whose file stands there.
     writing.write_json(_record(output), made)
+    writing.put(file, output)
     checkpoints.drop_work(work)
     print(f"wrote {output} ({shown.size(made['bytes'])}), 8 bits, not measured here")
     return made

@@ -70,8 +70,8 @@ class Batch:
     """Rows of about the same length, on their way through the layers."""
 
     hidden: Tensor  # rows x tokens x width
+    named: dict[Module, dict[str, Any]]  # what each layer is given beside the hidden states
     real: Tensor  # rows x tokens: False for padding, which is at the end and seen by no token
-    named: dict[str, Any]  # what a layer is given beside the hidden states
 
 
 class _Reached(Exception):
@@ -97,10 +97,11 @@ def until(function: Callable[[], Any], module: Module) -> tuple[Any, ...]:
     raise WorkError(f"{type(module).__name__} is not part of the model's forward pass")
 
 
-def batches(model: Any, first: Module, rows: list[list[int]]) -> Iterator[Batch]:
-    """The inputs of the first layer."""
+def batches(model: Any, rows: list[list[int]]) -> Iterator[Batch]:
+    """The inputs of the first layer, and what else each layer is given."""
     import torch
 
+    layers = decoder_layers(model)
     ordered, start = sorted(rows, key=len), 0
     while start < len(ordered):
         end = start + 1
@@ -112,12 +113,44 @@ def batches(model: Any, first: Module, rows: list[list[int]]) -> Iterator[Batch]
         for place, row in enumerate(some):
             ids[place, : len(row)] = torch.tensor(row)
             real[place, : len(row)] = True
-        hidden, named = until(partial(model, input_ids=ids, use_cache=False), first)
-        yield Batch(hidden, real, named)
+        yield Batch(*_first_inputs(partial(model, input_ids=ids, use_cache=False), layers), real)
+
+
+def _first_inputs(
+    function: Callable[[], Any], layers: Any
+) -> tuple[Tensor, dict[Module, dict[str, Any]]]:
+    """(the first layer's hidden states, layer -> its named arguments) when `function` runs.
+
+    Layers that look back a short way only are given other positions and masks than the rest (Gemma
+    3). No layer computes: the arguments do not depend on hidden states.
+    """
+    named: dict[Module, dict[str, Any]] = {}
+    first: list[Tensor] = []
+
+    def take(layer: Module) -> Callable[..., Any]:
+        def forward(hidden: Tensor, *_: Any, **arguments: Any) -> Any:
+            first.append(hidden)
+            named[layer] = arguments
+            if layer is layers[-1]:
+                raise _Reached
+            return first[0]
+
+        return forward
+
+    try:
+        for layer in layers:
+            layer.forward = take(layer)
+        function()
+    except _Reached:
+        return first[0], named
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+    raise WorkError(f"{type(layers[-1]).__name__} is not part of the model's forward pass")
 
 
 def forward(layer: Module, batch: Batch) -> Tensor:
-    output = layer(batch.hidden, **batch.named)
+    output = layer(batch.hidden, **batch.named[layer])
     return output[0] if isinstance(output, tuple) else output
 
 

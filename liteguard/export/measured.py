@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import machine
+from liteguard import checkpoints, machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import UserError
 from liteguard.evaluation import as_used, metrics
@@ -375,8 +375,9 @@ def measure_bundle(
     samples, prompt = reference.samples, reference.prompt
     merged = reference.measured(pairs := min(2 * section.texts, len(samples.pairs)))
     limits = bundle_limits(samples, merged)
-    state = workers.path.stat()
-    inputs = {**reference.inputs, "bundle": [state.st_size, state.st_mtime_ns], "limits": limits}
+    # By content: a rerun writes the bundle anew, byte for byte the same.
+    bundle = checkpoints.sha256_file(workers.path)
+    inputs = {**reference.inputs, "bundle": bundle, "limits": limits}
     with Journal(kept, inputs) as journal:
         _answers(workers.generate, prompt, samples, limits, "bundle", journal)
         _drawn(workers, prompt, samples, "bundle", journal)

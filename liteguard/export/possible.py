@@ -143,6 +143,12 @@ def wrong_shape(architecture: Any, converter: str) -> str:
             f"the {kind!r} architecture has layers of kind {', '.join(other)}, and neither the "
             "proof nor the runtime's cache knows them"
         )
+    window = getattr(text, "sliding_window", None) if kind != "mistral" else None
+    if window and not getattr(text, "layer_types", None):
+        return (
+            f"the {kind!r} architecture looks back {window:,} tokens in all of its layers, for "
+            "which the converter has no mask"
+        )
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     if converter == "v2" and any(part.get("rope_type") == "longrope" for part in kinds):
@@ -210,7 +216,21 @@ def _surely_more(seen: int, expected: float) -> bool:
 def as_litertlm(own: Any, prompt: Prompt) -> str:
     """Why no `.litertlm` can be made with a tokenizer, or an empty string."""
     missing = [t for t in prompt.stop_tokens if own.backend_tokenizer.token_to_id(t) is None]
-    return f"{', '.join(missing)} is no token of the tokenizer" if missing else ""
+    if missing:
+        return f"{', '.join(missing)} is no token of the tokenizer"
+    # The runtime encodes what follows the BOS by itself.
+    asked = prompt.render_question("What is asthma?")
+    begin = prompt.bos_token if asked.startswith(prompt.bos_token) else ""
+    parts = [
+        own.backend_tokenizer.encode(t, add_special_tokens=False).ids
+        for t in (asked, begin, asked.removeprefix(begin))
+    ]
+    if parts[0] != parts[1] + parts[2]:
+        return (
+            f"after {begin} a text has other ids in training than by itself, as the runtime "
+            "encodes it (a SentencePiece model that begins a text with a blank)"
+        )
+    return ""
 
 
 def sample(data_dir: Path) -> tuple[list[str], list[str]]:

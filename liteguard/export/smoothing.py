@@ -105,7 +105,7 @@ def _factors(model: Any, rows: list[list[int]]) -> list[float | None]:
     with torch.inference_mode():
         embedding = model.get_input_embeddings().float()
         layers = layerwise.decoder_layers(model)
-        batches = list(layerwise.batches(model, layers[0], rows))
+        batches = list(layerwise.batches(model, rows))
         embedding.to(stored)
         progress = Progress("smoothing", len(layers), unit="layers")
         found = []

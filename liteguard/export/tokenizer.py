@@ -46,7 +46,7 @@ class TokenizerReport:
     tokens: int  # ids the original tokenizer has
     rows: int  # rows of the embedding, at least `tokens`
     pieces: int  # pieces of the SentencePiece model, at least `rows`
-    incomplete: list[int]  # incomplete UTF-8: placeholders
+    incomplete: list[int]  # incomplete UTF-8, or no token at all: placeholders
     single_bytes: list[int]  # one non-ASCII byte: BYTE pieces, read but never written
     duplicates: list[int]  # same text as an added token: placeholders
     split: list[int]  # whitespace that never stands alone inside a text: UNUSED
@@ -204,7 +204,8 @@ def build_sentencepiece(
     byte_of = {i: v[0] for i, v in raw.items() if len(v) == 1 and (v[0] >= 0x80 or v[0] == 0)}
     missing = {*range(256)} - {value[0] for value in raw.values() if len(value) == 1}
     texts = {i: t for i, v in raw.items() if i not in byte_of and (t := _decodes(v)) is not None}
-    incomplete = sorted(set(raw) - set(byte_of) - set(texts))
+    holes = {*range(tokens)} - {*raw, *added}
+    incomplete = sorted((set(raw) - set(byte_of) - set(texts)) | holes)
     taken = set(added.values())
     duplicates = sorted(index for index, text in texts.items() if text in taken)
     split = _never_alone(tokenizer, texts)
