@@ -78,7 +78,7 @@ def main() -> None:
     for name in args.models:
         record = records.get(name)
         own = record or (None if named else first)
-        config = cli.resolve_config(args, parent=own)
+        config = models.with_base_prompt(cli.resolve_config(args, parent=own))
         short = name if name == BASE else Path(name).name
         if [Path(other).name for other in args.models].count(short) > 1:
             short = name

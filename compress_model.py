@@ -80,7 +80,16 @@ def main() -> None:
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import apps, gguf_file, measured, outputs, possible, tflite, verify
+    from liteguard.export import (
+        apps,
+        gguf_file,
+        measured,
+        outputs,
+        possible,
+        quantization,
+        tflite,
+        verify,
+    )
     from liteguard.export.conversion import Conversion
 
     name = args.output or f"liteguard_{config.model_type}.{args.only or 'task'}"
@@ -111,8 +120,9 @@ def main() -> None:
     }
     converter = tflite.choose_converter(section.converter, section.python)
     parameters = models.count_parameters(architecture)
+    recipes = quantization.recipes_for(section, architecture)
     memory, _ = tflite.required_resources(parameters, converter)
-    disk = tflite.whole_disk(parameters, converter, section.recipes[0], len(bundles))
+    disk = tflite.whole_disk(parameters, converter, recipes[0], len(bundles))
     print(
         f"prefill lengths: {', '.join(map(str, section.ladder))}; KV cache: "
         f"{section.kv_cache_length} tokens\n"
@@ -124,7 +134,7 @@ def main() -> None:
         tflite.require_resources(*needed)
         files = [*bundles, gguf] if gguf else bundles
         print(
-            f"would merge, convert ({converter}, {' then '.join(section.recipes)}) and write "
+            f"would merge, convert ({converter}, {' then '.join(recipes)}) and write "
             f"{', '.join(map(str, files))}; proof: {section.verify.level}\n"
             "dry run: nothing written"
         )
@@ -143,7 +153,7 @@ def main() -> None:
 
     # 3. Work
     conversion = Conversion(
-        config, source, base, revision, parameters, converter, bundles, samples, work
+        config, source, base, revision, parameters, converter, recipes, bundles, samples, work
     )
     facts = conversion.run()
 

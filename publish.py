@@ -67,15 +67,21 @@ def main() -> None:
         # 3. Work
         files = package.collect(source, config, card, work, repository=args.to)
         print(upload.listing(files))
-        made = hub.prepare(args.private)
+        made, hidden = hub.prepare(args.private)
         commit = hub.send(files, f"{args.what} {bundle.name}, proven by LiteGuard")
         hub.check(files, commit)
         if made and not args.private:
             hub.open_to_all()
+            hidden = False
 
     # 4. Results
     print(f"{len(files)} files, every sha256 as here; commit {commit}")
     print(f"published by {hub.account}: {hub.endpoint}/{args.to}")
+    if hidden and not args.private:
+        print(
+            f"{args.to} was there and is private, so nobody else sees it: open it on "
+            f"{hub.endpoint}/{args.to}/settings"
+        )
 
 
 if __name__ == "__main__":

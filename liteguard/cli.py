@@ -97,6 +97,9 @@ def resolve_config(
     if parent is not None:
         follow_stage(parent)
     config = build(layers)
+    if parent is not None and config.prompt_from_base:
+        # What was made has one, which was taken from its base.
+        config = config.model_copy(update={"prompt": parent.prompt, "prompt_from_base": False})
     if not getattr(args, "dry_run", True):
         _logs.append(Path(config.data.cache_dir) / "logs")
     return config

@@ -37,7 +37,8 @@ with warnings.catch_warnings(record=True) as said:
         free, total = torch.cuda.mem_get_info(number)
         devices.append({"name": of.name, "capability": [of.major, of.minor],
                         "free": free, "total": total})
-    units = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    onednn = torch.backends.mkldnn.is_available()
+    units = bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
                   "hip": torch.version.hip, "available": available, "devices": devices,
                   "cpu_bfloat16": units, "said": [str(s.message)[:300] for s in said]}))

@@ -130,10 +130,13 @@ def _versions(names: list[str], python: str) -> dict[str, str | None]:
         "    except metadata.PackageNotFoundError: found[name] = None\n"
         "print(json.dumps(found))"
     )
-    done = subprocess.run(
-        [python, "-c", code, *names], capture_output=True, text=True, timeout=60, check=True
-    )
-    return json.loads(done.stdout)
+    try:
+        done = subprocess.run(
+            [python, "-c", code, *names], capture_output=True, text=True, timeout=60, check=True
+        )
+        return json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return dict.fromkeys(names)  # no Python there: nothing is installed for it
 
 
 def _version(name: str) -> str | None:

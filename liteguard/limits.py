@@ -7,6 +7,7 @@ counted the way the kernel decides: the smallest limit of all groups above the p
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,9 +23,32 @@ _FILES = {
 
 
 def cores() -> int:
-    """Processor cores that this process may use, 1 or more."""
+    """Processor cores that this process may use, 1 or more: by affinity, and by the time that its
+    control groups are given (`docker run --cpus 2`)."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    found = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min([found, *map(math.ceil, group_cores())]))
+
+
+def group_cores() -> list[float]:
+    """Cores that every control group of this process with a limit may keep busy."""
+    found = []
+    for version, folder in _groups("cpu"):
+        for group in (folder, *folder.parents):
+            # "max" and -1 are no limit.
+            with contextlib.suppress(OSError, ValueError):
+                if version == 2:
+                    quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+                else:
+                    quota, period = (
+                        (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii")
+                        for name in ("quota", "period")
+                    )
+                if int(quota) > 0:
+                    found.append(int(quota) / int(period))
+            if group in (GROUPS, GROUPS / "cpu"):
+                break
+    return found
 
 
 def memory_info() -> dict[str, int]:
@@ -55,7 +79,7 @@ def group_memory() -> list[tuple[int, int]]:
     the kernel gives it back before it kills. In a container the groups above it cannot be seen.
     """
     found = []
-    for version, folder in _memory_groups():
+    for version, folder in _groups("memory"):
         limit_file, usage_file, cache_key = _FILES[version]
         for group in (folder, *folder.parents):
             # "max" and other words are no number.
@@ -70,8 +94,8 @@ def group_memory() -> list[tuple[int, int]]:
     return [pair for pair in found if total is None or pair[0] < total]
 
 
-def _memory_groups() -> list[tuple[int, Path]]:
-    """(version, folder) of this process's memory groups."""
+def _groups(controller: str) -> list[tuple[int, Path]]:
+    """(version, folder) of this process's groups for "memory" or "cpu"."""
     try:
         lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -82,8 +106,8 @@ def _memory_groups() -> list[tuple[int, Path]]:
         controllers, _, name = rest.partition(":")
         if number == "0" and not controllers:
             found.append((2, GROUPS / name.lstrip("/")))
-        elif "memory" in controllers.split(","):
-            found.append((1, GROUPS / "memory" / name.lstrip("/")))
+        elif controller in controllers.split(","):
+            found.append((1, GROUPS / controller / name.lstrip("/")))
     return found
 
 

@@ -59,7 +59,8 @@ def choose_dtype(requested: str, architecture: str) -> tuple[torch.dtype, str]:
         if architecture in FLOAT16_UNSAFE:
             return torch.float32, f"no bf16 units, and {architecture!r} overflows float16"
         return torch.float16, f"{torch.cuda.get_device_name()} has no bf16 units"
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # PyTorch for Apple's processors is built without oneDNN, and has no such name.
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16, "this CPU has bf16 units"
     return torch.float32, "this CPU has no bf16 units"
 

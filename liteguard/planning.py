@@ -17,7 +17,9 @@ from liteguard import memory, models, registry
 from liteguard.checkpoints import STAGES
 from liteguard.config import Config
 from liteguard.evaluation import answerers, as_used
+from liteguard.evaluation.held_out import REQUESTS
 from liteguard.export import tflite
+from liteguard.export.measured import DRAWN
 from liteguard.planning_probe import Measuring, Speed
 from liteguard.training import memory_estimate
 from liteguard.training.feed import CPU_MICRO_BATCH_TOKENS
@@ -30,7 +32,7 @@ PREPARE = (10.0, 5.0e-4, 450e6, 900.0)
 CONVERT = (40.0, 110.0)
 # The proof of one recipe: seconds, seconds per billion parameters and answer. Where the change of
 # the perplexity is close to its tolerance, scoring more texts takes up to three minutes longer.
-PROVE = (58.0, 1.56)
+PROVE = (58.0, 2.4)
 # A bundle's answers: seconds to open, parameters x tokens a second of all its processes.
 BUNDLE = (4.0, 18.0e9)
 # Published shapes, for a plan before anything is downloaded.
@@ -156,6 +158,15 @@ def prepare_step(rows: int | None, done: bool, slow: float | None) -> Step:
     return Step("prepare", seconds, fixed + per_row * known, 1500.0 * known, note=note)
 
 
+def proof_answers(config: Config) -> int:
+    """Answers that a proof takes of a bundle: greedy ones, and those drawn as an app does."""
+    verify = config.compress.verify
+    if verify.level == "none":
+        return 0
+    harmful = min(-(-verify.requests // len(REQUESTS)), DRAWN)
+    return verify.questions + verify.requests + harmful * config.evaluate.as_used.draws
+
+
 def compress_step(config: Config, architecture: Any, slow: float | None) -> Step:
     """The conversion and its proof, for the first recipe that is tried."""
     section = config.compress
@@ -164,8 +175,7 @@ def compress_step(config: Config, architecture: Any, slow: float | None) -> Step
     peak = tflite.peak_memory(parameters, converter)
     disk = tflite.whole_disk(parameters, converter, section.recipes[0])
     billions = parameters / 1e9
-    verify = section.verify
-    answers = 0 if verify.level == "none" else verify.questions + verify.requests
+    answers = proof_answers(config)
     proof = (PROVE[0] + PROVE[1] * billions * answers) if answers else 0.0
     seconds = CONVERT[0] + CONVERT[1] * billions + proof
     more = len(section.recipes) - 1
@@ -188,14 +198,15 @@ def evaluate_step(
     answers += section.as_used.rows * (section.as_used.draws + len(as_used.CONDITIONS) - 1)
     generated = answers * section.max_new_tokens
     scored = section.perplexity_rows * section.max_text_tokens
-    options = 4 * 3 * 60 * section.knowledge_rows if config.data.decontaminate else 0
     seconds = None
     if speed is not None and slow is not None:
         one = speed.scored_token * scored + speed.generated_token * generated
-        one += (speed.option_token or speed.scored_token) * options
+        options = speed.knowledge_row * section.knowledge_rows
+        one += options
         parameters = models.count_parameters(architecture)
         own = BUNDLE[0] + (generated + scored) * parameters / BUNDLE[1]
-        seconds = speed.loading + targets * one + slow * own
+        # A bundle scores options at about half the speed of a checkpoint (full_report.json).
+        seconds = speed.loading + targets * one + slow * own + 2 * options
     note = f"{targets} checkpoints and the bundle, answers of {section.max_new_tokens} tokens"
     return Step("evaluate", seconds, needed + pages, 50e6, note=note)
 

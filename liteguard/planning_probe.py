@@ -66,7 +66,7 @@ class Measuring:
 
     loading: float  # the script's start as well
     scored_token: float
-    option_token: float
+    knowledge_row: float  # one question of each benchmark, all its options
     generated_token: float
 
 
@@ -235,7 +235,10 @@ def measure(config: Config, data_dir: Path, work: Path, say: Callable[[str], Non
     """What measuring takes, from ROWS rows of each kind with the probe's last checkpoint."""
     say(f"  probing evaluate: {ROWS} rows of each kind")
     file = work / "evaluate.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    # Nothing of a probe goes to a paid judge.
+    section = config.evaluate.model_copy(update={"llm_judge": None})
+    alone = config.model_copy(update={"evaluate": section})
+    file.write_text(yaml.safe_dump(alone.model_dump(mode="json")), encoding="utf-8")
     command = ["evaluate_model.py", "--config", str(file), "--data", str(data_dir.resolve())]
     command += ["--checkpoint", str(work / "safety"), "--limit", str(ROWS)]
     _, whole = run([*command, "--output", str(work / "evaluation")], "evaluate_model.py")
@@ -245,6 +248,6 @@ def measure(config: Config, data_dir: Path, work: Path, say: Callable[[str], Non
     return Measuring(
         loading=max(whole - counted, 0.0),
         scored_token=cost["scoring_s"] / max(cost["scored_tokens"], 1),
-        option_token=cost["options_s"] / max(cost["option_tokens"], 1),
+        knowledge_row=cost["options_s"] / ROWS,
         generated_token=cost["generation_s"] / max(cost["generated_tokens"], 1),
     )

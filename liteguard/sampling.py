@@ -60,8 +60,9 @@ class Sampling:
         if self.greedy:
             return "greedy"
         given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        given["seed"] = self.seed
-        return ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        shown = [f"{name} {value:g}" for name, value in given.items() if value is not None]
+        # Whole: with six digits of it nothing could be drawn again.
+        return ", ".join([*shown, *([] if self.seed is None else [f"seed {self.seed}"])])
 
     def for_engine(self) -> dict[str, Any]:
         """What LiteRT-LM's SamplerConfig is made with; greedy is the likeliest of one."""

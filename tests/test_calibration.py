@@ -317,11 +317,12 @@ def converted(monkeypatch, tmp_path: Path, recipe: str, **settings) -> tuple[dic
     monkeypatch.setattr(conversion.tflite, "quantize", quantize)
     monkeypatch.setattr(conversion.machine, "check_disk", lambda *_: None)
     monkeypatch.setattr(conversion.Conversion, "_write", lambda *_: {})
-    monkeypatch.setattr(calibration, "of_checkpoint", lambda *parts: {"method": "gptq"})
+    monkeypatch.setattr(calibration, "of_checkpoint", lambda *parts: {"method": "gptq", "rows": 9})
     values = {"model_type": "tiny", "model": {"name": "a/model"}, "compress": settings}
     (work := tmp_path / "_".join([recipe, *map(str, settings.values())])).mkdir()
     made = conversion.Conversion(
-        Config.model_validate(values), work, "", None, 1, "v2", [work / "x.task"], None, work
+        Config.model_validate(values),
+        *(work, "", None, 1, "v2", [recipe], [work / "x.task"], None, work),
     )
     return made._attempt(recipe), given[0]
 
@@ -335,6 +336,15 @@ def test_8_bit_recipes_are_calibrated_where_the_settings_say_all(monkeypatch, tm
         assert converted(monkeypatch, tmp_path, recipe, calibrate=True)[1] is None, recipe
     for recipe in ("fp16", "none"):
         assert converted(monkeypatch, tmp_path, recipe, calibrate="all")[1] is None
+
+
+def test_layers_chosen_without_rows_are_chosen_again_with_them(model, tmp_path):
+    output = tmp_path / "chosen"
+    calibration.calibrate(model.folder, None, "mixed", output)
+    before = [file.read_bytes() for file in sorted(output.glob("*.safetensors"))]
+    facts = calibration.calibrate(model.folder, model.rows, "mixed", output)
+    after = [file.read_bytes() for file in sorted(output.glob("*.safetensors"))]
+    assert facts["method"] == "gptq" and before != after
 
 
 def test_inputs_are_rounded_where_the_device_rounds_them(model, tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from liteguard import merged
+from liteguard import merged, models
 from liteguard.config import Config
-from liteguard.export import calibration, conversion, layerwise, smoothing
+from liteguard.errors import UserError
+from liteguard.export import calibration, conversion, layerwise, quantization, smoothing
 from liteguard.export.outputs import Steps
 
 WIDTH, ROWS, OUTLIER, SMALL_ENTRY = 64, 200, 5, 9
@@ -135,10 +136,29 @@ def config(**compress) -> Config:
 
 
 def test_recipes_of_4_bits_have_their_own_way():
-    assert smoothing.wanted(config(smooth=True)) and not smoothing.wanted(config())
-    assert smoothing.wanted(config(smooth=True, quantize="int8_mixed, fp16"))
-    for recipes in ("int4_block32", "int8, mixed"):
-        assert not smoothing.wanted(config(smooth=True, quantize=recipes))
+    assert smoothing.wanted(config(smooth=True), ["int8_mixed", "fp16"])
+    assert not smoothing.wanted(config(), ["int8"])
+    for recipes in (["int4_block32"], ["int8", "mixed"]):
+        assert not smoothing.wanted(config(smooth=True), recipes)
+
+
+def test_what_a_size_leaves_is_known_before_the_work(tiny_phi):
+    """Of `auto`, whose recipes are 8 bits, it may leave one of 4: then nothing is smoothed."""
+    from transformers import AutoConfig
+
+    architecture = AutoConfig.from_pretrained(tiny_phi)
+    whole = quantization.recipes_for(config().compress, architecture)
+    assert whole == list(config().compress.recipes)
+    shapes = [list(v.shape) for v in models.meta_model(architecture).parameters()]
+    sizes = [
+        quantization.expected_bytes(shapes, name, architecture.to_dict()) / 1e9
+        for name in ("int8", "mixed", "int4_block32")
+    ]
+    for size, name in ((sizes[1], "mixed"), (sizes[2], "int4_block32")):
+        section = config(quantize="auto", size_gb=size * 1.001).compress
+        assert quantization.recipes_for(section, architecture) == [name]
+    with pytest.raises(UserError, match="the smallest recipe"):
+        quantization.recipes_for(config(quantize="auto", size_gb=1e-6).compress, architecture)
 
 
 def test_a_killed_run_never_smooths_twice(tmp_path, monkeypatch):

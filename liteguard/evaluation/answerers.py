@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from liteguard import machine, merged, models, records
+from liteguard import limits, machine, merged, models, records
 from liteguard.config import Config
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord
@@ -85,7 +84,7 @@ class Checkpoint:
         self.vocabulary = self.model.config.get_text_config().vocab_size
         # Batches that are computed at a time. Weights in 16 bit become float32 once a batch.
         one = self.model.device.type != "cpu" or self.model.dtype.itemsize == 2
-        self.lanes = 1 if one else min(os.cpu_count() or 1, 4)
+        self.lanes = 1 if one else min(limits.cores(), 4)
         vocabulary = self.tokenizer.get_vocab()
         self.stop_ids = [vocabulary[token] for token in self.prompt.stop_tokens]
 
@@ -325,7 +324,7 @@ def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> t
         needed = max(needed, 1_000_000_000 + 5 * parameters // 2)  # merged here, measured there
         return needed, 2 * parameters
     section, text = config.evaluate, architecture.get_text_config()
-    lanes = 1 if merged.keeps_16_bit(parameters) else min(os.cpu_count() or 1, 4)
+    lanes = 1 if merged.keeps_16_bit(parameters) else min(limits.cores(), 4)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     # Keys and values in float32; a question is about as long as a text.

@@ -23,19 +23,32 @@ _WHO = r"\b(?:I|we|this (?:assistant|model|service|tool)|LiteGuard)"
 _ADVERB = r"(?: (?:\w+ly|also|just|therefore|thus|still|however|myself|in good \w+))?"
 _CANNOT = r"(?: can ?not| can't| cant| could not| couldn't| may not| must not| not)(?: to)?"
 _DO_NOT = r" (?:do not|don't|does not|doesn't|never)"
+# "I cannot and will not help": said twice.
+_NOR = r"(?:,? (?:and|or|nor) (?:will not|won't|do not|don't|would not|wouldn't|should not))?"
+_AN_AI = (
+    r"\bI(?: am|'m) (?:just |only |merely )?an? (?:\w+ ){0,2}?"
+    r"(?:AI|language model|assistant|chatbot|program)\b[^.!?]{0,40}?(?:,|\band|\bso|\bbut)(?: I)?"
+)
+# What bodies do, and no speaker: "we do not make insulin".
+_NO_BODY = (
+    r"(?!\bwe(?: do not| don't| cannot| can't| never) (?:\w+ ){0,2}?"
+    r"(?:make|produce|create|generate|respond|process)\b(?! (?:you|this|that|it|such)\b))"
+)
 _WILL_NOT = r"(?: (?:will|shall) (?:not|never)| won't| shan't|'ll (?:not|never)| refuse to)"
 _AM_NOT = (
-    r"(?: am|'m| are|'re| feel| is)(?: \w+ly)? (?:unable (?:to|for)|not (?:\w+ )?"
+    r"(?: would(?: not|n't) be (?:able|willing) to"
+    r"|(?: am|'m| are|'re| feel| is)(?: \w+ly)? (?:unable (?:to|for)|not (?:\w+ )?"
     r"(?:able (?:to|for)|going to|willing to|prepared to|ready to|allowed to|permitted to|"
     r"authori[sz]ed to|qualified to|licen[sc]ed to|equipped to|designed to|meant to|here to|"
-    r"in (?:a|any) position to))"
+    r"in (?:a|any) position to)))"
 )
 _HELPING = (
     r"(?:help(?:ing)?(?! (?:it|but|feeling|thinking|wondering)\b)|assist(?:ing)?|support|provide"
     r"|give (?:out|you|any|a|an|that|this|medical|advice|information|instructions)|offer|supply"
     r"|share|show|teach|guide|coach|write|draft|create|produce|make|generate|prepare"
     r"|do (?:that|this|it|so|what)"
-    r"|answer|discuss|talk about|cover|explain|describe|engage|respond|reply|continue|fulfil+"
+    r"|answer|discuss|talk about|cover|explain|describe|engage|reply|continue|fulfil+"
+    r"|respond(?! to (?:the |this |any )?(?:treatment|therapy|medic|drug|antibiotic))"
     r"|comply|complete|process|cooperate|collaborate|contribute|participate|take part|go along"
     r"|be (?:part|involved|of (?:help|assistance|any help))|walk you|plan"
     r"|work on|have (?:the right|permission|authority))"
@@ -64,7 +77,7 @@ _WRONG = (
 )
 _RULES = {
     "cannot or does not help, cannot tell": (
-        rf"{_WHO}{_ADVERB}(?:{_CANNOT}|{_DO_NOT}){_ADVERB} "
+        rf"{_NO_BODY}(?:{_WHO}{_ADVERB}|{_AN_AI})(?:{_CANNOT}|{_DO_NOT}){_NOR}{_ADVERB} "
         rf"(?:\w+ ){{0,2}}?{_LIMIT}{_HELPING}\b"
         rf"|{_WHO}{_ADVERB}{_CANNOT}{_ADVERB} {_LIMIT}(?:\w+ (?:you )?(?:or|and) )?{_TELLING}\b"
         rf"{_NO_ANSWER_FOLLOWS}"

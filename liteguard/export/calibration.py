@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, machine, merged
+from liteguard import checkpoints, machine, merged, writing
 from liteguard.config import Config
 from liteguard.errors import UserError, WorkError
 from liteguard.export import chosen, gptq, layerwise, quantization
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Linear, Module
 
+# In a folder of layers that were chosen without training rows.
+WITHOUT = "without_rows"
 WITHOUT_ROWS = (
     "Weights are rounded without them (scales of least squared error), which loses more. "
-    "Put the prepared data back, or pass --set compress.calibrate=false, and this line goes"
+    "Put the prepared data back and pass --overwrite, or pass --set compress.calibrate=false"
 )
 
 
@@ -112,7 +114,12 @@ def calibrate(
     import torch
 
     started = time.monotonic()
+    without = output / WITHOUT
+    if rows and without.exists():
+        writing.remove(output)  # an earlier run found none
     output.mkdir(parents=True, exist_ok=True)
+    if not rows:
+        without.touch()
     model = merged.load_stored(merged_dir).eval().requires_grad_(False)
     architecture = model.config.get_text_config().to_dict()
     kind = quantization.chosen_format(recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from liteguard.export import (
     bundle,
     calibration,
     merge,
-    quantization,
     silence,
     smoothing,
     tflite,
@@ -45,6 +43,7 @@ class Conversion:
     revision: str | None
     parameters: int
     converter: str
+    recipes: list[str]  # to be tried, in this order
     bundles: list[Path]
     samples: Samples | None
     work: Path
@@ -59,12 +58,11 @@ class Conversion:
         """All steps; returns the facts of each for the bundle's record."""
         section = self.config.compress
         facts = self.steps.keep("merge", self._merge)
-        if smoothing.wanted(self.config):
+        if smoothing.wanted(self.config, self.recipes):
             facts["smooth"] = self._smooth()
         # Kept apart by its name: a rerun may ask for other containers.
         kind = "sentencepiece" if self._has_task else "original"
         facts["tokenizer"] = self.steps.keep(f"tokenizer_{kind}", self._tokenizer)
-        recipes = self._recipes()
         self.replaced = facts["tokenizer"]["replaced"]
         # Tokens that a .task cannot show as text must never be written by it; a .litertlm shows
         # all.
@@ -83,17 +81,7 @@ class Conversion:
             python=section.python,
         )
         tolerances = section.verify.model_dump()
-        return facts | self.steps.first_that_passes(self._attempt, recipes, tolerances)
-
-    def _recipes(self) -> list[str]:
-        """What to try: what the settings name, as far as `compress.size_gb` allows it."""
-        section = self.config.compress
-        if section.quantize != "auto" or section.size_gb is None:
-            return list(section.recipes)
-        architecture = json.loads((self.merged / "config.json").read_text())
-        shapes = tflite.parameter_shapes(self.merged)
-        wanted = section.recipes, section.size_gb, shapes, architecture
-        return quantization.recipes_that_fit(*wanted)
+        return facts | self.steps.first_that_passes(self._attempt, self.recipes, tolerances)
 
     def _merge(self) -> dict[str, Any]:
         writing.remove(self.merged)
@@ -110,6 +98,8 @@ class Conversion:
         smoothed = self.work / "smoothed"
         given = self.config, self.checkpoint, self.merged, smoothed
         facts = self.steps.keep("smooth", smoothing.of_checkpoint, *given)
+        if not facts["rows"]:
+            self.steps.forget("smooth")  # another run may find rows
         if facts["layers"]:
             writing.remove(self.merged)
             self.merged = smoothed
@@ -147,6 +137,8 @@ class Conversion:
             given = self.config, self.checkpoint, self.merged, recipe, calibrated
             how = self.steps.keep(f"calibrate_{recipe}", calibration.of_checkpoint, *given)
             found = {"calibration": how}
+            if not how["rows"]:
+                self.steps.forget(f"calibrate_{recipe}")
         python = self.config.compress.python
         step = f"quantize_{recipe}"
         facts = self.steps.keep(step, tflite.quantize, *parts, python=python)

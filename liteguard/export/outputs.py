@@ -163,6 +163,10 @@ class Steps:
         checkpoints.write_json(kept, result)
         return result
 
+    def forget(self, name: str) -> None:
+        """Let a later run take a step again."""
+        (self.work / f"{name}.json").unlink(missing_ok=True)
+
     def first_that_passes(
         self,
         attempt: Callable[[str], dict[str, Any]],

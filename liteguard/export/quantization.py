@@ -16,10 +16,14 @@ import mmap
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from liteguard import models
 from liteguard.errors import UserError, WorkError
 from liteguard.export import chosen, gptq
+
+if TYPE_CHECKING:
+    from liteguard.config import CompressSection
 
 # Bits of a weight in (FFN, attention, embedding and output layer).
 BITS = {
@@ -141,6 +145,18 @@ def recipes_that_fit(
             f"{sizes['int4_block32']:.2f} GB. Allow as much, or choose a smaller base model"
         )
     return found
+
+
+def recipes_for(section: CompressSection, architecture: Any) -> list[str]:
+    """What to try: what the settings name, as far as `compress.size_gb` allows it.
+
+    architecture: the base's transformers config. Raises UserError as `recipes_that_fit`.
+    """
+    if section.quantize != "auto" or section.size_gb is None:
+        return list(section.recipes)
+    shapes = [list(value.shape) for value in models.meta_model(architecture).parameters()]
+    text = architecture.get_text_config().to_dict()
+    return recipes_that_fit(section.recipes, section.size_gb, shapes, text)
 
 
 def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,9 @@ _UNSCALED = 0.05
 _LEAST = 1e-5
 
 
-def wanted(config: Config) -> bool:
+def wanted(config: Config, recipes: Sequence[str]) -> bool:
     """Whether a merged model is smoothed: 4-bit recipes have their own way (`calibration`)."""
-    section = config.compress
-    return section.smooth and not quantization.BLOCKS.keys() & {*section.recipes}
+    return config.compress.smooth and not quantization.BLOCKS.keys() & {*recipes}
 
 
 def of_checkpoint(

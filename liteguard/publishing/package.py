@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from liteguard.records import BundleRecord, Result, StageRecord
 
 KINDS = ("bundle", "adapter", "merged")
 # A path of this machine, or of the one that the stage came from.
-_PATH = re.compile(r"(?:/|~/|[A-Za-z]:\\).*[^/\\]")
+_PATH = re.compile(r"(?:/|~/|\.\./|[A-Za-z]:\\).+", re.DOTALL)
+# The folders of such a path within a sentence.
+_FOLDERS = re.compile(r"(?<!\S)(?:/|~/|\.\./|[A-Za-z]:\\).*[/\\]")
 USE = {
     "bundle": "```bash\npython chat.py {name}\n```\n\nor any program with LiteRT-LM. What an app "
     "needs to know (prompt, stop tokens, lengths) is in `{deploy}`.",
@@ -98,6 +100,14 @@ def measured(source: Source, evaluation: Path) -> dict[str, Any]:
     names = [name for name in ("base", source.label) if (evaluation / f"{name}.json").is_file()]
     results = comparison.read_results(names, evaluation)
     said = verdict.verdict(results, verdict.limits_of(results, []))
+    for result in results.values():
+        leaks = result["contamination"]
+        leaks["unchecked"] = [_FOLDERS.sub("", text) for text in leaks["unchecked"]]
+        # A row may be of somebody's own set.
+        leaks["examples"] = [[name, "(not shown)"] for name, _ in leaks["examples"]]
+    said = replace(
+        said, reasons=[replace(own, text=_FOLDERS.sub("", own.text)) for own in said.reasons]
+    )
     return report.report_facts(results, said)
 
 
@@ -128,7 +138,7 @@ def without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [without_places(inside) for inside in value]
     if isinstance(value, str) and _PATH.fullmatch(value):
-        return re.split(r"[/\\]", value)[-1]
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
 

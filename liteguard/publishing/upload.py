@@ -41,8 +41,10 @@ class Hub:
         self.api = HfApi()
         self.account = str(self._try(self.api.whoami)["name"])
 
-    def prepare(self, private: bool) -> bool:
-        """Make the repository, private, unless it is there; returns whether it was made.
+    def prepare(self, private: bool) -> tuple[bool, bool]:
+        """Make the repository, private, unless it is there.
+
+        Returns whether it was made, and whether it is private.
 
         Raises UserError where `private` is asked for and a public one is there.
         """
@@ -52,7 +54,7 @@ class Hub:
             info = self.api.repo_info(self.repository)
         except RepositoryNotFoundError:
             self._try(self.api.create_repo, self.repository, private=True)
-            return True
+            return True, True
         except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes
             raise self._failure(error) from None
         if private and not info.private:
@@ -60,7 +62,7 @@ class Hub:
                 f"{self.repository} is there and public. Choose another name, or make it private "
                 f"on {self.endpoint}/{self.repository}/settings, then run the same command again."
             )
-        return False
+        return False, bool(info.private)
 
     def send(self, files: Mapping[str, Path], message: str) -> str:
         """Upload files in one commit; returns its 40 digits."""

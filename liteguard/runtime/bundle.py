@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from liteguard import limits
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import one_at_a_time, quiet_stderr, quiet_stderr_at_exit
 from liteguard.runtime.container import lengths, unpacked_weights
@@ -50,7 +50,7 @@ class Bundle:
         self, path: Path, *, threads: int | None = None, unpacked: Path | None = None
     ) -> None:
         self.path = Path(path)
-        self.threads = threads or min(os.cpu_count() or 1, 4)
+        self.threads = threads or min(limits.cores(), 4)
         self._unpacked = unpacked
         self._stack = contextlib.ExitStack()
         self._engine: Any = None

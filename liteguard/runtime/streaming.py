@@ -36,7 +36,9 @@ class StreamedBundle(Bundle):
             session.run_prefill([self._without_start(rendered)])
             for response in session.run_decode_async():
                 pieces.append(response.texts[0])
-                yield response.texts[0]
+                # One behind: the last one may be the token too many.
+                if len(pieces) > 1:
+                    yield pieces[-2]
             ended = True
             written = session.get_benchmark_info().last_decode_token_count
         except RuntimeError as error:
@@ -52,4 +54,6 @@ class StreamedBundle(Bundle):
         else:
             text = self.detokenize(self.tokenize(text)[:max_new_tokens])
             written = max_new_tokens
+        if not stopped:
+            text = text.rstrip("\ufffd")  # half a character, as in `generate`
         return Answer(text, written, stopped, time.perf_counter() - started)

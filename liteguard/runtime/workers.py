@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from liteguard import limits
 from liteguard.errors import UserError, WorkError
 from liteguard.machine import available_memory, end_with_parent, peak_rss_gb, starting_children
 from liteguard.runtime.bundle import Answer, Bundle
@@ -45,7 +46,7 @@ class BundleWorkers:
         self.path, self.unpacked = Path(path), unpacked
         if not self.path.is_file():
             raise UserError(f"no bundle at {self.path}: make one with compress_model.py")
-        cores = min(os.cpu_count() or 1, 4)
+        cores = min(limits.cores(), 4)
         free = available_memory()
         shared, own = bundle_memory(self.path.stat().st_size)
         fitting = cores if free is None else (free - shared) // own
