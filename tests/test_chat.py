@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Generator
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from liteguard.chat import server, terminal
 from liteguard.chat.conversation import Conversation
-from liteguard.chat.speakers import Pieces, Said
+from liteguard.chat.speakers import BundleSpeaker, Pieces, Said
 from liteguard.errors import UserError
 from liteguard.prompts import Prompt
 from liteguard.sampling import Sampling
@@ -115,6 +116,50 @@ def test_pieces_are_the_text_without_blanks_around_it():
 
 
 # --- the sampler ----------------------------------------------------------------------------------
+def test_a_seed_is_shown_whole():
+    assert str(Sampling.of(0.7, None, None, 1234567)) == "temperature 0.7, seed 1234567"
+
+
+@pytest.mark.parametrize(
+    ("says", "limit", "text"),
+    [("Rest well.", 20, "Rest well."), ("Rest well.", 4, "Rest"), ("Res\ufffdt", 4, "Res")],
+)
+def test_a_bundles_stream_is_its_answer(says, limit, text):
+    """The engine is asked for a token more than may be shown; half a character is none."""
+    from liteguard.runtime.streaming import StreamedBundle
+
+    written = says[: limit + 1]  # a token a letter, and the end token where there is room
+
+    class Session:
+        def run_prefill(self, _):
+            pass
+
+        def run_decode_async(self):
+            return (SimpleNamespace(texts=[letter]) for letter in written)
+
+        def get_benchmark_info(self):
+            count = len(written) + (len(says) <= limit)
+            return SimpleNamespace(last_decode_token_count=count)
+
+        def close(self):
+            pass
+
+    class Opened(StreamedBundle):
+        start_id = None
+
+    bundle = Opened.__new__(Opened)
+    bundle.tokenize, bundle.detokenize = list, "".join
+    bundle._engine = SimpleNamespace(create_session=lambda **_: Session())
+    stream = BundleSpeaker("bundle", bundle, Prompt(), 64).stream("ask", limit, GREEDY)
+    shown = ""
+    while True:
+        try:
+            shown += next(stream)
+        except StopIteration as end:
+            assert (end.value.text, shown) == (text, text)
+            return
+
+
 def test_the_sampler_draws_from_what_it_was_told_to():
     import torch
 
@@ -414,6 +459,15 @@ ready.then(async () => {
     body: JSON.stringify({model: "final", messages: [{role: "user", content}]})});
 });
 </script>"""
+
+
+def test_a_new_conversation_has_nothing_of_the_old_one():
+    """Also where an answer is still running: it ends, and what it said goes with the old one."""
+    page = server.PAGE.read_text()
+    said = page[page.index("async function answer(") : page.index("async function ask(")]
+    assert said.count("model.history") == 1 and "history.push(" in said
+    reset = page[page.index('byId("reset").addEventListener') :]
+    assert reset.index("running.abort()") < reset.index("model.history = []")
 
 
 def test_the_page_needs_nothing_from_outside():

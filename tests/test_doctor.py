@@ -301,3 +301,6 @@ def test_the_record_of_versions_is_read_in_another_environment():
     other = sys.executable.replace("/bin/", "/bin/./")
     found = doctor_packages._versions(["PyYAML", "not-there"], other)
     assert found == {"PyYAML": "6.0.3", "not-there": None}
+    # A path that is wrong is said by the lines of the packages, not by a traceback.
+    for wrong in ("/no/such/python", "/bin/false"):
+        assert doctor_packages._versions(["PyYAML"], wrong) == {"PyYAML": None}

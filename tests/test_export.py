@@ -173,6 +173,18 @@ def test_embedding_rows_without_a_token_are_padded_and_silenced(tokenizer_dir, t
     assert set(range(report.tokens, 1024)) <= set(report.silenced)
 
 
+def test_numbers_that_are_no_token_are_silenced(tokenizer_dir, tmp_path) -> None:
+    """As some vocabularies have them between their tokens and the added ones."""
+    data = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    top = max([token["id"] for token in data["added_tokens"]] + [*data["model"]["vocab"].values()])
+    more = {**data["added_tokens"][-1], "id": top + 4, "content": "<|later|>"}
+    data["added_tokens"].append(more)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": top + 5}))
+    report = tokenizer.build_sentencepiece(tmp_path, tmp_path / "holes.spm")
+    assert {top + 1, top + 2, top + 3} <= {*report.silenced} and top + 4 not in report.silenced
+
+
 def test_other_tokenizers_are_refused(tmp_path) -> None:
     import tokenizers
 

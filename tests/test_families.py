@@ -439,6 +439,7 @@ def test_a_text_or_two_at_the_limit_is_left_to_the_proof():
         ({"num_key_value_heads": None}, "no num_key_value_heads"),
         ({"layer_types": ["conv", "full_attention"]}, "layers of kind conv"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"sliding_window": 2047}, "looks back 2,047 tokens in all of its layers"),
         ({"wrapped": True}, "holds a text model among others"),
     ],
 )
@@ -454,7 +455,14 @@ def test_what_cannot_be_converted_is_refused_before_training(asked, shape, why, 
     assert why in asked(shape=given, compress=free).task
 
 
-def save_native(folder: Path):
+def test_a_window_that_the_layers_name_can_be_converted(asked):
+    kinds = ["sliding_attention", "full_attention"]
+    plain = {"model_type": "odd", "num_key_value_heads": 2, "vocab_size": 400}
+    found = asked(shape=SimpleNamespace(**plain, sliding_window=2047, layer_types=kinds))
+    assert not found.task and not found.litertlm
+
+
+def save_native(folder: Path, scheme: str = "never"):
     """A SentencePiece model as Llama's, and the same tokenizer as transformers has it."""
     import io
 
@@ -489,7 +497,7 @@ def save_native(folder: Path):
     }
     merges = [(left, right) for _, left, right in sorted(pairs)]
     core = Tokenizer(kinds.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     core.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -535,6 +543,14 @@ def test_a_bases_own_sentencepiece_model_is_kept(tmp_path, asked):
     (tmp_path / "tokenizer.model").unlink()
     found = asked(tmp_path, prompt=NATIVE_PROMPT)
     assert "own tokenizer.model, and there is none" in found.task and not found.litertlm
+
+
+def test_a_text_that_has_other_ids_behind_the_bos_is_seen_before_training(tmp_path, asked):
+    """The runtime encodes what follows the BOS by itself, and such a tokenizer (TinyLlama's, as
+    transformers has it) begins that with a blank."""
+    save_native(tmp_path, "first")
+    with pytest.raises(UserError, match="after <s> a text has other ids in training than by itse"):
+        asked(tmp_path, prompt=NATIVE_PROMPT)
 
 
 def test_another_format_that_is_called_tokenizer_model_is_not_taken(with_bos, tmp_path):

@@ -88,6 +88,29 @@ def test_cores_where_a_process_has_no_affinity(monkeypatch):
     assert limits.cores() == 1
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "wanted"),
+    [
+        ("0::/user/job\n", {"cpu.max": "max 100000\n"}, 64),
+        ("0::/user/job\n", {"user/cpu.max": "150000 100000\n"}, 2),  # one and a half
+        ("0::/docker/0123\n", {"cpu.max": "50000 100000\n"}, 1),  # as a container sees it
+        ("4:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "9\n"}, 64),
+        (
+            "4:cpu,cpuacct:/job\n",
+            {"cpu/job/cpu.cfs_quota_us": "300000\n", "cpu/job/cpu.cfs_period_us": "100000\n"},
+            3,
+        ),
+    ],
+)
+def test_cores_are_those_that_the_groups_give_time_for(system, monkeypatch, own, files, wanted):
+    """`docker run --cpus 2` on a machine of 64 takes none of them away by affinity."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(64)})
+    system("own", own)
+    for name, text in files.items():
+        system(f"groups/{name}", text)
+    assert limits.cores() == wanted
+
+
 def test_peak_memory_is_counted_in_bytes_on_macos(monkeypatch):
     assert limits.peak_memory(1000) == 1_024_000
     monkeypatch.setattr(sys, "platform", "darwin")

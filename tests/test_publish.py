@@ -49,7 +49,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 def publish(hub: StubHub, files: dict[str, Path], private: bool = False) -> str:
     """As publish.py does it; returns the commit."""
     own = upload.Hub(NAME)
-    made = own.prepare(private)
+    made, _ = own.prepare(private)
     commit = own.send(files, "a test")
     own.check(files, commit)
     if made and not private:
@@ -82,6 +82,8 @@ def test_a_private_repository_stays_private(hub, tmp_path):
     assert hub.repos["models", NAME].private
     publish(hub, files_in(tmp_path))  # without --private: one that was there is left as it is
     assert hub.repos["models", NAME].private
+    # The script says so: an upload that broke off may have left it.
+    assert upload.Hub(NAME).prepare(False) == (False, True)
     hub.repos["models", NAME].private = False
     with pytest.raises(UserError, match="is there and public"):
         publish(hub, files_in(tmp_path), private=True)
@@ -268,9 +270,27 @@ def test_what_was_not_measured_never_goes_up(proven, tmp_path):
 def test_paths_of_this_machine_become_names():
     kept = {"path": "/home/me/data/x.jsonl", "hub": "owner/name", "n": 1, "text": "a / b"}
     assert package.without_places([kept]) == [{**kept, "path": "x.jsonl"}]
+    folders = ["/home/me/clinic/", "../clinic/", "~/clinic", "C:\\me\\clinic\\"]
+    assert package.without_places(folders) == ["clinic"] * 4
     assert package.without_places({"prompt": {"user_prefix": "/ask me"}})["prompt"] == {
         "user_prefix": "/ask me"
     }
+
+
+def test_a_card_shows_no_place_and_no_row(proven, tmp_path):
+    """Of data that are gone, or of a leak, the comparison here names both."""
+    source = package.proven(Path("liteguard_tiny.task"), "bundle")
+    row = "Does our patient Jane have a rash?"
+    gone = "/home/me/my clinic/data/instruction/train.jsonl (instruction stage)"
+    for name in ("base", "bundle"):
+        result = json.loads((proven / f"evaluation/{name}.json").read_text())
+        leaks = {"found": 1, "measured": 1, "examples": [["questions", row]], "unchecked": [gone]}
+        result["contamination"] |= leaks
+        checkpoints.write_json(tmp_path / f"{name}.json", result)
+    facts = package.measured(source, tmp_path)
+    text = package.readme(source, facts, NAME)
+    assert "clinic" not in text and "Jane" not in text
+    assert "train.jsonl (instruction stage)" in text and "1 of" in text
 
 
 def test_the_script_publishes_a_merged_model(proven, hub, monkeypatch, capsys):

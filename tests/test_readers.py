@@ -669,6 +669,40 @@ def test_a_hub_dataset_comes_through_the_hubs_own_library(tmp_path, monkeypatch)
     assert "holdout" in str(error.value) and "train" in str(error.value)
 
 
+def test_a_limit_is_one_of_each_split_of_a_hub_dataset(tmp_path, monkeypatch):
+    """They come one after the other: the held-out ones would never be reached, and nothing else
+    would be held out in their place."""
+    monkeypatch.setattr(readers.hub, "commit", lambda repository: "0" * 40)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name in ("train", "test"):
+        rows = [{"prompt": f"Which {name} {n}?", "completion": "It is so."} for n in range(9)]
+        jsonl(tmp_path / f"hub/{name}.jsonl", rows)
+    source = SourceSection(
+        dataset="prompt_completion", hub=str(tmp_path / "hub"), split="train+test", limit=4
+    )
+    found = list(formats.formatted(source, tmp_path))
+    assert [row.get("split") == "test" for row in found] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("kind", ["script", "no files"])
+def test_a_dataset_that_is_a_script_is_the_users_to_change(tmp_path, monkeypatch, kind):
+    import datasets
+
+    errors = {
+        "script": RuntimeError("Dataset scripts are no longer supported, but found pubhealth.py"),
+        "no files": datasets.exceptions.DataFilesNotFoundError("No (supported) data files found"),
+    }
+
+    def load_dataset(*_, **__):
+        raise errors[kind]
+
+    monkeypatch.setattr(readers.hub, "commit", lambda repository: "0" * 40)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = SourceSection(dataset="plain_text", hub="bigbio/pubhealth")
+    with pytest.raises(UserError, match=r"(?s)without running code .* refs/convert/parquet"):
+        list(formats.formatted(source, tmp_path))
+
+
 # --- wheels as zip files --------------------------------------------------------------------------
 
 

@@ -410,3 +410,17 @@ def test_calibrated_weights_are_in_the_file_bit_for_bit(recipe, made, tmp_path):
     chosen.save(other.with_name("9999.safetensors"), weights, gptq.Format(4, 32))
     with pytest.raises(WorkError, match="1 calibrated weights are not in the converted file"):
         tflite.quantize(made.exact, file, "int4_block32", made.merged, kept, progress=None)
+
+
+def test_a_bos_with_the_mark_of_a_blank_is_the_bos_all_the_same():
+    """DeepSeek's, which SentencePiece writes with blanks: no prompt would begin with it."""
+    bos = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+
+    class Opened(Bundle):
+        start_id = 7
+
+    opened = Opened.__new__(Opened)
+    opened.path, opened.detokenize = "x.task", lambda ids: bos.replace("\u2581", " ")
+    assert opened._without_start(f"{bos}Question") == "Question"
+    with pytest.raises(WorkError, match="does not start with it"):
+        opened._without_start("Question")

@@ -100,8 +100,8 @@ def measured(source: Source, evaluation: Path) -> dict[str, Any]:
     names = [name for name in ("base", source.label) if (evaluation / f"{name}.json").is_file()]
     results = comparison.read_results(names, evaluation)
     said = verdict.verdict(results, verdict.limits_of(results, []))
-    for result in results.values():
-        leaks = result["contamination"]
+    for each in results.values():
+        leaks = each["contamination"]
         leaks["unchecked"] = [_FOLDERS.sub("", text) for text in leaks["unchecked"]]
         # A row may be of somebody's own set.
         leaks["examples"] = [[name, "(not shown)"] for name, _ in leaks["examples"]]
