@@ -51,10 +51,8 @@ from liteguard.config import CONFIG_DIR, Config, build, read_yaml
 from liteguard.errors import WorkError
 from liteguard.training import isolation, loop, memory_estimate, patches
 from liteguard.training.memory_terms import Shapes, adapter_matrices, read_shapes
-from liteguard.training.packing import (
-    micro_batches,
-    segment_attention,
-)
+from liteguard.training.micro_batch import micro_batches
+from liteguard.training.packing import segment_attention
 
 YAML = {"phi-1_5": "phi-1_5.yaml", "phi-2": "phi-2_8gb.yaml", "tiny": "phi-2_8gb.yaml"}
 STAGES = ("domain", "instruction", "safety")

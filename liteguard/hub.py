@@ -30,6 +30,15 @@ class Repository:
     name: str
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        folder = Path(self.name)
+        if self.kind == "dataset" and folder.is_dir() and not folder.is_absolute():
+            # The datasets library would read that, whatever the revision, and call it the hub's.
+            raise UserError(
+                f"hub: {self.name} is also the name of a folder here. Write `path:` to read that, "
+                "or run from another directory."
+            )
+
     def __str__(self) -> str:
         return f"the {'base model' if self.kind == 'model' else 'dataset'} {self.name!r}"
 

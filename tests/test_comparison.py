@@ -449,7 +449,7 @@ def test_data_of_earlier_stages_is_looked_at_as_well(pipeline, tmp_path):
     assert contamination.training_data(own, None) == ([own], [])
     # Prepared again in place, or gone: what was trained on cannot be looked at any more.
     (data / "manifest.json").write_text((own / "manifest.json").read_text())
-    gone = f"{data}/instruction/train.jsonl (instruction stage)"
+    gone = f"{data}/instruction/train.jsonl (instruction stage{contamination.OTHER_DATA})"
     assert contamination.training_data(own, third) == ([own], [gone])
     shutil.rmtree(stages["instruction_checkpoint"])
     directories, unchecked = contamination.training_data(own, third)

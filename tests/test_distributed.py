@@ -223,6 +223,7 @@ assert distributed.on_main(lambda: "after") == "after"
 import torch
 group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
 assert group.options._timeout.total_seconds() > 12 * 3600
+del group  # or its threads outlive the interpreter
 def fail():
     raise UserError("only the main process saw this")
 try:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -135,7 +136,7 @@ def test_a_model_that_must_not_be_packed_is_trained_on_padded_rows(monkeypatch, 
 
     def make_trainer(stage):
         asked.append(stage.section.packing)
-        return object(), None
+        return object(), SimpleNamespace(tokens=np.array([9]))
 
     def train(stage, trainer, counts):
         if stage.section.packing:

@@ -684,6 +684,14 @@ def test_a_limit_is_one_of_each_split_of_a_hub_dataset(tmp_path, monkeypatch):
     assert [row.get("split") == "test" for row in found] == [False] * 4 + [True] * 4
 
 
+def test_a_folder_that_is_called_as_a_hub_dataset_is_not_taken_for_it(tmp_path, monkeypatch):
+    jsonl(tmp_path / "owner/name/train.jsonl", [{"text": "One."}])
+    monkeypatch.chdir(tmp_path)
+    source = SourceSection(dataset="plain_text", hub="owner/name")
+    with pytest.raises(UserError, match="also the name of a folder here"):
+        list(formats.formatted(source, tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["script", "no files"])
 def test_a_dataset_that_is_a_script_is_the_users_to_change(tmp_path, monkeypatch, kind):
     import datasets

@@ -119,7 +119,7 @@ def calibrate(
         writing.remove(output)  # an earlier run found none
     output.mkdir(parents=True, exist_ok=True)
     if not rows:
-        without.touch()
+        writing.write_text(without, "")
     model = merged.load_stored(merged_dir).eval().requires_grad_(False)
     architecture = model.config.get_text_config().to_dict()
     kind = quantization.chosen_format(recipe)

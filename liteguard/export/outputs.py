@@ -165,7 +165,7 @@ class Steps:
 
     def forget(self, name: str) -> None:
         """Let a later run take a step again."""
-        (self.work / f"{name}.json").unlink(missing_ok=True)
+        writing.remove(self.work / f"{name}.json")
 
     def first_that_passes(
         self,
