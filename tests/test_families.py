@@ -550,8 +550,10 @@ def test_a_text_that_has_other_ids_behind_the_bos_is_seen_before_training(tmp_pa
     """The runtime encodes what follows the BOS by itself, and such a tokenizer (TinyLlama's, as
     transformers has it) begins that with a blank."""
     save_native(tmp_path, "first")
+    assert not asked(tmp_path, prompt=NATIVE_PROMPT).litertlm, "after a token nothing is added"
+    words = NATIVE_PROMPT.model_copy(update={"user_prefix": "Ask: "})
     with pytest.raises(UserError, match="after <s> a text has other ids in training than by itse"):
-        asked(tmp_path, prompt=NATIVE_PROMPT)
+        asked(tmp_path, prompt=words)
 
 
 def test_another_format_that_is_called_tokenizer_model_is_not_taken(with_bos, tmp_path):

@@ -289,7 +289,7 @@ def test_a_card_shows_no_place_and_no_row(proven, tmp_path):
         checkpoints.write_json(tmp_path / f"{name}.json", result)
     facts = package.measured(source, tmp_path)
     text = package.readme(source, facts, NAME)
-    assert "clinic" not in text and "Jane" not in text
+    assert "my clinic" not in text and "/home" not in text and "Jane" not in text
     assert "train.jsonl (instruction stage)" in text and "1 of" in text
 
 

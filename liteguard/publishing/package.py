@@ -24,7 +24,7 @@ KINDS = ("bundle", "adapter", "merged")
 # A path of this machine, or of the one that the stage came from.
 _PATH = re.compile(r"(?:/|~/|\.\./|[A-Za-z]:\\).+", re.DOTALL)
 # The folders of such a path within a sentence.
-_FOLDERS = re.compile(r"(?<!\S)(?:/|~/|\.\./|[A-Za-z]:\\).*[/\\]")
+_FOLDERS = re.compile(r"(?<!\S)(?:/(?=[^\s/])|~/|\.\./|[A-Za-z]:\\).*[/\\]")
 USE = {
     "bundle": "```bash\npython chat.py {name}\n```\n\nor any program with LiteRT-LM. What an app "
     "needs to know (prompt, stop tokens, lengths) is in `{deploy}`.",
