@@ -44,7 +44,8 @@ class Possible:
         if not (self.task or self.litertlm):
             return f"bundles: .task and .litertlm can be made ({self.compared})"
         if self.task and self.litertlm:
-            return f"bundles: neither .task nor .litertlm can be made: {self.task}"
+            why = self.task if self.task == self.litertlm else f"{self.task}; and {self.litertlm}"
+            return f"bundles: neither .task nor .litertlm can be made: {why}"
         made, other = ENDINGS if self.litertlm else reversed(ENDINGS)
         return f"bundles: {made} only; no {other} can be made: {self.why_not(other)}"
 
@@ -100,7 +101,7 @@ def possible(
     native = Path(base) / "tokenizer.model"
     key = checkpoints.sha256_json(
         {
-            "version": 1,
+            "version": 2,  # of the rules here
             "tokenizer": core,
             "rows": rows,
             "native": checkpoints.sha256_file(native) if native.is_file() else None,
