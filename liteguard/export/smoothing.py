@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WITHOUT_ROWS = (
     "Outliers of activations stay where they are. "
-    "Put the prepared data back, or leave compress.smooth out, and this line goes"
+    "Put the prepared data back and pass --overwrite, or leave compress.smooth out"
 )
 # Tokens to measure on: a channel's largest input is known after few.
 TOKENS = 1024
