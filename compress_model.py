@@ -57,6 +57,12 @@ def parse_args():
         "default: compress.quantize of the YAML",
     )
     parser.add_argument(
+        "--size",
+        metavar="2.0GB",
+        type=cli.gigabytes,
+        help="the most that the weights may take: compress.size_gb",
+    )
+    parser.add_argument(
         "--verify", metavar="LEVEL", help="quick, full or none; default: compress.verify.level"
     )
     args = parser.parse_args()
@@ -73,6 +79,7 @@ def main() -> None:
     record = checkpoints.read_stage(source, "safety")
     flags = {
         "--quantize": ("compress.quantize", args.quantize),
+        "--size": ("compress.size_gb", args.size),
         "--verify": ("compress.verify.level", args.verify),
     }
     config = cli.resolve_config(args, flags, parent=record)

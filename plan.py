@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{config.model.name}, {parameters / 1e9:.2f} billion parameters, on {device}")
 
     # 3. Work
-    speeds, measuring = {}, None
+    speeds, measuring, taught = {}, None, {}
     if args.dry_run:
         why.append("--dry_run was given")
     if not why:
@@ -76,11 +76,17 @@ def main() -> None:
 
     # 4. Results
     slow = planning.slowness(speeds, parameters, cuda, cores) if speeds else None
-    steps = [planning.prepare_step(rows, rows is not None, slow)]
+    steps = [planning.prepare_step(config, rows, slow, measuring)]
     for stage in STAGES:
         steps.append(
             planning.training_step(
-                config, stage, architecture, cuda, lengths.get(stage), speeds.get(stage)
+                config,
+                stage,
+                architecture,
+                cuda,
+                lengths.get(stage),
+                speeds.get(stage),
+                taught.get(stage),
             )
         )
     steps.append(planning.compress_step(config, architecture, slow))

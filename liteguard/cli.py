@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -111,6 +112,14 @@ def follow_stage(record: Made) -> None:
     asked = model.get("revision") if isinstance(model, dict) else None
     base = hub.Repository("model", record.base_model, asked if isinstance(asked, str) else None)
     hub.remember(base, record.base_revision)
+
+
+def gigabytes(text: str) -> float:
+    """GB (10^9 bytes) of "2.0GB", "900 MB" or "2"; raises what argparse shows for others."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([GM]B?)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 2.0GB or 900MB")
+    return float(found[1]) / (1000 if (found[2] or "G")[0] in "mM" else 1)
 
 
 def model_flags(args: argparse.Namespace) -> str:

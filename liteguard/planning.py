@@ -16,12 +16,13 @@ from typing import Any
 from liteguard import memory, models, registry
 from liteguard.checkpoints import STAGES
 from liteguard.config import Config
+from liteguard.data import self_answers
 from liteguard.evaluation import answerers, as_used
 from liteguard.evaluation.held_out import REQUESTS
-from liteguard.export import tflite
+from liteguard.export import quantization, tflite
 from liteguard.export.measured import DRAWN
-from liteguard.planning_probe import Measuring, Speed
-from liteguard.training import memory_estimate
+from liteguard.planning_probe import Measuring, Speed, Taught
+from liteguard.training import memory_estimate, teacher
 from liteguard.training.feed import CPU_MICRO_BATCH_TOKENS
 
 # Measured on two cores. Tokens x parameters a second in stage 2 of the demo:
@@ -114,8 +115,10 @@ def training_step(
     cuda: bool,
     lengths: list[int] | None,
     speed: Speed | None,
+    taught: Taught | None = None,
 ) -> Step:
-    """One of the three training stages. lengths: of its rows, where data are prepared."""
+    """One of the three training stages. lengths: of its rows, where data are prepared; taught:
+    those of stage 2 whose targets the base model gives, first of all."""
     section = getattr(config, stage)
     most = section.batch_size * min(section.max_length, config.model.context_length)
     most *= 2 if stage == "safety" else 1
@@ -134,6 +137,10 @@ def training_step(
     seconds = None
     if speed is not None and lengths is not None:
         seconds = speed.seconds(sum(lengths), evaluations(config, stage))
+    if taught is not None:
+        disk += teacher.BYTES * (architecture.get_text_config().hidden_size + 1) * taught.targets
+        if seconds is not None and speed is not None:
+            seconds += TEACHING * speed.token * taught.tokens
     gpu = expected.total + expected.margin if cuda else None
     return Step(stage, seconds, host.peak, disk, gpu)
 
@@ -149,11 +156,27 @@ def slowness(speeds: dict[str, Speed], parameters: int, cuda: bool, cores: int) 
     return REFERENCE_SPEED / (parameters / speeds["instruction"].token)
 
 
-def prepare_step(rows: int | None, done: bool, slow: float | None) -> Step:
+def asked_tokens(config: Config) -> int:
+    """Tokens of the base model's own answers that preparation asks for, at their longest.
+
+    A source without `limit` counts as nothing: how many questions it has is not known here.
+    """
+    return sum((each.limit or 0) * each.max_new_tokens for each in self_answers.sources(config))
+
+
+def prepare_step(
+    config: Config, rows: int | None, slow: float | None, speed: Measuring | None
+) -> Step:
     """Stage 0. rows: in the manifest of prepared data, or None before that."""
     fixed_s, row_s, fixed, per_row = PREPARE
-    seconds = None if rows is None or slow is None else slow * (fixed_s + row_s * rows)
-    note = "done" if done else "its minutes are known once it has run"
+    asked = asked_tokens(config)
+    seconds, note = None, "its minutes are known once it has run"
+    if rows is not None:
+        note = "done"
+        if slow is not None and speed is not None:
+            seconds = slow * (fixed_s + row_s * rows) + speed.generated_token * asked
+    elif asked:
+        note = f"the base model writes up to {asked:,} tokens of answers; {note}"
     known = rows or 0
     return Step("prepare", seconds, fixed + per_row * known, 1500.0 * known, note=note)
 
@@ -173,12 +196,13 @@ def compress_step(config: Config, architecture: Any, slow: float | None) -> Step
     parameters = models.count_parameters(architecture)
     converter = tflite.choose_converter(section.converter, section.python)
     peak = tflite.peak_memory(parameters, converter)
-    disk = tflite.whole_disk(parameters, converter, section.recipes[0])
+    recipes = quantization.recipes_for(section, architecture)
+    disk = tflite.whole_disk(parameters, converter, recipes[0])
     billions = parameters / 1e9
     answers = proof_answers(config)
     proof = (PROVE[0] + PROVE[1] * billions * answers) if answers else 0.0
     seconds = CONVERT[0] + CONVERT[1] * billions + proof
-    more = len(section.recipes) - 1
+    more = len(recipes) - 1
     note = ""
     if more and answers:
         longest = None if slow is None else slow * (seconds + more * proof)

@@ -70,6 +70,22 @@ class Measuring:
     generated_token: float
 
 
+@dataclass(frozen=True)
+class Taught:
+    """Rows of stage 2 whose targets are what the base model expects (`distill`), each once."""
+
+    tokens: int
+    targets: int
+
+
+def taught_of(config: Config, data_dir: Path, tokenizer: Any) -> Taught:
+    """What the base model has to be asked before the first step of stage 2."""
+    needed = needed_rows(config.instruction)
+    found = tokens.answers(tokenizer, data_dir, "train", config, needed)
+    rows = [row for row in range(min(needed, len(found))) if len(found.soft) and found.soft[row]]
+    return Taught(int(found.lengths[rows].sum()), int(found.supervised[rows].sum()))
+
+
 def lengths_of(config: Config, stage: str, data_dir: Path, tokenizer: Any) -> list[int]:
     """Tokens of each row that a run of a stage trains on, in its order; a pair's are of both.
 

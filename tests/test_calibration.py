@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,7 +382,7 @@ def test_4_bit_recipes_are_calibrated_unless_the_settings_say_no(monkeypatch, tm
 def test_a_size_chooses_the_recipe():
     """Of Phi-2's shapes: 8 bits take 2.79 GB, mixed 2.05, int4_block32 1.68."""
     from liteguard import memory, models
-    from liteguard.config.deploying import AUTO
+    from liteguard.config.deploying import AUTO, CompressSection
     from liteguard.errors import UserError
 
     config = memory.phi_architecture("phi-2")
@@ -400,3 +401,58 @@ def test_a_size_chooses_the_recipe():
         assert tuple(found) == recipes, size
     with pytest.raises(UserError, match=r"int4_block32, takes 1.68 GB"):
         quantization.recipes_that_fit(AUTO, 1.5, shapes, architecture)
+    # Recipes that are named are not replaced by others, only left out.
+    section = CompressSection(quantize="fp16, int8, mixed", size_gb=3.0)
+    assert quantization.recipes_for(section, config) == ["int8", "mixed"]
+    section = section.model_copy(update={"quantize": "int8_mixed, fp16", "size_gb": 2.1})
+    with pytest.raises(UserError, match=r"of compress.quantize, int8_mixed, takes 2.79 GB"):
+        quantization.recipes_for(section, config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wide", "role"),
+    [
+        ((12288, 2048), 6144, "ffn"),  # gate and up in one matrix
+        ((6144, 2048), 6144, "ffn"),
+        ((2048, 6144), 6144, "ffn_down"),
+        ((2048, 2048), 6144, "attention"),
+        ((4096, 2048), [6144, 4096], "ffn"),  # another width in each layer
+        ((59264, 2048), 6144, "output"),
+    ],
+)
+def test_what_a_linear_layer_does_is_read_from_its_shape(shape, wide, role):
+    architecture = {"vocab_size": 59264, "intermediate_size": wide}
+    assert quantization.role(shape, architecture) == role
+
+
+@pytest.mark.parametrize(("text", "size"), [("2.0GB", 2), ("900 MB", 0.9), ("1.5", 1.5)])
+def test_a_size_is_read_as_people_write_it(text, size):
+    from liteguard import cli
+
+    assert cli.gigabytes(text) == pytest.approx(size)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"write 2.0GB or 900MB"):
+        cli.gigabytes(f"{text}x")
+
+
+def test_what_was_made_without_rows_is_made_again_with_them(monkeypatch, tmp_path):
+    """A run without its training rows was killed; the next one finds them again."""
+    monkeypatch.setattr(conversion.machine, "check_disk", lambda *_: None)
+    rows, seen = [0], []
+    monkeypatch.setattr(
+        calibration, "of_checkpoint", lambda *_: {"method": "gptq", "rows": rows[0]}
+    )
+    monkeypatch.setattr(
+        conversion.tflite, "quantize", lambda *_, **__: seen.append(rows[0]) or {"recipe": "mixed"}
+    )
+    monkeypatch.setattr(conversion.Conversion, "_write", lambda *_: {})
+    values = {"model_type": "tiny", "model": {"name": "a/model"}}
+    parts = (tmp_path, "", None, 1, "v2", ["mixed"], [tmp_path / "x.task"], None, tmp_path)
+
+    def attempt() -> dict:
+        return conversion.Conversion(Config.model_validate(values), *parts)._attempt("mixed")
+
+    attempt()
+    rows[0] = 60
+    assert attempt()["quantize"]["calibration"]["rows"] == 60
+    attempt()
+    assert seen == [0, 60], "quantised by the rows that the record names, once each"

@@ -193,3 +193,34 @@ def test_a_killed_run_never_smooths_twice(tmp_path, monkeypatch):
     assert run() == work / "smoothed" == run()
     assert torch.equal(logits(work / "smoothed", rows), kept)
     assert not (work / "merged").exists()
+
+
+def test_what_follows_is_made_again_once_a_model_can_be_smoothed(tmp_path, monkeypatch):
+    """The first run had no rows and converted the model as it is; a kill, and the rows are back."""
+    (merged := tmp_path / "merged").mkdir()
+    made_of_it = ("export", "quantize_int8", "calibrate_int8", "failed_int8")
+    found = [0]
+
+    def of_checkpoint(*given) -> dict:
+        if found[0]:
+            given[-1].mkdir()
+        return {"rows": found[0], "layers": found[0] and 2}
+
+    monkeypatch.setattr(smoothing, "of_checkpoint", of_checkpoint)
+
+    def run() -> Path:
+        made_here = conversion.Conversion.__new__(conversion.Conversion)
+        made_here.config, made_here.checkpoint, made_here.work = config(), tmp_path, tmp_path
+        made_here.steps, made_here.merged = Steps(tmp_path), merged
+        made_here._smooth()
+        return made_here.merged
+
+    assert run() == merged
+    for name in (*made_of_it, "tokenizer_original"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    found[0] = 9
+    assert run() == tmp_path / "smoothed"
+    assert not any((tmp_path / f"{name}.json").exists() for name in made_of_it)
+    assert (tmp_path / "tokenizer_original.json").exists()
+    (tmp_path / "export.json").write_text("{}")  # of the smoothed model
+    assert run() == tmp_path / "smoothed" and (tmp_path / "export.json").exists()

@@ -231,6 +231,30 @@ def test_options_of_one_question_are_scored_as_if_alone(pipeline):
     assert other != alone[0]
 
 
+def test_options_of_one_question_go_to_one_process(pipeline, monkeypatch):
+    """Its context is computed once, however many processes there are; numbers stay in their place,
+    and what does not fit is left out."""
+    from liteguard.runtime.workers import BundleWorkers
+
+    calls: list[tuple[str, int]] = []
+    given = BundleWorkers._map
+
+    def counted(self, method, asked):
+        calls.extend((method, len(call[-1])) for call in asked if method != "tokenize_all")
+        return given(self, method, asked)
+
+    monkeypatch.setattr(BundleWorkers, "_map", counted)
+    one, two = "Instruct: What is it?\nOutput:\n", "Instruct: Who is it?\nOutput:\n"
+    pairs = [(one, " a disease"), (one, " the eye " * 400), (one, " the skin"), (two, " a disease")]
+    workers = BundleWorkers(pipeline / "liteguard_tiny.task", workers=2, threads=1)
+    found = dict(workers.score(pairs, room=64))
+    assert calls == [("score_all", 2), ("score_all", 1)]
+    assert found[1] == (None, 0) and sorted(found) == [0, 1, 2, 3]
+    alone = [dict(workers.score([pair], room=64))[0] for pair in pairs]
+    assert [found[i] for i in range(4)] == alone
+    assert alone[0] != alone[3]
+
+
 def test_an_untouched_bundle_passes(parts, tmp_path):
     result = prove(parts, make(parts, tmp_path / "good.task"))
     assert result["tokenizer"]["identical"] == 1

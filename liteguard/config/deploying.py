@@ -104,8 +104,8 @@ class CompressSection(Section):
     size_gb: float | None = Field(
         None,
         gt=0,
-        description="With quantize: auto, only recipes whose weights take at most so many GB "
-        "(10^9 bytes); mixed or int4_block32 where 8 bits take more.",
+        description="Only recipes whose weights take at most so many GB (10^9 bytes); with "
+        "quantize: auto, mixed or int4_block32 where 8 bits take more.",
     )
     calibrate: bool | Literal["all"] = Field(
         True,

@@ -81,6 +81,11 @@ class Conversion:
             python=section.python,
         )
         tolerances = section.verify.model_dump()
+        for recipe in self.recipes:
+            step = f"calibrate_{recipe}"
+            folder = calibration.folder(self.work, recipe, self.config)
+            if folder and self.steps.kept(step) is None:
+                self.steps.forget(f"failed_{recipe}")  # with other weights than there will be
         return facts | self.steps.first_that_passes(self._attempt, self.recipes, tolerances)
 
     def _merge(self) -> dict[str, Any]:
@@ -97,9 +102,8 @@ class Conversion:
         """
         smoothed = self.work / "smoothed"
         given = self.config, self.checkpoint, self.merged, smoothed
-        facts = self.steps.keep("smooth", smoothing.of_checkpoint, *given)
-        if not facts["rows"]:
-            self.steps.forget("smooth")  # another run may find rows
+        made_of_it = ["export", "calibrate_*", "quantize_*", "failed_*"]
+        facts = self.steps.keep_with_rows("smooth", made_of_it, smoothing.of_checkpoint, *given)
         if facts["layers"]:
             writing.remove(self.merged)
             self.merged = smoothed
@@ -132,15 +136,13 @@ class Conversion:
             machine.check_disk(self.work, disk / 1e9)
         calibrated = calibration.folder(self.work, recipe, self.config)
         parts = self.exact, quantized, recipe, self.merged, calibrated
-        found = {}
+        found, step = {}, f"quantize_{recipe}"
         if calibrated:
             given = self.config, self.checkpoint, self.merged, recipe, calibrated
-            how = self.steps.keep(f"calibrate_{recipe}", calibration.of_checkpoint, *given)
-            found = {"calibration": how}
-            if not how["rows"]:
-                self.steps.forget(f"calibrate_{recipe}")
+            found["calibration"] = self.steps.keep_with_rows(
+                f"calibrate_{recipe}", [step], calibration.of_checkpoint, *given
+            )
         python = self.config.compress.python
-        step = f"quantize_{recipe}"
         facts = self.steps.keep(step, tflite.quantize, *parts, python=python)
         found = {"quantize": facts | found}
         made = [self.work / path.name for path in self.bundles]

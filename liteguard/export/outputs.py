@@ -154,18 +154,41 @@ class Steps:
 
     def keep(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
         """`run` a step whose result depends on the work's inputs only; a rerun reads it instead."""
-        kept = self.work / f"{name}.json"
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            result = json.loads(kept.read_text(encoding="utf-8"))
-            if isinstance(result, dict):
-                return result
+        if (result := self.kept(name)) is not None:
+            return result
         result = self.run(name, function, *positional, **named)
-        checkpoints.write_json(kept, result)
+        checkpoints.write_json(self.work / f"{name}.json", result)
         return result
 
+    def keep_with_rows(
+        self, name: str, follows: Sequence[str], function: Callable[..., Any], *positional: Any
+    ) -> Any:
+        """`keep` a step that reads training rows, whose facts say how many `rows` it found.
+
+        One that found none, because they are gone or changed, is not kept: the next run may find
+        some, and takes what `follows` (names, or patterns of them) again, which was made without.
+        """
+        if (result := self.kept(name)) is not None:
+            return result
+        for later in follows:
+            self.forget(later)
+        result = self.run(name, function, *positional)
+        if result["rows"]:
+            checkpoints.write_json(self.work / f"{name}.json", result)
+        return result
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What an earlier run kept of a step."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            result = json.loads((self.work / f"{name}.json").read_text(encoding="utf-8"))
+            if isinstance(result, dict):
+                return result
+        return None
+
     def forget(self, name: str) -> None:
-        """Let a later run take a step again."""
-        writing.remove(self.work / f"{name}.json")
+        """Let this run take a step again, or all whose names are of a pattern."""
+        for path in self.work.glob(f"{name}.json"):
+            writing.remove(path)
 
     def first_that_passes(
         self,
@@ -182,16 +205,13 @@ class Steps:
         """
         tries: list[dict[str, str]] = []
         for recipe in recipes:
-            known = self.work / f"failed_{recipe}.json"
-            failed: dict[str, Any] = {}
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                failed = {**json.loads(known.read_text(encoding="utf-8"))}
+            failed = self.kept(f"failed_{recipe}") or {}
             if failed.get("settings") != json.loads(json.dumps(settings)):
                 try:
                     return {**attempt(recipe), "tries": tries}
                 except TooCoarse as error:
                     failed = {"settings": settings, "recipe": recipe, "error": str(error)}
-                    checkpoints.write_json(known, failed)
+                    checkpoints.write_json(self.work / f"failed_{recipe}.json", failed)
             tries.append({"recipe": recipe, "error": failed["error"]})
             (self.work / f"{recipe}.tflite").unlink(missing_ok=True)
             (self.work / f"quantize_{recipe}.json").unlink(missing_ok=True)

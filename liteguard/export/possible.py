@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from liteguard import checkpoints, distributed
 from liteguard.config import Config
 from liteguard.errors import LiteGuardError, UserError
-from liteguard.export import tflite, tokenizer
+from liteguard.export import quantization, tflite, tokenizer
 from liteguard.prompts import Prompt
 from liteguard.rows import FIELDS
 
@@ -63,10 +63,12 @@ class Planned(Protocol):
 def require(stage: Planned, own: Any) -> Possible:
     """What `possible` finds, said on the screen.
 
-    Raises UserError where neither container can be made of what stage 1 is going to train, unless
-    `compress.required` is off.
+    Raises UserError where neither container can be made of what stage 1 is going to train, or none
+    as small as `compress.size_gb`, unless `compress.required` is off.
     """
     config = stage.config
+    if config.compress.required:
+        quantization.recipes_for(config.compress, stage.architecture)
     parts = config, stage.architecture, own, stage.base_directory, stage.data_dir
     found = possible(*parts)
     if found.task and found.litertlm and not stage.parent and config.compress.required:

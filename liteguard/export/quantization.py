@@ -77,14 +77,16 @@ def custom_operators(file: Path) -> set[str]:
 def role(shape: Sequence[int], architecture: dict[str, Any]) -> str:
     """What a linear layer with weights of that shape (outputs, inputs) does in a model.
 
-    "ffn_down" leads out of a feed-forward block, "ffn" into it; else "attention" or "output".
-    `architecture` is the model's config.json.
+    "ffn_down" leads out of a feed-forward block, "ffn" into it, also where gate and up are one
+    matrix (GLM, Phi-3); else "attention" or "output". `architecture` is the model's config.json.
     """
     if shape[0] == architecture["vocab_size"]:
         return "output"
     wide = architecture.get("intermediate_size") or architecture.get("n_inner")
-    roles: dict[Any, str] = {shape[0]: "ffn", shape[1]: "ffn_down"}
-    return roles.get(wide, "attention")
+    widths = wide if isinstance(wide, list) else [wide] if wide else []  # a list: one of each layer
+    if shape[1] in widths:
+        return "ffn_down"
+    return "ffn" if shape[0] in widths or shape[0] in [2 * w for w in widths] else "attention"
 
 
 def bits(recipe: str, shape: Sequence[int], architecture: dict[str, Any]) -> int:
@@ -126,37 +128,45 @@ def recipes_that_fit(
     gigabytes: float | None,
     shapes: Sequence[Sequence[int]],
     architecture: dict[str, Any],
+    smaller: bool = True,
 ) -> list[str]:
     """Those of `recipes` whose weights take at most so many GB (10^9 bytes), in their order.
 
-    Where none does, the larger of `mixed` and `int4_block32` that does. None: all of them.
+    Where none does, and `smaller` ones may be taken, the larger of `mixed` and `int4_block32` that
+    does. `gigabytes` None: all of them.
 
-    Raises UserError when not even the latter is small enough.
+    Raises UserError when none is small enough.
     """
     if gigabytes is None:
         return list(recipes)
-    names = [*recipes, "mixed", "int4_block32"]
+    names = [*recipes, "mixed", "int4_block32"] if smaller else [*recipes]
     sizes = {name: expected_bytes(shapes, name, architecture) / 1e9 for name in names}
     found = [name for name in recipes if sizes[name] <= gigabytes]
-    found = found or [name for name in names[-2:] if sizes[name] <= gigabytes][:1]
+    if smaller and not found:
+        found = [name for name in names[-2:] if sizes[name] <= gigabytes][:1]
     if not found:
+        least = min(names, key=lambda name: sizes[name])
+        which = "the smallest recipe" if smaller else "the smallest of compress.quantize"
         raise UserError(
-            f"compress.size_gb is {gigabytes}, and the smallest recipe, int4_block32, takes "
-            f"{sizes['int4_block32']:.2f} GB. Allow as much, or choose a smaller base model"
+            f"compress.size_gb is {gigabytes}, and {which}, {least}, takes {sizes[least]:.2f} GB. "
+            f"Allow as much{'' if smaller else ', set quantize: auto'}, or choose a smaller base "
+            "model"
         )
     return found
 
 
 def recipes_for(section: CompressSection, architecture: Any) -> list[str]:
-    """What to try: what the settings name, as far as `compress.size_gb` allows it.
+    """What to try: what the settings name, as far as `compress.size_gb` allows it; of `auto` also
+    a smaller one.
 
     architecture: the base's transformers config. Raises UserError as `recipes_that_fit`.
     """
-    if section.quantize != "auto" or section.size_gb is None:
+    if section.size_gb is None:
         return list(section.recipes)
+    auto = section.quantize == "auto"
     shapes = [list(value.shape) for value in models.meta_model(architecture).parameters()]
     text = architecture.get_text_config().to_dict()
-    return recipes_that_fit(section.recipes, section.size_gb, shapes, text)
+    return recipes_that_fit(section.recipes, section.size_gb, shapes, text, smaller=auto)
 
 
 def linear_layers(file: Path, architecture: dict[str, Any]) -> dict[str, list[str]]:

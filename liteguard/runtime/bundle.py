@@ -274,9 +274,13 @@ class Bundle:
         """`score` of token ids; the engine need not be open."""
         return self._scores().score(context, targets)
 
-    def follow_ids(self, context: list[int], targets: list[int]) -> tuple[float, bool]:
-        """(log-likelihood of `targets`, whether they are the greedy answer to `context`)."""
-        return self._scores().follow(context, targets)
+    def score_all(self, context: list[int], each: list[list[int]]) -> list[tuple[float, int]]:
+        """`score_ids` of every one of `each` after the same context, which is computed once."""
+        return [self.score_ids(context, targets) for targets in each]
+
+    def follow_all(self, context: list[int], each: list[list[int]]) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether they are the greedy answer to `context`) of each targets."""
+        return [self._scores().follow(context, targets) for targets in each]
 
     def behind(self, context: list[int], tokens: list[int]) -> float:
         """Nats by which the likeliest of `tokens` is behind the likeliest token after `context`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import multiprocessing.util
 import os
@@ -94,7 +95,7 @@ class BundleWorkers:
                 yield index, (None, 0)
             else:
                 fitting.append(index)
-        for place, result in self._map("score_ids", [both[index] for index in fitting]):
+        for place, result in self._by_context("score_all", [both[index] for index in fitting]):
             yield fitting[place], result
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -105,7 +106,7 @@ class BundleWorkers:
         self, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """(index, `Bundle.follow_ids`'s result) of each (context, targets), as they come."""
-        return self._map("follow_ids", pairs) if pairs else iter(())
+        return self._by_context("follow_all", pairs) if pairs else iter(())
 
     def behind(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """`Bundle.behind` of each (context, tokens)."""
@@ -118,6 +119,22 @@ class BundleWorkers:
             key: (min if key == "first_token_s" else max)(run[key] for run in runs)
             for key in runs[0]
         }
+
+    def _by_context(
+        self, method: str, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[int, Any]]:
+        """(index, result) of each (context, targets) by a method of `Bundle` for all targets of a
+        context: pairs that follow one another with the same one, as the options of a question do,
+        go to one process, which computes the context once."""
+        groups: list[tuple[list[int], list[list[int]]]] = []
+        for context, targets in pairs:
+            if not groups or groups[-1][0] != context:
+                groups.append((context, []))
+            groups[-1][1].append(targets)
+        ends = list(itertools.accumulate(len(targets) for _, targets in groups))
+        for place, results in self._map(method, groups):
+            first = ends[place] - len(results)
+            yield from enumerate(results, first)
 
     def _map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """(index, result) of a method of `Bundle` for each call's arguments.
@@ -193,6 +210,6 @@ def _close_worker() -> None:
 def _work(method: str, *arguments: Any) -> tuple[Any, int, float]:
     """(result of a method of this process's bundle, process id, its peak memory in GB)."""
     assert _worker is not None  # made by _start_worker
-    if method not in ("score_ids", "follow_ids", "behind") and not _worker.is_open:
+    if method not in ("score_all", "follow_all", "behind") and not _worker.is_open:
         _worker.__enter__()
     return getattr(_worker, method)(*arguments), os.getpid(), peak_rss_gb()
