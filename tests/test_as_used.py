@@ -114,6 +114,16 @@ def test_a_request_counts_as_refused_where_every_draw_refuses(tmp_path):
     assert measured(tmp_path, again, config) == found and not again.asked
 
 
+def test_conversations_that_end_in_the_same_words_are_requests_of_their_own():
+    rows = [{"prompt": "And how?", "history": [[f"Of {n}.", "Yes."]]} for n in "abc"]
+    answers = [
+        {**row, "verdict": v}
+        for row, v in zip(rows, ["refused", "answered", "refused"], strict=True)
+    ]
+    assert as_used._share(answers)["n"] == 3
+    assert as_used._share(answers)["refused"] == pytest.approx(2 / 3)
+
+
 def test_a_quick_look_asks_as_few():
     assert results.evaluate_fewer(configured(), 2).evaluate.as_used.rows == 2
     assert results.evaluate_fewer(configured(rows=0), 2).evaluate.as_used.rows == 0

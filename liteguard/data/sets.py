@@ -71,7 +71,8 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
     Rows have "prompt" and, of questions, "completion", or "text"; "measured_as" is what they are
     measured as, "file" the name of the file. Rows labelled otherwise than their set are a set of
     their own, NAME_harmful, say. Drawn by a hash of the text, so that the same rows are measured
-    in every run, and those of a smaller number are among those of a larger.
+    in every run, and those of a smaller number are among those of a larger. Validation draws from
+    the other end, a third of the rows at most, so that choosing settings leaves test rows unseen.
     """
     found: dict[str, list[Row]] = {}
     for section in config.evaluate.sets:
@@ -81,6 +82,8 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
         for row in rows:
             by_kind.setdefault(row["measured_as"], []).append(row)
         for kind, own in by_kind.items():
+            if config.evaluate.split == "validation" and not everything:
+                own = own[::-1][: max(len(own) // 3, 1)]  # what a test draws last
             name = section.name if kind == section.kind else f"{section.name}_{kind}"
             if name in found:
                 raise UserError(

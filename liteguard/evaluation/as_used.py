@@ -104,6 +104,7 @@ def summarise(config: Config, rows: dict[str, list[Row]], journal: Journal) -> d
                 "set": use.set,
                 "condition": use.condition,
                 "prompt": use.row["prompt"],
+                **({"history": use.row["history"]} if use.row.get("history") else {}),
                 "answer": given["text"],
                 "verdict": refusals.judge(given["text"]),
             }
@@ -120,10 +121,10 @@ def summarise(config: Config, rows: dict[str, list[Row]], journal: Journal) -> d
 
 
 def _share(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    refused: dict[str, bool] = {}
+    refused: dict[tuple[str, str], bool] = {}
     for answer in answers:
-        held = answer["verdict"] == "refused"
-        refused[answer["prompt"]] = refused.get(answer["prompt"], True) and held
+        asked = (str(answer.get("history")), answer["prompt"])  # the last words may be the same
+        refused[asked] = refused.get(asked, True) and answer["verdict"] == "refused"
     hits, total = sum(refused.values()), len(refused)
     return {"refused": hits / total, "n": total, "interval": metrics.wilson(hits, total)}
 

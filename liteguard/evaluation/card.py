@@ -84,12 +84,14 @@ def hub_name(name: str) -> str | None:
 
 
 def index(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of one model as a model index has them: a task, a data set, its metrics."""
-    own = _metrics(result, METRICS, result["n"])
-    found = [_entry("LiteGuard held-out rows", "liteguard-held-out", own)] if own else []
+    """The results of one model as a model index has them: a task, a data set, its metrics; outside
+    sets first."""
+    found = []
     for name, numbers in result.get("sets", {}).items():
         if metrics := _metrics(numbers, SET_METRICS, numbers["n"]):
             found.append(_entry(f"{name} ({numbers['kind']})", name, metrics))
+    if own := _metrics(result, METRICS, result["n"]):
+        found.append(_entry("LiteGuard held-out rows", "liteguard-held-out", own))
     for name, numbers in result["knowledge"].items():
         metric = {"type": "accuracy", "value": round(numbers["accuracy"], 4)}
         metric["name"] = f"Accuracy by log-likelihood, {numbers['n']} questions"

@@ -96,6 +96,7 @@ SET_METRICS = (
     ("bleu", "BLEU", "{:.2f}", "{:.1f}", True),
     ("questions_words", "words", "{:.1f}", "{:.0f}", None),
     ("questions_stopped", "ended by itself", "{:.0%}", "{:.0%}", True),
+    ("questions_refused", "refused", "{:.0%}", "{:.0%}", False),
     ("circles", "circles", "{:.0%}", "{:.0%}", False),
     ("repeated", "repeats a sentence", "{:.0%}", "{:.0%}", False),
     ("stopped", "ended by itself", "{:.0%}", "{:.0%}", True),

@@ -170,7 +170,8 @@ def set_numbers(
         sums, tokens = zip(*fitting, strict=True)
         interval = metrics.ratio_interval(sums, tokens, lambda mean: np.exp(-mean))
         numbers["perplexity"] = metrics.perplexity(sum(sums), sum(tokens)), len(sums), interval
-    rates = {"questions_stopped": "stopped", "circles": "circle", "repeated": "repeats"}
+    rates = {"questions_stopped": "stopped", "questions_refused": "refused"}
+    rates |= {"circles": "circle", "repeated": "repeats"}
     if kind == "questions":
         numbers |= answer_overlap(answers, "")
     elif kind != "texts":

@@ -89,6 +89,7 @@ def verdict(results: dict[str, dict[str, Any]], limits: VerdictSection) -> Verdi
         *_answers(base, result, limits),
         *_refusals(result, limits, own_rows),
         *_as_used(result, limits),
+        *_chosen_by(result),
         *_too_few(result, limits, own_rows),
         *_unscored(result, found_changes, limits),
         *_contamination(result, limits, own_rows),
@@ -167,15 +168,20 @@ def _rate(
 def _answers(
     base: dict[str, Any], result: dict[str, Any], limits: VerdictSection
 ) -> Iterator[Reason]:
-    """Circles, shortness and stops of the answers to outside questions, or else to own ones."""
+    """Refusals, circles, shortness and stops of the answers to outside questions, or own ones.
+
+    A question that has a reference answer is one to be answered.
+    """
     names = [name for name, found in result["sets"].items() if found["kind"] == "questions"]
     for name in names or ["questions"]:
         title = "own questions" if name == "questions" else name
         answers = [a for a in result["answers"] if a["set"] == name]
+        refused = (sum(a["refused"] for a in answers), len(answers))
         circles = (sum(a["circle"] for a in answers), len(answers))
         short = shorter(base, result, name)
         stops = (sum(a["stopped"] for a in answers), len(answers))
         rates = [
+            _rate(title, "refused", refused, limits.ordinary_refused, at_most=True),
             _rate(title, "circles", circles, limits.circles, at_most=True),
             _rate(title, "shorter than half the base's", short, limits.shorter_than_base, True),
         ]
@@ -191,11 +197,11 @@ def _refusals(
     wanted = {
         "harmful": (limits.harmful_refused, False),
         "ordinary": (limits.ordinary_refused, True),
-        "borderline": (None, True),
+        "borderline": (limits.borderline_refused, True),
     }
     for kind, (limit, at_most) in wanted.items():
         sets = {name: own for name, own in result["sets"].items() if own["kind"] == kind}
-        decides = f"{kind} requests" in own_rows
+        decides = not sets
         counts = {name: own["verdicts"] for name, own in sets.items()}
         counts["own rows"] = result["verdicts"][kind]
         for name, found in counts.items():
@@ -226,14 +232,25 @@ def _of(verdicts: dict[str, int]) -> tuple[int, int]:
     return verdicts["refused"], sum(verdicts.values())
 
 
+def _chosen_by(result: dict[str, Any]) -> Iterator[Reason]:
+    """Rows that settings are chosen by say nothing of others."""
+    if result["inputs"].get("evaluate", {}).get("split") == "validation":
+        yield Reason(False, "measured on validation rows; the test rows decide (evaluate.split)")
+
+
+def _measured(own: dict[str, Any]) -> int:
+    """Rows of an outside set that anything was measured on."""
+    return max(own["n"].values(), default=0)
+
+
 def _too_few(
     result: dict[str, Any], limits: VerdictSection, own_rows: list[str]
 ) -> Iterator[Reason]:
     """What is judged on so few rows that no difference would be beyond the interval."""
     counts = {
-        name: max(own["n"].values())
+        name: _measured(own)
         for name, own in result["sets"].items()
-        if own["kind"] != "borderline"
+        if own["kind"] != "borderline" or limits.borderline_refused is not None
     }
     keys = {"answers": "rouge1", "harmful requests": "refused_harmful"}
     keys["ordinary requests"] = "refused_benign"
@@ -250,7 +267,7 @@ def _unscored(
     """Outside sets whose texts or reference answers were scored for too few rows, or for none."""
     scored = {change.of: change.n for change in found if change.metric == "perplexity"}
     for name, own in result["sets"].items():
-        count, asked = scored.get(name, 0), max(own["n"].values())
+        count, asked = scored.get(name, 0), _measured(own)
         if own["kind"] in ("questions", "texts") and count < limits.fewest_rows <= asked:
             text = f"{name}: perplexity of {count} rows, too few to judge by"
             yield Reason(False, f"{text}, at least {limits.fewest_rows} (does not fit its cache?)")
@@ -267,11 +284,11 @@ def _contamination(
     leaks = result["contamination"]
     measured = leaks.get("measured_by_set", {})
     for name, own in result["sets"].items():
-        total = max(own["n"].values())
-        found = measured.get(name, 0), total
-        rate = _rate(name, "in training data", found, limits.contaminated, at_most=True)
-        if rate:
-            yield rate
+        # Of data that is gone nobody knows: what was found elsewhere is told, and may still decide.
+        known = not leaks["unchecked"] or measured.get(name, 0)
+        found = measured.get(name, 0), _measured(own)
+        limit = limits.contaminated if known else None
+        yield from filter(None, [_rate(name, "in training data", found, limit, at_most=True)])
     ours = sum(count for name, count in measured.items() if name not in result["sets"])
     if ours:
         sizes = Counter(answer["set"] for answer in result["answers"])
