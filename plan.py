@@ -50,6 +50,8 @@ def main() -> None:
             "or name a copy with --set model.path=DIR."
         )
     why = [missing] if missing else []
+    if not missing:
+        config = models.with_base_prompt(config)
     rows, lengths = None, {}
     try:
         counts = read_manifest(data_dir)["counts"]

@@ -16,10 +16,10 @@ from typing import Any
 from liteguard import memory, models, registry
 from liteguard.checkpoints import STAGES
 from liteguard.config import Config
-from liteguard.data import self_answers
+from liteguard.data import self_answers, sets
 from liteguard.evaluation import answerers, as_used
 from liteguard.evaluation.held_out import REQUESTS
-from liteguard.export import quantization, tflite
+from liteguard.export import calibration, quantization, smoothing, tflite
 from liteguard.export.measured import DRAWN
 from liteguard.planning_probe import Measuring, Speed, Taught
 from liteguard.training import memory_estimate, teacher
@@ -31,6 +31,12 @@ REFERENCE_SPEED = 420 * 134.5e6
 PREPARE = (10.0, 5.0e-4, 450e6, 900.0)
 # Merge, export, quantise and bundle: seconds, seconds per billion parameters.
 CONVERT = (40.0, 110.0)
+# Calibration and smoothing: seconds, seconds per billion parameters (SmolLM2: 38 to 46 and 10; not
+# measured at Phi's size).
+CALIBRATE = (5.0, 290.0)
+SMOOTH = (6.0, 30.0)
+# The base model as a teacher reads its rows once: of a training step's time for as many tokens.
+TEACHING = 0.4
 # The proof of one recipe: seconds, seconds per billion parameters and answer. Where the change of
 # the perplexity is close to its tolerance, scoring more texts takes up to three minutes longer.
 PROVE = (58.0, 2.4)
@@ -201,7 +207,11 @@ def compress_step(config: Config, architecture: Any, slow: float | None) -> Step
     billions = parameters / 1e9
     answers = proof_answers(config)
     proof = (PROVE[0] + PROVE[1] * billions * answers) if answers else 0.0
+    if calibration.folder(Path(), recipes[0], config):
+        proof += CALIBRATE[0] + CALIBRATE[1] * billions  # of each recipe that is tried
     seconds = CONVERT[0] + CONVERT[1] * billions + proof
+    if smoothing.wanted(config, recipes):
+        seconds += SMOOTH[0] + SMOOTH[1] * billions
     more = len(recipes) - 1
     note = ""
     if more and answers:
@@ -219,9 +229,15 @@ def evaluate_step(
     seen = section.question_rows if section.seen_question_rows is None else 0
     answers = section.question_rows + (section.seen_question_rows or seen)
     answers += section.harmful_rows + 2 * section.benign_rows
-    answers += section.as_used.rows * (section.as_used.draws + len(as_used.CONDITIONS) - 1)
+    texts, ways = section.perplexity_rows, section.as_used.draws + len(as_used.CONDITIONS) - 1
+    answers += section.as_used.rows * ways
+    for own in section.sets:  # of as many rows as are wanted, if its file has them
+        rows = sets.wanted(config, own, own.kind)
+        answers += rows if own.kind != "texts" else 0
+        answers += min(section.as_used.rows, rows) * ways if own.kind == "harmful" else 0
+        texts += rows if own.kind in ("questions", "texts") else 0
     generated = answers * section.max_new_tokens
-    scored = section.perplexity_rows * section.max_text_tokens
+    scored = texts * section.max_text_tokens
     seconds = None
     if speed is not None and slow is not None:
         one = speed.scored_token * scored + speed.generated_token * generated
@@ -230,7 +246,7 @@ def evaluate_step(
         parameters = models.count_parameters(architecture)
         own = BUNDLE[0] + (generated + scored) * parameters / BUNDLE[1]
         # A bundle scores options at about half the speed of a checkpoint (full_report.json).
-        seconds = speed.loading + targets * one + slow * own + 2 * options
+        seconds = targets * (speed.loading + one) + slow * own + 2 * options
     note = f"{targets} checkpoints and the bundle, answers of {section.max_new_tokens} tokens"
     return Step("evaluate", seconds, needed + pages, 50e6, note=note)
 

@@ -64,7 +64,7 @@ class Speed:
 class Measuring:
     """What evaluate_model.py takes for a checkpoint on this machine, in seconds."""
 
-    loading: float  # the script's start as well
+    loading: float  # of each checkpoint; the script's start as well
     scored_token: float
     knowledge_row: float  # one question of each benchmark, all its options
     generated_token: float
@@ -260,7 +260,8 @@ def measure(config: Config, data_dir: Path, work: Path, say: Callable[[str], Non
     _, whole = run([*command, "--output", str(work / "evaluation")], "evaluate_model.py")
     (result,) = (work / "evaluation").glob("*.json")
     cost = json.loads(result.read_text(encoding="utf-8"))["cost"]
-    counted = cost["scoring_s"] + cost["options_s"] + cost["generation_s"]
+    parts = ("scoring_s", "options_s", "generation_s", "as_used_s", "judging_s")
+    counted = sum(cost.get(part, 0.0) for part in parts)
     return Measuring(
         loading=max(whole - counted, 0.0),
         scored_token=cost["scoring_s"] / max(cost["scored_tokens"], 1),

@@ -112,7 +112,17 @@ def test_steps_without_a_probe_have_memory_and_disk_and_no_minutes():
     answers = (5 * 256 + used) * 160  # of as many tokens as are allowed
     rows = 256 * config.evaluate.max_text_tokens
     one = 1e-2 * answers + 1e-3 * rows + 0.5 * config.evaluate.knowledge_rows
-    assert more.seconds - fewer.seconds == pytest.approx(3 * one)
+    assert more.seconds - fewer.seconds == pytest.approx(3 * (10 + one))
+    # Sets of other hands are asked and scored as well, harmful ones in every way.
+    own = [
+        {"name": "q", "path": "q.csv", "kind": "questions", "rows": 60},
+        {"name": "h", "path": "h.csv", "kind": "harmful", "rows": 120},
+    ]
+    asked = load("phi-2", evaluate={"sets": own})
+    with_sets = planning.evaluate_step(asked, architecture, speed, 1.0, 4).seconds - more.seconds
+    alone = with_sets - planning.evaluate_step(asked, architecture, speed, 1.0, 1).seconds
+    one = 1e-2 * (60 + 120 + used) * 160 + 1e-3 * 60 * config.evaluate.max_text_tokens
+    assert alone + fewer.seconds == pytest.approx(3 * one)
     text = planning.table([step, more], 4 * GB, 10 * GB)
     assert "4.0 GB is free here" in text and "10.0 GB is free here" in text
     assert "?" in text.splitlines()[-3] and planning.minutes(None) == "?"
@@ -133,6 +143,34 @@ def test_the_measured_conversions_are_foreseen_to_20_percent(shape, monkeypatch)
         monkeypatch.setattr(planning, "proof_answers", lambda _: 28)
     seconds = planning.compress_step(config, architecture, 1.0).seconds
     assert seconds == pytest.approx(report["steps"]["compress"]["wall_s"], rel=0.2)
+
+
+def test_the_base_models_own_answers_take_their_time():
+    """500 questions of 128 tokens, at their longest, and a pass of the base over what it says."""
+    config = load("smollm2-135m")
+    speed = Measuring(loading=10, scored_token=1e-3, knowledge_row=0.5, generated_token=2e-3)
+    step = planning.prepare_step(config, 20_000, 1.0, speed)
+    assert step.seconds == pytest.approx(10 + 10 + 128) and step.note == "done"
+    before = planning.prepare_step(config, None, None, None)
+    assert before.seconds is None and "up to 64,000 tokens of answers" in before.note
+    assert "tokens" not in planning.prepare_step(load("phi-2"), None, None, None).note
+    architecture = planning.smollm2_architecture()
+    trained = Speed(start=5, token=0.01, evaluation=1, finish=1)
+    lengths = [50] * 100
+    parts = (config, "instruction", architecture, False, lengths, trained)
+    without = planning.training_step(*parts)
+    taught = planning.training_step(*parts, planning_probe.Taught(tokens=3000, targets=2000))
+    assert taught.disk - without.disk == 2 * 577 * 2000
+    assert taught.seconds - without.seconds == pytest.approx(planning.TEACHING * 0.01 * 3000)
+
+
+def test_calibration_and_smoothing_take_their_time():
+    """What the demo turns on; for each recipe that is tried, calibration is of its own."""
+    demo, plain = load("smollm2-135m"), load("smollm2-135m", compress={"calibrate": False})
+    architecture = planning.smollm2_architecture()
+    whole = planning.compress_step(demo, architecture, 1.0).seconds
+    less = planning.compress_step(plain, architecture, 1.0).seconds
+    assert whole - less == pytest.approx(5 + 290 * 0.1345, rel=0.01)
 
 
 def test_a_slower_machine_takes_longer():

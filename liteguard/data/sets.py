@@ -90,7 +90,7 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
                     f"evaluate.sets: rows of {section.path} that are labelled {kind} would be "
                     f"measured as {name!r}, and another set is called that. Rename one of them."
                 )
-            found[name] = own if everything else own[: _wanted(config, section, kind)]
+            found[name] = own if everything else own[: wanted(config, section, kind)]
     return found
 
 
@@ -130,7 +130,8 @@ def _source(section: SetSection) -> SourceSection:
     return SourceSection(dataset="auto", path=section.path, text_unit=unit_of_text)
 
 
-def _wanted(config: Config, section: SetSection, kind: str) -> int:
+def wanted(config: Config, section: SetSection, kind: str) -> int:
+    """How many rows of a set are measured, where it has as many."""
     own = config.evaluate
     counts = {"questions": own.question_rows, "texts": own.perplexity_rows}
     return section.rows or {**counts, "harmful": own.harmful_rows}.get(kind, own.benign_rows)
