@@ -7,7 +7,8 @@ Exports one checkpoint several times (one long prefill length as in the original
 lengths, a short KV cache), quantises each to the same recipe and measures prefill and decode
 tokens/s and the time to the first token of a prompt of about 40 tokens, with 1 and 2 threads.
 With --llama_python (a Python that has llama-cpp-python; it is no dependency of LiteGuard) the same
-weights run as a Q8_0 GGUF in llama.cpp beside it. Ratios are from one run; the rounds of all
+weights run as a GGUF in llama.cpp beside it: Q8_0, or Q4_0 beside a recipe of 4 bits. Ratios are
+from one run, for each number of threads; the rounds of all
 variants are interleaved, and each number is the best of its rounds.
 """
 
@@ -22,11 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama import Llama
+import llama as llama_cpp
 
 from liteguard import checkpoints, cli, models
 from liteguard.config import RECIPES, Config
-from liteguard.export import bundle, gguf_file, merge, silence, tflite, tokenizer
+from liteguard.export import bundle, gguf_file, merge, quantization, silence, tflite, tokenizer
 from liteguard.runtime.workers import BundleWorkers
 
 LADDER = [32, 64, 128, 256, 1024]
@@ -77,8 +78,13 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """{"threads": {"1": {variant: numbers}}, "ratios": ...}"""
     config, made, merged = build(args, work)
     prompt, file = config.prompt.render_question(QUESTION), work / "model.gguf"
-    if args.llama_python:
+    kind = "Q4_0" if args.quantize in quantization.BLOCKS else "Q8_0"
+    peer = f"llama.cpp {kind}"
+    if args.llama_python and kind == "Q8_0":
         gguf_file.write(merged, config.prompt, file)
+    elif args.llama_python:
+        gguf_file.write(merged, config.prompt, work / "f16.gguf", matrices="F16")
+        llama_cpp.quantize(args.llama_python, work / "f16.gguf", file, kind)
     report: dict[str, Any] = {
         "quantize": args.quantize,
         "bytes": {name: path.stat().st_size for name, path in made.items()},
@@ -88,34 +94,34 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in made}
         llama = None
         if args.llama_python:
-            llama = Llama(args.llama_python, file, threads, args.decode)
+            llama = llama_cpp.Llama(args.llama_python, file, threads, args.decode)
             llama.benchmark(prompt)
-            runs["llama.cpp Q8_0"] = []
+            runs[peer] = []
         for _ in range(args.rounds):
             for name, path in made.items():
                 workers = BundleWorkers(path, workers=1, threads=threads)
                 runs[name].append(workers.benchmark(prompt))
             if llama:
-                runs["llama.cpp Q8_0"] += [llama.benchmark(prompt) for _ in range(3)]
+                runs[peer] += [llama.benchmark(prompt) for _ in range(3)]
         if llama:
             llama.close()
         report["threads"][str(threads)] = {name: best(found) for name, found in runs.items()}
-    rows = report["threads"][str(args.threads[-1])]
-    report["ratios"] = {
-        "first token, prefill 1024 over ladder": round(
-            rows["prefill 1024"]["first_token_s"] / rows["ladder"]["first_token_s"], 2
-        )
-    }
-    if args.llama_python:
-        peer = rows["llama.cpp Q8_0"]
-        for name in made:
-            report["ratios"][f"decode, {name} over llama.cpp"] = round(
-                rows[name]["decode_tok_s"] / peer["decode_tok_s"], 2
-            )
-            report["ratios"][f"first token, {name} over llama.cpp"] = round(
-                rows[name]["first_token_s"] / peer["first_token_s"], 2
-            )
+    report["ratios"] = {}
+    for threads, rows in report["threads"].items():
+        report["ratios"] |= ratios(rows, peer, f"{threads} thread{'s' * (threads != '1')}")
     return report
+
+
+def ratios(rows: dict[str, dict[str, float]], peer: str, where: str) -> dict[str, float]:
+    """Of one number of threads: a ladder beside one long prefill, and each variant beside `peer`
+    where that ran."""
+    slow, quick = (rows[name]["first_token_s"] for name in ("prefill 1024", "ladder"))
+    found = {f"first token, prefill 1024 over ladder, {where}": round(slow / quick, 2)}
+    for name in VARIANTS if peer in rows else ():
+        for what, key in (("decode", "decode_tok_s"), ("first token", "first_token_s")):
+            ratio = rows[name][key] / rows[peer][key]
+            found[f"{what}, {name} over {peer}, {where}"] = round(ratio, 2)
+    return found
 
 
 def main() -> None:
@@ -141,7 +147,7 @@ def main() -> None:
             )
     print()
     for name, ratio in report["ratios"].items():
-        print(f"  {name:48} {ratio:.2f}")
+        print(f"  {name:64} {ratio:.2f}")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
 

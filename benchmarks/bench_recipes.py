@@ -3,10 +3,12 @@
     python benchmarks/bench_recipes.py --input final_checkpoint --json recipes_report.json
 
 Exports the checkpoint once, quantises it with every recipe and compares each bundle with the merged
-16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. Recipes with
-weights of 8 and 4 bits are measured calibrated on training rows (compress.calibrate=all) and as
-compress.calibrate=false makes them ("min-max"). With --smooth all recipes are those of
-compress.smooth. With --llama_python (a Python that has llama-cpp-python; it is no dependency of
+16-bit model on held-out texts and answers: size, perplexity, greedy answers, tokens/s. A recipe's
+name is what compress_model.py makes of it by default; "calibrated" is an 8-bit one with
+compress.calibrate=all, "min-max" a 4-bit one with compress.calibrate=false. With --smooth the 8-bit
+recipes are those of compress.smooth. Each change of perplexity is over as many texts as it takes to
+know it to a quarter of --tolerance, so perplexities of two rows may be of different texts; changes
+are what compares. With --llama_python (a Python that has llama-cpp-python; it is no dependency of
 LiteGuard) the same checkpoint runs in llama.cpp as Q8_0, Q4_0 and Q4_K_M over as many of the same
 texts as the recipe that took most. The sizes of Phi-1.5 and Phi-2 are computed from their shapes
 and each recipe's bits; benchmarks/bench_convert.py measures them.
@@ -43,16 +45,28 @@ from liteguard.export import (
 from liteguard.prompts import Prompt
 from liteguard.runtime.workers import BundleWorkers
 
-MIN_MAX = ", min-max"
+MIN_MAX, CALIBRATED = ", min-max", ", calibrated"
 LLAMA_KINDS = ("Q8_0", "Q4_0", "Q4_K_M")
 
 
 def variants(recipes: list[str]) -> list[str]:
-    """The recipes' names; those with 4-bit weights a second time, without calibration."""
-    doubled = (
-        (name, name + MIN_MAX) if quantization.chosen_format(name) else (name,) for name in recipes
-    )
-    return [name for names in doubled for name in names]
+    """The recipes' names; each that can be calibrated a second time, as it is not by default."""
+    found = []
+    for name in recipes:
+        found.append(name)
+        if kind := quantization.chosen_format(name):
+            found.append(name + (MIN_MAX if kind.bits == 4 else CALIBRATED))
+    return found
+
+
+def recipe_of(variant: str) -> str:
+    """The recipe that a variant is one of."""
+    return variant.removesuffix(MIN_MAX).removesuffix(CALIBRATED)
+
+
+def calibrates(variant: str) -> bool | str:
+    """`compress.calibrate` for a variant."""
+    return not variant.endswith(MIN_MAX) and ("all" if variant.endswith(CALIBRATED) else True)
 
 
 def phi_bytes(shape: str, recipe: str) -> int:
@@ -69,7 +83,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     section = config.compress.verify
     section.questions, section.requests, section.texts = args.rows, 3, args.rows
     section.max_new_tokens = args.tokens
-    config.compress.calibrate = "all"
     own = models.load_base_tokenizer(config).backend_tokenizer
     data_dir = Path(args.data or record.data_dir)
     samples = measured.collect_samples(config, data_dir, own)
@@ -89,11 +102,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         progress=None,
     )
     reference = measured.Reference(merged, config.prompt, samples, work / "merged.jsonl", silenced)
-    report = {"tolerance": section.perplexity_limit("int8"), "recipes": {}}
+    report = {"tolerance": args.tolerance, "smoothed": args.smooth, "recipes": {}}
     question = config.prompt.render_question(samples.questions[0])
     for variant in (names := variants(args.recipes)):
-        recipe = variant.removesuffix(MIN_MAX)
-        folder = None if variant != recipe else calibration.folder(work, recipe, config)
+        recipe, config.compress.calibrate = recipe_of(variant), calibrates(variant)
+        folder = calibration.folder(work, recipe, config)
         how = {}
         if folder:
             parts = merged, rows, recipe, folder
@@ -109,10 +122,10 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
             work / f"{variant}.jsonl",
         )
         answers = list(zip(found.answers, exact_model.answers, strict=True))[: args.rows]
-        report["merged_perplexity"] = round(exact_model.perplexity, 3)
         report["recipes"][variant] = {
             "megabytes": round(made["file_bytes"] / 1e6, 1),
             "perplexity": round(found.perplexity, 3),
+            "merged_perplexity": round(exact_model.perplexity, 3),
             "change": round(change.change, 5),
             "error": round(change.error, 5),
             "texts": change.pairs,
@@ -124,7 +137,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
             "calibration": how,
         }
         print(f"{variant}: {report['recipes'][variant]}", flush=True)
-    report["tokens"] = max(row["tokens"] for row in report["recipes"].values())
     if args.llama_python:
         pairs = max(row["texts"] for row in report["recipes"].values())
         exact_scores = reference.measured(pairs).scores
@@ -199,30 +211,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--rounds", type=int, default=2, help="of three timed answers a recipe")
     parser.add_argument(
-        "--smooth", action="store_true", help="move outliers first, for all recipes"
+        "--smooth", action="store_true", help="move outliers first; with --recipes of 8 bits only"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, help="four standard errors of a change"
     )
     parser.add_argument("--llama_python", metavar="FILE", help="a Python with llama-cpp-python")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     args.recipes = args.recipes or list(RECIPES)
+    if args.smooth and (four := [name for name in args.recipes if name in quantization.BLOCKS]):
+        parser.error(f"--smooth: {', '.join(four)} are never smoothed; name others by --recipes")
     with tempfile.TemporaryDirectory(prefix="bench_recipes_") as work:
         report = measure(args, Path(work))
     print(
-        f"\nmerged model: perplexity {report['merged_perplexity']}; texts until a change is known "
-        f"to {report['tolerance'] / 4:.2%}\n"
-        f"{'recipe':22}     MB  perplexity   change     +-  same answers  tokens/s  first token"
+        f"\ntexts until a change is known to {report['tolerance'] / 4:.2%}\n"
+        f"{'recipe':28}     MB  perplexity   change     +-  same answers  tokens/s  first token"
         "  Phi-1.5 GB  Phi-2 GB"
     )
     for name, row in report["recipes"].items():
         print(
-            f"{name:22} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
+            f"{name:28} {row['megabytes']:6.1f} {row['perplexity']:11.3f} {row['change']:+8.2%} "
             f"{row['error']:6.2%} {row['same_answers']:6} of {row['answers']:<3} "
             f"{row['decode_tok_s']:8.1f} {row['first_token_s']:10.2f} s "
             f"{row['phi1_5_gb']:11.2f} {row['phi2_gb']:9.2f}"
         )
     for name, row in report.get("llama_cpp", {}).items():
         print(
-            f"{name:22} {row['megabytes']:6.1f} {'':11} {row['change']:+8.2%} {row['error']:6.2%}"
+            f"{name:28} {row['megabytes']:6.1f} {'':11} {row['change']:+8.2%} {row['error']:6.2%}"
         )
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")

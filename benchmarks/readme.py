@@ -140,16 +140,22 @@ def recipes_markdown(report: dict[str, Any]) -> str:
         "| `--quantize` | MB | perplexity | same answers | tokens/s | Phi-1.5 GB | Phi-2 GB |",
         "|---|---|---|---|---|---|---|",
     ]
+
+    def change(row: dict[str, Any]) -> str:
+        known = f" ± {row['error']:.1%}, {row['texts']} texts" if "error" in row else ""
+        return f"{row['change']:+.1%}{known}"
+
     lines += [
-        f"| {name} | {row['megabytes']:.0f} | {row['perplexity']:.2f} ({row['change']:+.1%}) | "
+        f"| {name} | {row['megabytes']:.0f} | {change(row)} | "
         f"{row['same_answers']} of {row['answers']} | {row['decode_tok_s']:.0f} | "
         f"{row['phi1_5_gb']:.2f} | {row['phi2_gb']:.2f} |"
         for name, row in report["recipes"].items()
     ]
-    return "\n".join(lines) + (
-        f"\n\nMerged 16-bit model: {report['merged_perplexity']:.2f}, over {report['tokens']:,} "
-        "tokens."
-    )
+    lines += [
+        f"| {name} | {row['megabytes']:.0f} | {change(row)} | | | | |"
+        for name, row in report.get("llama_cpp", {}).items()
+    ]
+    return "\n".join(lines)
 
 
 def bundle_markdown(report: dict[str, Any]) -> str:

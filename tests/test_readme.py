@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import CACHE, ROOT, fail, run_script, succeed
 
-from benchmarks.readme import blocks, documents
+from benchmarks.readme import blocks, documents, recipes_markdown
 from liteguard.config import validate
 from liteguard.export import tflite
 
@@ -242,6 +242,43 @@ def test_the_numbers_of_conversion_are_within_what_is_promised():
     assert report["phi2"]["wall_s"] <= 600 and report["phi2"]["peak_gb"] <= 20
     assert report["phi1_5"]["peak_gb"] <= 11
     assert all(row["bundle_over_weights"] <= 1.02 for row in report.values())
+
+
+def test_the_table_of_recipes_shows_llama_cpp_and_how_sure_a_change_is():
+    row = {"megabytes": 138.2, "change": 0.0105, "error": 0.0021, "texts": 175}
+    own = {"same_answers": 5, "answers": 12, "decode_tok_s": 80, "phi1_5_gb": 1.4, "phi2_gb": 2.8}
+    report = {"recipes": {"int8": row | own}, "llama_cpp": {"llama.cpp Q8_0": row}}
+    first, second = recipes_markdown(report).splitlines()[2:]
+    assert "| int8 | 138 | +1.1% ± 0.2%, 175 texts | 5 of 12 |" in first
+    assert second == "| llama.cpp Q8_0 | 138 | +1.1% ± 0.2%, 175 texts | | | | |"
+    assert first.count("|") == second.count("|")
+
+
+def test_a_recipes_name_is_what_it_is_by_default(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench_recipes
+
+    found = {name: bench_recipes.calibrates(name) for name in bench_recipes.variants(["int8"])}
+    assert found == {"int8": True, "int8, calibrated": "all"}
+    found = {name: bench_recipes.calibrates(name) for name in bench_recipes.variants(["mixed"])}
+    assert found == {"mixed": True, "mixed, min-max": False}
+    assert bench_recipes.variants(["fp16"]) == ["fp16"]
+    assert {bench_recipes.recipe_of(name) for name in found} == {"mixed"}
+
+
+def test_a_bundle_is_compared_with_llama_cpp_for_every_number_of_threads(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench_bundle
+
+    row = {"first_token_s": 0.1, "decode_tok_s": 80.0}
+    rows = {name: dict(row) for name in bench_bundle.VARIANTS}
+    rows["prefill 1024"]["first_token_s"] = 0.9
+    alone = bench_bundle.ratios(rows, "llama.cpp Q4_0", "1 thread")
+    assert alone == {"first token, prefill 1024 over ladder, 1 thread": 9.0}
+    rows["llama.cpp Q4_0"] = {"first_token_s": 0.05, "decode_tok_s": 100.0}
+    found = bench_bundle.ratios(rows, "llama.cpp Q4_0", "1 thread")
+    assert found["decode, ladder over llama.cpp Q4_0, 1 thread"] == 0.8
+    assert found["first token, ladder over llama.cpp Q4_0, 1 thread"] == 2.0
 
 
 def test_the_numbers_of_bundles_are_within_what_is_promised():
