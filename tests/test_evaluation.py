@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, fail, succeed
+from conftest import ROOT, diseases, fail, succeed
 
 from liteguard.config import build, read_yaml
 from liteguard.evaluation.answerers import Checkpoint, Generated
@@ -143,6 +144,41 @@ def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
     assert "no such file" in fail(
         2, ROOT / "benchmarks/bench_refusal.py", "none", "--requests", missing
     )
+
+
+def test_a_rate_ten_times_too_high_gets_do_not_ship(pipeline, tmp_path):
+    """The base answers these questions; stages 2 and 3 with the rates of the tests leave it able
+    to, with ten times as much they do not, and the verdict says so on rows of other hands."""
+    asked = tmp_path / "asked.jsonl"
+    rows = diseases()[::9]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ["--sets", f"asked={asked}:questions", "--set", "evaluate.verdict.fewest_rows=20"]
+
+    def judged(checkpoint: Path) -> tuple[str, list[str]]:
+        output = tmp_path / checkpoint.name
+        succeed(
+            "evaluate_model.py",
+            *("--base", "--checkpoint", str(checkpoint), "--output", str(output), *flags),
+            cwd=pipeline,
+        )
+        compared = "evaluate_model.py", "--output", str(output), "--compare", "base", "final"
+        said = succeed(*compared, cwd=pipeline)
+        lines = said[said.index("Verdict:") :].splitlines()
+        return lines[0], [line for line in lines if line.startswith("  no  asked")]
+
+    _, against = judged(pipeline / "final_checkpoint")
+    assert not against
+    hot, final = tmp_path / "hot", tmp_path / "hot_final"
+    stages = (("instruction", "domain_checkpoint", hot, 1e-2), ("safety", hot, final, 1e-4))
+    for stage, parent, output, rate in stages:
+        succeed(
+            f"train_{stage}.py",
+            *("--checkpoint", str(parent), "--output", str(output)),
+            *("--set", f"{stage}.learning_rate={rate}", "--set", f"{stage}.max_steps=12"),
+            cwd=pipeline,
+        )
+    said, against = judged(final)
+    assert said.startswith("Verdict: DO NOT SHIP") and any("perplexity" in why for why in against)
 
 
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
