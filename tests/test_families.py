@@ -238,11 +238,11 @@ def test_the_bos_is_in_the_prompt_and_never_twice(with_bos, tmp_path):
         assert chat == asked
 
 
-def with_data(tmp_path, part: str, rows: list[dict], prompt: Prompt, **over):
+def with_data(tmp_path, part: str, rows: list[dict], prompt: Prompt, split="train", **over):
     (tmp_path / "data" / part).mkdir(parents=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "data" / part / "train.jsonl").write_text(text)
-    files = {f"{part}/train.jsonl": hashlib.sha256(text.encode()).hexdigest()}
+    (tmp_path / "data" / part / f"{split}.jsonl").write_text(text)
+    files = {f"{part}/{split}.jsonl": hashlib.sha256(text.encode()).hexdigest()}
     manifest = {"model_type": "tiny", "files": files}
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     values = {"prompt": prompt.model_dump(), "data": {"cache_dir": str(tmp_path / "cache")}, **over}
@@ -389,8 +389,7 @@ def test_tokens_that_swallow_blanks_no_longer_do(tmp_path):
 def asked(with_bos, tmp_path):
     """A function: what can be made of a tokenizer and an architecture."""
     rows = [{"prompt": "What is a dose?", "completion": "A dose of 5 mg."}] * 3
-    data, config = with_data(tmp_path, "instruction", rows, BOS_PROMPT)
-    (data / "instruction/train.jsonl").rename(data / "instruction/validation.jsonl")
+    data, config = with_data(tmp_path, "instruction", rows, BOS_PROMPT, "validation")
 
     def ask(folder=with_bos, shape=None, prompt=BOS_PROMPT, **over):
         shape = shape or SimpleNamespace(model_type="tiny", num_key_value_heads=2, vocab_size=400)

@@ -20,6 +20,7 @@ from liteguard.cli import parser, resolve_config
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation import comparison, results
 from liteguard.evaluation.journal import Journal
+from liteguard.export import possible
 
 BOMB = "\n".join(
     ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
@@ -314,6 +315,34 @@ def test_a_result_of_another_shape(tmp_path, path, value):
     with pytest.raises(UserError, match="final.json is damaged"):
         comparison.read_results(["final"], tmp_path)
     assert results.reuse(tmp_path / "final.json", result()["inputs"]) is None
+
+
+ROW = b'{"prompt": "p", "completion": "c"}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [ROW + ROW[:20], b"[1]\n", b'{"prompt": "p"}\n', b'{"prompt": null, "completion": "c"}\n']
+    + ['{"prompt": "é", "completion": "c"}\n'.encode("latin-1"), b"", b"[" * 100_000],
+)
+def test_prepared_rows_that_were_changed(tmp_path, content):
+    """Every train script and compress_model.py read some of every part, before all else."""
+    name = "instruction/validation.jsonl"
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_bytes(ROW)
+    manifest = {"model_type": "phi2", "files": {name: checkpoints.sha256_file(path)}}
+    checkpoints.write_json(tmp_path / "manifest.json", manifest)
+    (tmp_path / "domain").mkdir()
+    (tmp_path / "domain/validation.jsonl").write_bytes(content)  # nothing of the prepared data
+    assert possible.sample(tmp_path) == (["p", "c"], ["p"])
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="was changed after it was prepared"):
+        possible.sample(tmp_path)
+    manifest["files"][name] = checkpoints.sha256_file(path)  # changed with its sha256
+    checkpoints.write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"Prepare it again: python prepare_datasets\.py"):
+        possible.sample(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"", b"\xff\xfe", b"[" * 100_000])

@@ -19,7 +19,7 @@ from liteguard.config import Config
 from liteguard.errors import LiteGuardError, UserError
 from liteguard.export import quantization, tflite, tokenizer
 from liteguard.prompts import Prompt
-from liteguard.rows import FIELDS
+from liteguard.rows import FIELDS, iterate_split, read_manifest
 
 TEXTS = 300  # rows of each part whose ids are compared
 ROOM = 512  # characters of a text
@@ -113,8 +113,9 @@ def possible(
         }
     )
     kept = Path(config.data.cache_dir) / "bundles" / f"{key[:32]}.json"
-    if kept.is_file():
-        return Possible(**json.loads(kept.read_text(encoding="utf-8")))
+    known = checkpoints.read_dict(kept) or {}
+    if [*known] == [*Possible.__annotations__] and all(isinstance(v, str) for v in known.values()):
+        return Possible(**known)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "tokenizer.json").write_text(core, encoding="utf-8")
@@ -237,15 +238,17 @@ def as_litertlm(own: Any, prompt: Prompt) -> str:
 
 
 def sample(data_dir: Path) -> tuple[list[str], list[str]]:
-    """(texts, questions) of the prepared validation rows: the first of each part that there is."""
+    """(texts, questions) of the prepared validation rows: the first of each part that there is.
+
+    Both are empty without prepared data. Raises UserError for rows that were changed since.
+    """
     texts: list[str] = []
     questions: list[str] = []
+    files = read_manifest(data_dir)["files"] if (data_dir / "manifest.json").exists() else {}
     for part, fields in FIELDS.items():
-        path = data_dir / part / "validation.jsonl"
-        if not path.is_file():
+        if f"{part}/validation.jsonl" not in files:
             continue
-        with path.open(encoding="utf-8") as file:
-            for row in map(json.loads, itertools.islice(file, TEXTS)):
-                texts += [str(row[field])[:ROOM] for field in fields]
-                questions += [row["prompt"][:ROOM]] if part == "instruction" else []
+        for row in itertools.islice(iterate_split(data_dir, part, "validation"), TEXTS):
+            texts += [row[field][:ROOM] for field in fields]
+            questions += [row["prompt"][:ROOM]] if part == "instruction" else []
     return list(dict.fromkeys(texts)), questions
