@@ -253,13 +253,10 @@ def check_output(output: Path, inputs: Mapping[str, Any], record: str = RECORD) 
 
 def _is_ours(output: Path, inputs: Mapping[str, Any], record: str) -> bool:
     """Whether a directory is a finished output of the same kind, damaged or not."""
-    try:
-        found = json.loads((output / record).read_text(encoding="utf-8"))
-        files, begun = found["files"], found["inputs"]
-        stage = found.get("stage")
-        return isinstance(files, dict) and bool(begun) and stage == inputs.get("stage", stage)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    found = read_dict(output / record) or {}
+    files, begun, stage = (found.get(name) for name in ("files", "inputs", "stage"))
+    known = isinstance(files, dict) and isinstance(begun, dict) and bool(begun)
+    return known and stage == inputs.get("stage", stage)
 
 
 def open_work(
@@ -315,11 +312,11 @@ def open_work(
 
 def _changes(output: Path, inputs: dict[str, Any], record: str) -> list[str]:
     """What of a finished output's inputs is not as in `inputs`; UserError where it is damaged."""
+    finished = read_dict(output / record) or {}
     try:
-        finished = json.loads((output / record).read_text(encoding="utf-8"))
         whole = all(sha256_file(output / n) == d for n, d in finished["files"].items())
         changes = describe_changes(finished["inputs"], inputs)
-    except (ValueError, KeyError, TypeError, OSError, UserError):
+    except (ValueError, KeyError, AttributeError, OSError, UserError):
         whole, changes = False, []
     if not whole:
         raise UserError(
@@ -331,11 +328,7 @@ def _changes(output: Path, inputs: dict[str, Any], record: str) -> list[str]:
 
 def _keep_strangers(output: Path, record: str) -> None:
     """Raise UserError where a directory that will be replaced holds somebody else's files."""
-    try:
-        files = json.loads((output / record).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return
-    known = {record, *files, *MADE_LATER}
+    known = {record, *(read_dict(output / record) or {}).get("files", ()), *MADE_LATER}
     found = [path for path in output.rglob("*") if not path.is_dir() or path.is_symlink()]
     others = sorted({str(path.relative_to(output)) for path in found} - known)
     if others:

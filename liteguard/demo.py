@@ -190,7 +190,7 @@ def main() -> None:
     download_s = time.monotonic() - begin
 
     state = directory / "steps.json"
-    earlier = json.loads(state.read_text()) if state.is_file() else {}
+    earlier = checkpoints.read_dict(state) or {}
     steps = []
     for name, command in plan(directory, yaml):
         step = run_step(name, command, directory / "logs" / f"{name}.log")

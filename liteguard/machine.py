@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from liteguard import limits
+from liteguard import limits, writing
 from liteguard.errors import UserError, WorkError
 
 
@@ -97,8 +97,10 @@ def quiet_libraries() -> None:
 def one_at_a_time(lock: Path) -> Iterator[None]:
     """One process after the other, so that what the first one makes is there for the others.
 
-    The system drops the lock of a process that is killed; the file stays.
+    The system drops the lock of a process that is killed; the file stays. Raises UserError for a
+    pipe in its place, which cannot be locked.
     """
+    writing.require_file(lock)
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -117,6 +119,7 @@ def claim(lock: Path, what: str) -> None:
     if lock in _claims:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
+    writing.require_file(lock)
     while True:
         # No link is followed: the file that it names would be emptied.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STAGE_RECORD
 
-from liteguard import checkpoints
+from liteguard import checkpoints, machine
 from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord, StageRecord
@@ -95,15 +96,29 @@ def test_only_what_the_same_command_made_is_replaced(tmp_path, monkeypatch, over
     for place in places:
         with pytest.raises(UserError, match="left as it is"):
             checkpoints.open_work(Path(place), {"stage": "domain"}, overwrite)
-    for record in ("{", "{}", '{"files": {}}', "[]"):
+    odd = ('{"files": {}, "inputs": "x"}', '{"files": {}, "inputs": [1]}', "[" * 100_000)
+    for record in ("{", "{}", '{"files": {}}', "[]", '{"files": 5, "inputs": {"a": 1}}', *odd):
         (foreign / "stage.json").write_text(record)
         with pytest.raises(UserError, match="not written by LiteGuard"):
             checkpoints.open_work(foreign, {"stage": "domain"}, overwrite)
     (foreign / "stage.json").unlink()
+    for record in ("stage.json", "manifest.json"):
+        os.mkfifo(foreign / record)  # opening it would wait for a writer
+        with pytest.raises(UserError, match="not written by LiteGuard"):
+            checkpoints.open_work(foreign, {"stage": "domain"}, overwrite, record)
+        (foreign / record).unlink()
     for inputs, record in (({"stage": "safety"}, "stage.json"), ({}, "manifest.json")):
         with pytest.raises(UserError, match="not by this command"):
             checkpoints.open_work(made, inputs, overwrite, record)
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_refused(tmp_path):
+    os.mkfifo(tmp_path / ".out.lock")
+    with pytest.raises(UserError, match=r"\.out\.lock is a directory, a pipe or a device"):
+        checkpoints.open_work(tmp_path / "out", {"stage": "domain"})
+    with pytest.raises(UserError, match="a pipe"), machine.one_at_a_time(tmp_path / ".out.lock"):
+        pass
 
 
 def test_a_damaged_output_of_ours_is_named_and_may_be_replaced(tmp_path):
@@ -180,7 +195,7 @@ def test_another_base_or_prompt_is_refused_with_both_named(tmp_path):
 HOLDING = """
 import sys, time
 from pathlib import Path
-from liteguard import checkpoints
+from liteguard import checkpoints, machine
 checkpoints.open_work(Path(sys.argv[1]), {"stage": "domain"})
 print("held", flush=True)
 time.sleep(60)

@@ -54,7 +54,7 @@ def check(bundles: list[Path]) -> None:
                 "Choose another --output."
             )
     for path in beside(bundles):
-        if path.exists() and not (path.is_file() and _is_ours(path)):
+        if path.exists() and not _is_ours(path):
             raise UserError(
                 f"{path} was not written by LiteGuard, and would be replaced. Move it away, or "
                 "choose another --output."
@@ -62,12 +62,8 @@ def check(bundles: list[Path]) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
     keys = {"models"} if path.name.endswith(".gallery.json") else {"files", "bundles"}
-    return isinstance(found, dict) and bool(keys & {*found})
+    return bool(keys & {*(checkpoints.read_dict(path) or {})})
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -179,11 +175,7 @@ class Steps:
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What an earlier run kept of a step."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            result = json.loads((self.work / f"{name}.json").read_text(encoding="utf-8"))
-            if isinstance(result, dict):
-                return result
-        return None
+        return checkpoints.read_dict(self.work / f"{name}.json")
 
     def forget(self, name: str) -> None:
         """Let this run take a step again, or all whose names are of a pattern."""
