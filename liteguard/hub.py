@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from liteguard import shown
 from liteguard.errors import LiteGuardError, UserError, WorkError, first_line
@@ -51,6 +51,13 @@ def remember(repository: Repository, commit: str | None) -> None:
     """Take a commit that earlier work resolved: a new one upstream then changes nothing."""
     if commit:
         _COMMITS[repository] = commit
+
+
+def follow(kind: Literal["model", "dataset"], name: Any, revision: Any, commit: Any) -> None:
+    """`remember` what a record says, which may be damaged: nothing where one of them is no text."""
+    texts = isinstance(name, str) and isinstance(revision, str | None) and isinstance(commit, str)
+    if texts and name:
+        remember(Repository(kind, name, revision), commit)
 
 
 def commit(repository: Repository) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, STAGE_RECORD
 
-from liteguard import checkpoints, model_files, models, records, writing
+from liteguard import checkpoints, hub, model_files, models, records, writing
 from liteguard.config import SourceSection, build
+from liteguard.data import preparation
 from liteguard.data.files import local_files
 from liteguard.errors import UserError
 from liteguard.evaluation import comparison, results
@@ -24,7 +25,7 @@ from liteguard.evaluation.journal import Journal
 from liteguard.prompts import Prompt
 from liteguard.rows import load_split
 from liteguard.training import tokens
-from liteguard.training.stage import last_checkpoint
+from liteguard.training.stage import _follow_earlier_run, last_checkpoint
 
 
 @pytest.fixture
@@ -153,7 +154,43 @@ def test_a_trainers_checkpoint_is_resumed_only_with_the_best_one(tmp_path):
     (second / "adapter_model.safetensors").unlink()
     assert last_checkpoint(tmp_path) == first
     (third / "trainer_state.json").write_text("{")
-    assert last_checkpoint(tmp_path) == first and not third.exists()
+    (second / "trainer_state.json").write_text('{"best_model_checkpoint": 2}')
+    assert last_checkpoint(tmp_path) == first and not third.exists() and not second.exists()
+
+
+ODD = [5, [1], [], {"a": 1}, True]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{name: odd} for name in ("hub", "revision", "commit") for odd in ODD]
+    + [{"hub": None}, {"hub": ""}, {"commit": None}],
+)
+def test_commits_of_a_damaged_record_are_not_followed(tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr(hub, "_COMMITS", {})
+    source = {"hub": "a/b", "revision": "main", "commit": "c" * 40}
+    names = {"hub": "base_model", "revision": "base_asked", "commit": "base"}
+    stage = {**STAGE_RECORD, "files": {}}
+
+    def follow(source: dict) -> dict:
+        hub._COMMITS.clear()
+        checkpoints.write_json(tmp_path / "manifest.json", {"inputs": {"a": 1, "b": source}})
+        inputs = {names[key]: value for key, value in source.items()}
+        checkpoints.write_json(tmp_path / "stage.json", {**stage, "inputs": inputs})
+        preparation.follow_earlier_run(tmp_path)
+        _follow_earlier_run(tmp_path, overwrite=False)
+        return hub._COMMITS
+
+    assert {known.kind for known in follow(source)} == {"dataset", "model"}
+    assert not follow(source | wrong)
+    assert {known.revision for known in follow({**source, "revision": None})} == {None}
+    del source["revision"]
+    assert {known.revision for known in follow(source)} == {None}
+    for inputs in ([], "x", None):
+        hub._COMMITS.clear()
+        checkpoints.write_json(tmp_path / "manifest.json", {"inputs": inputs})
+        preparation.follow_earlier_run(tmp_path)
+        assert not hub._COMMITS
 
 
 def test_pipes_are_not_read(tmp_path):

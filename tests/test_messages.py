@@ -20,7 +20,7 @@ from liteguard.cli import parser, resolve_config
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation import comparison, results
 from liteguard.evaluation.journal import Journal
-from liteguard.export import possible
+from liteguard.export import merge, possible
 
 BOMB = "\n".join(
     ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
@@ -444,3 +444,13 @@ def test_a_damaged_tokenizer(tmp_path):
         )
         with pytest.raises(UserError, match="holds no tokenizer that can be used"):
             models.load_tokenizer(str(tmp_path), Prompt(), 100)
+
+
+def test_a_damaged_tokenizer_of_a_checkpoint(whole_base, tmp_path, monkeypatch):
+    """The merge reads it first: compress_model.py, publish.py and the GGUF go through it."""
+    from liteguard.prompts import Prompt
+
+    monkeypatch.setattr(merge.model_files, "check_adapter", lambda directory: None)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"{tmp_path} holds no tokenizer that can be used"):
+        merge.merge_adapter(whole_base, tmp_path, tmp_path / "merged", Prompt())

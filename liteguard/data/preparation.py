@@ -149,15 +149,10 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
 
 def follow_earlier_run(output: Path) -> None:
     """Let finished data be compared with, and reused at, the hub commits they were made from."""
-    try:
-        inputs = (checkpoints.read_dict(output / "manifest.json") or {})["inputs"]
-        found = [value for value in inputs.values() if isinstance(value, dict)]
-    except (KeyError, AttributeError):
-        return
-    for source in found:
-        if source.get("hub") and source.get("commit"):
-            repository = hub.Repository("dataset", source["hub"], source["revision"])
-            hub.remember(repository, source["commit"])
+    inputs = (checkpoints.read_dict(output / "manifest.json") or {}).get("inputs")
+    for source in inputs.values() if isinstance(inputs, dict) else ():
+        if isinstance(source, dict):
+            hub.follow("dataset", *map(source.get, ("hub", "revision", "commit")))
 
 
 def plan(config: Config) -> dict[str, Any]:

@@ -98,11 +98,10 @@ def merge_adapter(
         raise UserError(f"{output_dir} exists already; choose another directory or remove it")
 
     base = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(str(adapter_dir), trust_remote_code=False)
-        if _has_tokenizer(adapter_dir)
-        else transformers.AutoTokenizer.from_pretrained(str(base_dir), **base)
-    )
+    own = _has_tokenizer(adapter_dir)
+    home, options = (adapter_dir, {"trust_remote_code": False}) if own else (base_dir, base)
+    with model_files.reading(str(home), "holds no tokenizer that can be used"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(home), **options)
     ids = special_token_ids(tokenizer, prompt)
     config = transformers.AutoConfig.from_pretrained(str(base_dir), **base)
     model = merged.load_stored(base_dir, **base)

@@ -124,10 +124,9 @@ def _follow_earlier_run(output: Path, overwrite: bool) -> None:
     if begun is None and not overwrite:
         with contextlib.suppress(UserError):
             begun = records.read(StageRecord, output / checkpoints.RECORD).inputs
-    known = [(begun or {}).get(name) for name in ("base_model", "base_asked", "base")]
-    if isinstance(known[0], str) and isinstance(known[2], str):
-        base = hub.Repository("model", known[0], known[1])
-        hub.remember(base, known[2].removeprefix("commit:"))
+    name, asked, base = map((begun or {}).get, ("base_model", "base_asked", "base"))
+    if isinstance(base, str):
+        hub.follow("model", name, asked, base.removeprefix("commit:"))
 
 
 @distributed.main_first
@@ -251,15 +250,15 @@ def last_checkpoint(work: Path) -> Path | None:
     found = []
     for path in (work / "trainer").glob("checkpoint-*"):
         state = checkpoints.read_dict(path / "trainer_state.json")
-        if state is None:
+        known = (state or {}).get("best_model_checkpoint")
+        if state is None or not (known is None or isinstance(known, str)):
             shutil.rmtree(path, ignore_errors=True)
             continue
         # Without the best one so far, the trainer would end with the last one's adapter.
-        best = Path(state.get("best_model_checkpoint") or path).name
+        best = Path(known or path).name
         needed = [path / name for name in ADAPTER_FILES]
         needed += [path.with_name(best) / name for name in ADAPTER_FILES]
         if all(file.is_file() for file in needed):
-            known = state.get("best_model_checkpoint")
             if known and not Path(known).is_dir():
                 # The directory was moved: the trainer would forget its best step without a word.
                 state["best_model_checkpoint"] = str(path.with_name(best))
