@@ -67,10 +67,18 @@ def work_directory(output: Path) -> Path:
 def claim(output: Path) -> None:
     """Keep other processes from making `output` until it is published or this one ends.
 
-    Raises UserError where a link stands in the work directory's place: what it leads to is not
-    ours to empty.
+    Raises UserError as `check_work` does.
     """
-    work = work_directory(output)
+    check_work(output)
+    machine.claim(output.with_name(f".{output.name}.lock"), str(output))
+
+
+def check_work(output: Path) -> None:
+    """Raise UserError where something that is not ours to empty stands in the place of work.
+
+    A link may lead anywhere; a directory may be somebody's own.
+    """
+    work, aside = work_directory(output), writing.moved_aside(output)
     if work.is_symlink():
         raise UserError(
             f"{work} is a symbolic link, and left as it is: remove it, or choose another --output."
@@ -79,7 +87,21 @@ def claim(output: Path) -> None:
         raise UserError(
             f"{work} is a file, and left as it is: remove it, or choose another --output."
         )
-    machine.claim(output.with_name(f".{output.name}.lock"), str(output))
+    made = (INPUTS, PUBLISHING, RESULT)
+    for directory, known in ((work, made), (aside, (RECORD, "manifest.json"))):
+        ours = writing.is_marked(directory) or any((directory / n).exists() for n in known)
+        if writing.is_full(directory) and not ours:
+            raise UserError(
+                f"{directory} was not made by LiteGuard, and what is in it would be deleted. Move "
+                "it away, or choose another --output."
+            )
+
+
+def begin_work(work: Path, inputs: Mapping[str, Any]) -> None:
+    """Make a work directory, or go on in it: known as ours from the first moment."""
+    work.mkdir(parents=True, exist_ok=True)
+    writing.mark(work)
+    write_json(work / INPUTS, inputs)
 
 
 def next_command(stage: str) -> str:
@@ -245,7 +267,7 @@ def check_output(output: Path, inputs: Mapping[str, Any], record: str = RECORD) 
     elif output.exists() and any(output.iterdir()) and not _is_ours(output, inputs, record):
         problem = f"{output} exists and was not written by LiteGuard, at least not by this command"
     else:
-        return
+        return check_work(output)
     raise UserError(
         f"{problem}. It is left as it is, with --overwrite too: choose another --output."
     )
@@ -284,7 +306,7 @@ def open_work(
     begun = begun_from(work)
     if begun is None or not resumable or (overwrite and begun != inputs):
         # Without its inputs nobody knows what it was the work of: a kill while it was deleted.
-        writing.remove(work)
+        forget_work(work)
         begun = None
     if not (overwrite and not published) and (output / record).exists():
         if not (changes := _changes(output, inputs, record)):
@@ -305,8 +327,7 @@ def open_work(
             )
     if overwrite:
         _keep_strangers(output, record)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / INPUTS, inputs)
+    begin_work(work, inputs)
     return work
 
 
@@ -405,7 +426,18 @@ def drop_work(work: Path) -> None:
 
     What says that it is goes last: the rest may be large, and a kill leaves some of it.
     """
-    last = [work / INPUTS, work / PUBLISHING]
+    last = [work / writing.MARK, work / INPUTS, work / PUBLISHING]
     for path in [*(path for path in work.iterdir() if path not in last), *last]:
         writing.remove(path)
     work.rmdir()
+
+
+def forget_work(work: Path) -> None:
+    """Delete a work directory that is not gone on from; it need not be there.
+
+    Its inputs go first: nobody resumes what a kill leaves of it.
+    """
+    if work.is_dir():
+        writing.mark(work)
+        writing.remove(work / INPUTS)
+        writing.remove_marked(work)

@@ -26,6 +26,8 @@ from liteguard.errors import UserError
 _WHOLE, _BLOCKS, _BLOCK = 64 << 20, 256, 1 << 16
 # A hidden name beside an output adds a dot and an ending; most file systems allow 255 bytes.
 LONGEST_NAME = 240
+# An empty file in directories that are ours to delete; it goes last, so a kill leaves it there.
+MARK = ".liteguard"
 _EXCHANGE = 2  # RENAME_EXCHANGE in linux/fs.h
 _AT_HERE = -100  # AT_FDCWD in fcntl.h
 
@@ -94,11 +96,12 @@ def put(source: Path, target: Path) -> None:
         if _exchange(source, target):
             remove(source)
         else:
-            aside = _aside(target)
+            aside = moved_aside(target)
             remove(aside)
             os.replace(target, aside)
             os.replace(source, target)
-            remove(aside)
+            mark(aside)
+            remove_marked(aside)
     else:
         os.replace(source, target)
     _flush_names(target.parent)
@@ -106,18 +109,20 @@ def put(source: Path, target: Path) -> None:
 
 def bring_back(target: Path) -> bool:
     """Undo the first half of a replacement that a kill cut in two; whether there was one."""
-    aside = _aside(target)
+    aside = moved_aside(target)
     if not aside.is_dir() or aside.is_symlink():
         return False
-    if target.exists():
-        remove(aside)
+    if target.exists() or is_marked(aside):
+        mark(aside)
+        remove_marked(aside)
         return False
     os.replace(aside, target)
     _flush_names(target.parent)
     return True
 
 
-def _aside(target: Path) -> Path:
+def moved_aside(target: Path) -> Path:
+    """Where `put` moves a directory that it replaces, for the moment of two renames."""
     return target.with_name(f".{target.name}.replaced")
 
 
@@ -146,6 +151,26 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def mark(directory: Path) -> None:
+    """Say that a directory is ours to delete."""
+    os.close(os.open(directory / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+
+
+def is_marked(directory: Path) -> bool:
+    """Whether `mark` was here; a link is none."""
+    found = directory / MARK
+    return found.is_file() and not found.is_symlink()
+
+
+def remove_marked(directory: Path) -> None:
+    """Delete a directory, its mark last: what a kill leaves of it is still known to be ours."""
+    for path in [*directory.iterdir()]:
+        if path.name != MARK:
+            remove(path)
+    remove(directory / MARK)
+    directory.rmdir()
 
 
 def flush(path: Path) -> None:

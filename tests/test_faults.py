@@ -260,6 +260,41 @@ def test_a_directory_with_files_of_others_is_not_replaced(tmp_path):
     assert checkpoints.open_work(output, INPUTS, overwrite=True)
 
 
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_of_others_in_the_place_of_work_is_left(tmp_path, name, overwrite):
+    output = tmp_path / "out"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("mine")
+    message = rf"{name.replace('.', '[.]')} was not made by LiteGuard"
+    with pytest.raises(UserError, match=message):
+        checkpoints.check_output(output, INPUTS)
+    with pytest.raises(UserError, match=message):
+        checkpoints.open_work(output, INPUTS, overwrite)
+    assert tree(tmp_path) == {f"{name}/thesis.txt": "mine"}
+    (tmp_path / name / "thesis.txt").unlink()
+    assert checkpoints.open_work(output, INPUTS, overwrite), "an empty one is nobody's"
+
+
+def test_every_kill_while_work_is_thrown_away(stand):
+    """What is left of it is still ours, and nobody goes on from the half of a trainer's state."""
+    output = stand.place / "out"
+    work = checkpoints.open_work(output, {"stage": "domain", "rate": 1})
+    train(work, "old")
+    stand.keep()
+    kills = 0
+    for kills in every_kill(
+        stand.place, stand.back, lambda: checkpoints.open_work(output, INPUTS, overwrite=True)
+    ):
+        stand.forget_locks()
+        whole = tree(stand.kept / ".out.partial")
+        begun = checkpoints.begun_from(work)
+        assert begun in (None, INPUTS) or tree(work) == whole, f"kill {kills}"
+        assert checkpoints.open_work(output, INPUTS, overwrite=True) == work
+        assert sorted(tree(work)) == [writing.MARK, checkpoints.INPUTS], f"kill {kills}"
+    assert kills > 5
+
+
 @pytest.mark.parametrize("name", ["x.task", "x.task.json", "x.deploy.json", "x.gallery.json"])
 def test_what_a_bundle_cannot_replace_is_refused_before_the_work(tmp_path, name):
     bundles = [tmp_path / "x.task"]

@@ -98,6 +98,7 @@ def beside(
     same = made.get("inputs") == inputs and output.is_file()
     if same and made.get("sha256") == checkpoints.sha256_file(output):
         print(f"{output} was made from the same model: kept")
+        checkpoints.claim(output)
         if (left := checkpoints.work_directory(output)).is_dir():  # a kill while it was deleted
             checkpoints.drop_work(left)
         return made
@@ -135,6 +136,7 @@ def check(output: Path, architecture: Any, tokenizer: Any, overwrite: bool) -> N
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())
     if why := why_not(architecture.to_dict(), pieces):
         raise UserError(f"{output}: no GGUF can be written of this model: {why}")
+    checkpoints.check_work(output)
     taken = [path for path in (output, _record(output)) if path.exists() or path.is_symlink()]
     if any(not path.is_file() or path.is_symlink() or writing.is_mount(path) for path in taken):
         raise UserError(f"{output} or its record is no plain file: a GGUF cannot take its place")

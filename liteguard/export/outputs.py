@@ -104,9 +104,8 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
     made_of = {k: v for k, v in inputs.items() if not k.startswith("compress.verify.")}
     inputs = json.loads(json.dumps(made_of))
     if checkpoints.begun_from(work) != inputs:
-        writing.remove(work)
-        work.mkdir(parents=True)
-        checkpoints.write_json(work / checkpoints.INPUTS, inputs)
+        checkpoints.forget_work(work)
+        checkpoints.begin_work(work, inputs)
     return work
 
 
@@ -246,6 +245,8 @@ def finish_publishing(output: Path, inputs: dict[str, Any]) -> bool:
     work = checkpoints.work_directory(output)
     decided = checkpoints.read_dict(work / checkpoints.PUBLISHING)
     if decided is None:
+        if checkpoints.begun_from(work) is None:
+            checkpoints.forget_work(work)  # a kill has left some of it
         return False
     # Names of this directory only; whoever can write here needs no such list.
     for name in map(str, decided):
