@@ -310,6 +310,47 @@ def test_what_a_bundle_cannot_replace_is_refused_before_the_work(tmp_path, name)
         assert (tmp_path / name).read_text() == '{"my": "notes"}'
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "bundle", "damaged bundle"])
+def test_a_bundle_of_others_is_not_replaced(tmp_path, kind):
+    """Only one whose record beside it names its sha256, or one that a kill cut while publishing."""
+    bundle, record = tmp_path / "x.task", tmp_path / "x.task.json"
+    if "link" in kind:
+        bundle.symlink_to("victim")
+    else:
+        bundle.write_text("a bundle")
+    if kind == "link":
+        (tmp_path / "victim").write_text("mine")
+    if kind == "damaged bundle":
+        record.write_text('{"files": {"x.task": "0"}}')
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"x\.task (is a link|was not written by LiteGuard)"):
+        outputs.check([tmp_path / "x.litertlm", bundle])
+    assert tree(tmp_path) == before and bundle.is_symlink() == ("link" in kind)
+    if kind == "bundle":
+        files = {bundle.name: checkpoints.sha256_file(bundle)}
+        work = outputs.start_work(bundle, {})
+        checkpoints.write_json(work / checkpoints.PUBLISHING, files)
+        outputs.check([bundle])
+        outputs.finish_publishing(bundle, {})
+        record.write_text(json.dumps({"files": files}))
+        outputs.check([tmp_path / "x.litertlm", bundle])
+
+
+def test_both_containers_of_a_name_are_one_output(tmp_path, monkeypatch):
+    """They share two records: made in either order, by one command at a time."""
+    task, other = tmp_path / "x.task", tmp_path / "x.litertlm"
+    work = outputs.start_work(task, {"a": 1})
+    with monkeypatch.context() as another_process:
+        another_process.setattr(machine, "_claims", {})
+        with pytest.raises(UserError, match=r"x\.litertlm is being made by process"):
+            outputs.start_work(other, {"a": 2})
+        outputs.start_work(tmp_path / "y.task", {"a": 2})
+    (work / "x.task").write_text("new")
+    checkpoints.write_json(work / checkpoints.PUBLISHING, {"x.task": "0"})
+    outputs.finish_publishing(other, {})  # what a kill cut is not left to come back later
+    assert task.read_text() == "new" and not work.exists()
+
+
 def test_no_setting_takes_a_value_of_another_type(tmp_path):
     """Every setting of the schema; of the 1,500 wrong values of the whole matrix one in 24."""
     cases = [

@@ -98,7 +98,7 @@ def beside(
     same = made.get("inputs") == inputs and output.is_file()
     if same and made.get("sha256") == checkpoints.sha256_file(output):
         print(f"{output} was made from the same model: kept")
-        checkpoints.claim(output)
+        outputs.claim(output)
         if (left := checkpoints.work_directory(output)).is_dir():  # a kill while it was deleted
             checkpoints.drop_work(left)
         return made

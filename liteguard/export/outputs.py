@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, shown, writing
+from liteguard import checkpoints, machine, shown, writing
 from liteguard.errors import UserError, WorkError
 from liteguard.export.verify import TooCoarse
 from liteguard.machine import peak_rss_gb
@@ -46,24 +46,51 @@ def beside(bundles: list[Path]) -> list[Path]:
 
 def check(bundles: list[Path]) -> None:
     """Raise UserError, before the work, for what a finished bundle cannot or must not replace."""
-    checkpoints.work_directory(bundles[0])  # has it a name that can be worked beside?
-    for path in bundles:
-        if path.exists() and (not path.is_file() or writing.is_mount(path)):
+    _check_work(bundles[0])
+    records = beside(bundles)
+    for path in (*bundles, *records):
+        plain = path.is_file() and not path.is_symlink() and not writing.is_mount(path)
+        if (path.exists() or path.is_symlink()) and not plain:
             raise UserError(
-                f"{path} is a directory, a device or a mount point: a file cannot take its place. "
-                "Choose another --output."
+                f"{path} is a link, a directory, a device or a mount point: a file cannot take its "
+                "place. Choose another --output."
             )
-    for path in beside(bundles):
-        if path.exists() and not _is_ours(path):
+    for path in (*records, *bundles):
+        if path.exists() and not (_is_ours(path) if path in records else _is_described(path)):
             raise UserError(
-                f"{path} was not written by LiteGuard, and would be replaced. Move it away, or "
-                "choose another --output."
+                f"{path} was not written by LiteGuard, or was changed since, and would be "
+                "replaced. Move it away, or choose another --output."
             )
 
 
 def _is_ours(path: Path) -> bool:
     keys = {"models"} if path.name.endswith(".gallery.json") else {"files", "bundles"}
     return bool(keys & {*(checkpoints.read_dict(path) or {})})
+
+
+def _is_described(bundle: Path) -> bool:
+    """Whether the record beside a bundle names its sha256, or a publishing that a kill cut does."""
+    record = checkpoints.read_dict(bundle.with_name(f"{bundle.name}.json")) or {}
+    cut = [checkpoints.read_dict(work / checkpoints.PUBLISHING) for work in _works(bundle)]
+    digest = checkpoints.sha256_file(bundle)
+    named = (record.get("files"), *cut)
+    return any(isinstance(files, dict) and files.get(bundle.name) == digest for files in named)
+
+
+def _works(output: Path) -> list[Path]:
+    """Where the containers of `output`'s name are made: in either order, by two commands."""
+    return [checkpoints.work_directory(output.with_suffix(suffix)) for suffix in SUFFIXES]
+
+
+def _check_work(output: Path) -> None:
+    for path in {output, *(output.with_suffix(suffix) for suffix in SUFFIXES)}:
+        checkpoints.check_work(path)
+
+
+def claim(output: Path) -> None:
+    """Hold the name of `output` without its ending: all containers write the same records."""
+    _check_work(output)
+    machine.claim(output.with_name(f".{output.stem}.bundle.lock"), str(output))
 
 
 def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
@@ -99,7 +126,7 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
 
     Other tolerances of the proof change no file, so they do not count.
     """
-    checkpoints.claim(output)
+    claim(output)
     work = checkpoints.work_directory(output)
     made_of = {k: v for k, v in inputs.items() if not k.startswith("compress.verify.")}
     inputs = json.loads(json.dumps(made_of))
@@ -241,8 +268,15 @@ def finish_publishing(output: Path, inputs: dict[str, Any]) -> bool:
 
     Returns whether there were any, and they were made from `inputs`.
     """
-    checkpoints.claim(output)
-    work = checkpoints.work_directory(output)
+    claim(output)
+    if not any([_give_names(work) for work in _works(output)]):
+        return False
+    made = checkpoints.read_dict(output.with_name(f"{output.name}.json")) or {}
+    return made.get("inputs") == json.loads(json.dumps(inputs))
+
+
+def _give_names(work: Path) -> bool:
+    """Whether a work directory has decided what to publish; that is done then."""
     decided = checkpoints.read_dict(work / checkpoints.PUBLISHING)
     if decided is None:
         if checkpoints.begun_from(work) is None:
@@ -251,7 +285,6 @@ def finish_publishing(output: Path, inputs: dict[str, Any]) -> bool:
     # Names of this directory only; whoever can write here needs no such list.
     for name in map(str, decided):
         if (source := work / Path(name).name).is_file():
-            writing.put(source, output.with_name(source.name))
+            writing.put(source, work.with_name(source.name))
     checkpoints.drop_work(work)
-    made = checkpoints.read_dict(output.with_name(f"{output.name}.json")) or {}
-    return made.get("inputs") == json.loads(json.dumps(inputs))
+    return True
