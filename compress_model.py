@@ -114,7 +114,7 @@ def main() -> None:
     outputs.check(bundles)
     gguf = output.with_suffix(".gguf") if args.also == "gguf" else None
     if gguf:
-        gguf_file.check(gguf, architecture, own, args.overwrite)
+        gguf_file.check(gguf, architecture, own)
     samples = None
     if section.verify.level != "none":
         samples = measured.collect_samples(config, data_dir, own.backend_tokenizer)

@@ -18,7 +18,7 @@ from liteguard import checkpoints, machine, writing
 from liteguard.config import Config
 from liteguard.errors import UserError
 from liteguard.evaluation.journal import Journal
-from liteguard.export import outputs
+from liteguard.export import gguf_file, outputs
 from liteguard.records import BundleRecord
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -334,6 +334,18 @@ def test_a_bundle_of_others_is_not_replaced(tmp_path, kind):
         outputs.finish_publishing(bundle, {})
         record.write_text(json.dumps({"files": files}))
         outputs.check([tmp_path / "x.litertlm", bundle])
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.gguf.json", ".x.gguf.partial/thesis.txt"])
+def test_a_gguf_of_others_is_not_replaced(tmp_path, name):
+    gguf_file.check_place(tmp_path / "x.gguf")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="not (written|made) by LiteGuard"):
+        gguf_file.check_place(tmp_path / "x.gguf")
+    (tmp_path / "x.gguf.json").write_text('{"tensors": {}}')
+    if not name.startswith("."):
+        gguf_file.check_place(tmp_path / "x.gguf")
 
 
 def test_both_containers_of_a_name_are_one_output(tmp_path, monkeypatch):

@@ -127,23 +127,28 @@ def _record(output: Path) -> Path:
     return output.with_name(f"{output.name}.json")
 
 
-def check(output: Path, architecture: Any, tokenizer: Any, overwrite: bool) -> None:
-    """Raise UserError, before the work, where no GGUF can be written (`why_not`), or another's file
-    stands in its way.
+def check(output: Path, architecture: Any, tokenizer: Any) -> None:
+    """Raise UserError, before the work, where no GGUF can be written (`why_not`), or as
+    `check_place` does.
 
     `architecture` and `tokenizer` are Transformers': a configuration, a fast tokenizer.
     """
     pieces = json.loads(tokenizer.backend_tokenizer.to_str())
     if why := why_not(architecture.to_dict(), pieces):
         raise UserError(f"{output}: no GGUF can be written of this model: {why}")
+    check_place(output)
+
+
+def check_place(output: Path) -> None:
+    """Raise UserError where another's file stands in a GGUF's way: it is never replaced."""
     checkpoints.check_work(output)
     taken = [path for path in (output, _record(output)) if path.exists() or path.is_symlink()]
     if any(not path.is_file() or path.is_symlink() or writing.is_mount(path) for path in taken):
         raise UserError(f"{output} or its record is no plain file: a GGUF cannot take its place")
-    ours = "tensors" in (checkpoints.read_dict(_record(output)) or {})
-    if taken and not ours and not overwrite:
+    if taken and "tensors" not in (checkpoints.read_dict(_record(output)) or {}):
         raise UserError(
-            f"{taken[0]} exists and was not written by LiteGuard. Move it away, or pass --overwrite"
+            f"{taken[0]} exists and was not written by LiteGuard. Move it away, or choose another "
+            "--output."
         )
 
 
