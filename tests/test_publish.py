@@ -14,6 +14,7 @@ from conftest import ROOT
 from stub_hub import TOKEN, StubHub
 
 from liteguard import checkpoints, cli, machine
+from liteguard.config import Config
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation import card
 from liteguard.publishing import package, upload
@@ -277,20 +278,72 @@ def test_paths_of_this_machine_become_names():
     }
 
 
+def test_records_are_handed_out_without_rows_and_folders(tmp_path):
+    """Only the bundle itself may have learned of them."""
+    sources = ("clinic/oncology/jane.csv", "file:///home/me/clinic/x.csv", "./clinic/y.csv")
+    config = {
+        "data": {
+            "domain": [{"dataset": "auto", "path": path} for path in sources],
+            "preference": [{"dataset": "auto", "hub": "owner/name"}],
+            "decontaminate": ["clinic/exam.jsonl", "medqa"],
+        },
+        "evaluate": {"sets": [{"name": "a", "path": "clinic/b.csv", "kind": "texts"}]},
+    }
+    rows = [{"prompt": "Does Jane have a rash?", "text": "Yes, Jane has.", "merged": "Jane? No."}]
+    measured = {"agree": 0.9, "answers": rows}
+    made = {
+        **{"base_model": "a/base", "base_identity": "commit:1", "data_dir": "clinic/data/x"},
+        **{"parent": "clinic/final", "prompt": {}, "inputs": {}, "config": config},
+    }
+    record = BundleRecord(
+        **{**made, "stage": "bundle", "files": {"x.task": "0"}, "bytes": {"x.task": 3}},
+        **{"merge": {}, "tokenizer": {}, "export": {"kv_cache_length": 1280}, "bundles": {}},
+        quantize={"recipe": "int8"},
+        verify={"steps": [], "float": measured, "bundle": measured},
+    )
+    stage = StageRecord(
+        **{**made, "stage": "safety", "files": {}},
+        config_sources={"domain.max_steps": "clinic/oncology/mine.yaml", "safety.beta": "--set"},
+    )
+    checkpoints.write_json(tmp_path / "adapter_config.json", {})
+    work = tmp_path / "work"
+    work.mkdir()
+    for kind in ("bundle", "adapter"):
+        source = package.Source(tmp_path / "x.task", record, kind, tmp_path, stage)
+        files = package.collect(source, Config(), "the card", work, repository=NAME)
+        for name, path in files.items():
+            if work in path.parents:
+                text = path.read_text()
+                assert "Jane" not in text and "clinic" not in text, name
+                assert "oncology" not in text and "file:" not in text, name
+    kept = json.loads((work / "x.task.json").read_text())
+    data = kept["config"]["data"]
+    assert [row["path"] for row in data["domain"]] == ["jane.csv", "x.csv", "y.csv"]
+    assert data["preference"][0]["hub"] == "owner/name"
+    assert data["decontaminate"] == ["exam.jsonl", "medqa"]
+    assert kept["verify"]["bundle"] == {"agree": 0.9} and kept["base_model"] == "a/base"
+    assert record.verify["bundle"]["answers"] == rows, "the record here keeps them"
+    assert json.loads((work / "stage.json").read_text())["config_sources"]["safety.beta"] == "--set"
+
+
 def test_a_card_shows_no_place_and_no_row(proven, tmp_path):
     """Of data that are gone, or of a leak, the comparison here names both."""
     source = package.proven(Path("liteguard_tiny.task"), "bundle")
     row = "Does our patient Jane have a rash?"
-    gone = "/home/me/my clinic/data/instruction/train.jsonl (instruction stage)"
+    gone = [
+        "/home/me/my clinic/data/instruction/train.jsonl (instruction stage)",
+        "what an earlier my clinic/domain_checkpoint was trained on",
+    ]
     for name in ("base", "bundle"):
         result = json.loads((proven / f"evaluation/{name}.json").read_text())
-        leaks = {"found": 1, "measured": 1, "examples": [["questions", row]], "unchecked": [gone]}
+        leaks = {"found": 1, "measured": 1, "examples": [["questions", row]], "unchecked": gone}
         result["contamination"] |= leaks
         checkpoints.write_json(tmp_path / f"{name}.json", result)
     facts = package.measured(source, tmp_path)
     text = package.readme(source, facts, NAME)
     assert "my clinic" not in text and "/home" not in text and "Jane" not in text
     assert "train.jsonl (instruction stage)" in text and "1 of" in text
+    assert "what an earlier domain" in text
 
 
 def test_the_script_publishes_a_merged_model(proven, hub, monkeypatch, capsys):

@@ -22,7 +22,11 @@ from liteguard.records import BundleRecord, Result, StageRecord
 
 KINDS = ("bundle", "adapter", "merged")
 # A path of this machine, or of the one that the stage came from.
-_PATH = re.compile(r"(?:/|~/|\.\./|[A-Za-z]:\\).+", re.DOTALL)
+_PATH = re.compile(r"(?:file:/|/|~/|\.{1,2}/|[A-Za-z]:\\).+", re.DOTALL)
+# Keys whose values are places, also where these begin in the current directory.
+_PLACES = ("path", "parent", "data_dir", "decontaminate", "config_name", "config_sources")
+# What training data are called that could not be looked at (`contamination.training_data`).
+_UNCHECKED = re.compile(r"(what (?:an earlier )?)?.*[/\\]", re.DOTALL)
 # The folders of such a path within a sentence.
 _FOLDERS = re.compile(r"(?<!\S)(?:/(?=[^\s/])|~/|\.\./|[A-Za-z]:\\).*[/\\]")
 USE = {
@@ -100,14 +104,21 @@ def measured(source: Source, evaluation: Path) -> dict[str, Any]:
     names = [name for name in ("base", source.label) if (evaluation / f"{name}.json").is_file()]
     results = comparison.read_results(names, evaluation)
     said = verdict.verdict(results, verdict.limits_of(results, []))
+    shorter: dict[str, str] = {}
     for each in results.values():
         leaks = each["contamination"]
-        leaks["unchecked"] = [_FOLDERS.sub("", text) for text in leaks["unchecked"]]
+        names = {text: _UNCHECKED.sub(r"\1", text, count=1) for text in leaks["unchecked"]}
+        leaks["unchecked"] = [*names.values()]
+        shorter |= names
         # A row may be of somebody's own set.
         leaks["examples"] = [[name, "(not shown)"] for name, _ in leaks["examples"]]
-    said = replace(
-        said, reasons=[replace(own, text=_FOLDERS.sub("", own.text)) for own in said.reasons]
-    )
+
+    def told(text: str) -> str:
+        for long, short in shorter.items():
+            text = text.replace(long, short)
+        return _FOLDERS.sub("", text)
+
+    said = replace(said, reasons=[replace(own, text=told(own.text)) for own in said.reasons])
     return report.report_facts(results, said)
 
 
@@ -130,21 +141,33 @@ def readme(source: Source, facts: dict[str, Any], repository: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def without_places(value: Any) -> Any:
-    """A record's value with the last part of every path in place of the path."""
+def without_places(value: Any, place: bool = False) -> Any:
+    """A record's value with the last part of every path in place of the path.
+
+    place: the value is a path or has some, also where it does not look like one.
+    """
     if isinstance(value, Mapping):
         # A prompt is never a path, whatever it begins with.
-        return {k: v if k == "prompt" else without_places(v) for k, v in value.items()}
+        return {
+            k: v if k == "prompt" else without_places(v, place or k in _PLACES)
+            for k, v in value.items()
+        }
     if isinstance(value, list):
-        return [without_places(inside) for inside in value]
-    if isinstance(value, str) and _PATH.fullmatch(value):
+        return [without_places(inside, place) for inside in value]
+    if isinstance(value, str) and (place or _PATH.fullmatch(value)):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
 
 def _for_others(record: BundleRecord | StageRecord) -> dict[str, Any]:
-    """A record as it is handed out: read as before, and without places of this machine."""
+    """A record as it is handed out: read as before, without places of this machine and rows.
+
+    The rows that a bundle was proven on may be the user's own, and are in its record to look at.
+    """
     kept = record.to_dict() if isinstance(record, BundleRecord) else record.model_dump()
+    for measured in (kept.get("verify") or {}).values():
+        if isinstance(measured, dict):
+            measured.pop("answers", None)
     kept["config"] = of_a_record(kept["config"])[0]
     return without_places(kept)
 
