@@ -152,7 +152,8 @@ def print_config(config: Config, *sections: str) -> None:
     for name, value in values.items():
         if name.split(".")[0] in sections:
             origin = config.sources.get(name, "default")
-            print(f"  {name:38} {value!r:42} {shown.visible(origin)}")
+            line = f"  {name:38} {value!r:42} {origin}"
+            print(shown.visible(shown.without_passwords(line)))
 
 
 # Where `keep_heard` writes, once it is known.

@@ -14,7 +14,15 @@ LONGEST = 2000  # characters of a message
 _ACTS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-_PASSWORD = re.compile(r"(?<=://)[^/\s'\"?#]*@")
+# What gives access: a user name and password of a URL, a key in its query, a key as services make
+# them (OpenAI and its like, Hugging Face, GitHub, Google).
+_SECRETS = re.compile(
+    r"(?P<user>(?<=://)[^/\s'\"?#]*@)"
+    r"|(?P<name>[?&;#][\w.-]{0,40}(?:key|token|secret|password|passwd|signature|sig)=)[^&\s'\"#]+"
+    r"|(?<![\w/-])(?:sk-(?=[\w-]*\d)[\w-]{6,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{16,}|AIza[\w-]{16,})",
+    re.IGNORECASE,
+)
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$#])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -25,8 +33,10 @@ def visible(text: str) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """`text` with *** in place of user names and passwords in URLs."""
-    return _PASSWORD.sub("***@", text)
+    """`text` with *** in place of user names and passwords in URLs, and of keys."""
+    return _SECRETS.sub(
+        lambda found: "***@" if found["user"] else f"{found['name'] or ''}***", text
+    )
 
 
 def duration(seconds: float) -> str:
@@ -53,13 +63,14 @@ def brief(value: Any, longest: int = 80) -> str:
 
 def message(text: str) -> str:
     """A message for the screen: without passwords, visible, cut in the middle beyond LONGEST."""
+    text = without_passwords(text)  # first, since a half of one is not known as one
     if len(text) > LONGEST:
         half = LONGEST // 2 - 40
         text = (
             f"{text[:half]}\n... ({len(text) - 2 * half:,} characters left out) ...\n{text[-half:]}"
         )
     # Last, since an escape is longer than what it stands for.
-    shown = visible(without_passwords(text))
+    shown = visible(text)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}..."
 
 

@@ -324,6 +324,10 @@ def test_the_name_of_a_result_in_a_plot_is_no_formula():
     [
         ("url", "http://me:SECRET4@127.0.0.1:9/v1", "SECRET4"),
         ("url", "http://SECRET4@127.0.0.1:9/v1", "SECRET4"),
+        ("url", "http://127.0.0.1:9/v1?api_key=SECRET4", "SECRET4"),
+        ("url", "http://127.0.0.1:9/v1?SECRET4", "SECRET4"),
+        ("url", "http://127.0.0.1:9/v1#SECRET4", "SECRET4"),
+        ("model", "sk-proj-SECRET4", "SECRET4"),
         ("api_key_env", "sk-SECRET5", "SECRET5"),
         ("api_key_env", "sk_secret6", "secret6"),
         ("api_key", "SECRET7", "SECRET7"),
@@ -338,6 +342,50 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(key, value, secret
     assert secret not in str(error.value)
 
 
+SECRETS = (
+    *("https://me:SECRET9@h.example/x", "https://h.example/v1?v=1&api_key=SECRET9"),
+    *("sk-SECRET9", "hf_SECRET9aBcDeFgHiJkL", "AIzaSECRET9_aBcDeFgHiJkL"),
+)
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_no_setting_takes_a_secret(secret, capsys):
+    """Each of them is printed, recorded in stage.json and sent to trackers."""
+    names = [n for n in config_layers.valid_names() if n.split(".")[0] != "prompt"]
+    names += [f"data.domain.0.{key}" for key in config_layers.SourceSection.model_fields]
+    names += [f"evaluate.sets.0.{key}" for key in config_layers.SetSection.model_fields]
+    names += ["safety.kind_weights.harmful", "data.domain.0.columns.prompt", "data.decontaminate.0"]
+    base = {
+        "data": {"domain": [{"dataset": "auto"}], "decontaminate": ["medqa"]},
+        "evaluate": {"sets": [{"name": "a", "path": "b", "kind": "texts"}], "llm_judge": JUDGE},
+    }
+    for name in names:
+        layers = [("test", base), config_layers.parse_setting(f"{name}={secret}")]
+        with pytest.raises(UserError) as error:
+            config_layers.build(layers)
+        assert "SECRET9" not in str(error.value), name
+        assert name.removesuffix(".0") in str(error.value)
+
+
+def test_texts_that_only_look_like_a_secret_are_taken():
+    ordinary = ["hf_datasets", "me/sk-learn-2024", "sk-learn-data", "a@b.example", "AIza", "x?y=1"]
+    for text in ordinary:
+        assert config_layers.build([("test", {"data": {"cache_dir": text}})])
+        assert shown.message(text) == text
+
+
+def test_the_printed_settings_hide_a_password_and_show_escapes(capsys):
+    config = config_layers.build([("a\x1b.yaml", {"safety": {"kind_weights": {"a\x1b[1m": 2}}})])
+    section = config.model.model_copy(update={"path": SECRETS[0]})  # of a record, say
+    cli.print_config(config.model_copy(update={"model": section}), "model", "safety")
+    printed = capsys.readouterr().out
+    assert "https://***@h.example/x" in printed and "SECRET9" not in printed
+    assert "kind_weights.a\\x1b[1m" in printed and "\x1b" not in printed
+
+
 def test_messages_hide_the_password_of_a_url():
+    for secret in SECRETS:
+        assert "SECRET9" not in shown.message(f"{secret} {'x' * 3000}")
+        assert "SECRET9" not in shown.message("x" * 955 + f" {secret}" + "x" * 3000)
     text = shown.message("https://me:SECRET8@hub.example/x has a failure (http://a@b/)")
     assert text == "https://***@hub.example/x has a failure (http://***@b/)"

@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import math
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+from liteguard import shown
 
 LARGEST = 10**12  # no number here can be meant to be larger
 _DIGITS = re.compile(r"\s*[-+]?[0-9_]{14,}\s*")
@@ -43,6 +46,24 @@ class Section(BaseModel):
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if is_number and math.isfinite(number) and abs(number) > LARGEST:
             raise ValueError(f"larger than {LARGEST:.0e}, which cannot be meant")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _holds_no_secret(cls, value: Any, info: ValidationInfo) -> Any:
+        """Values are printed, recorded and sent to trackers. The message does not repeat them."""
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        texts = value if isinstance(value, list) else [value]
+        is_mapping = any(get_origin(kind) is dict for kind in (wanted, *get_args(wanted)))
+        if isinstance(value, dict) and is_mapping:
+            texts = [*value, *value.values()]
+        if any(isinstance(text, str) and shown.without_passwords(text) != text for text in texts):
+            raise PydanticCustomError(
+                "secret",
+                "a key, or a URL with a password or a key in it, and values are printed and "
+                "recorded. Put it into an environment variable: HF_TOKEN for the hub, for a judge "
+                "the one that api_key_env names",
+            )
         return value
 
 

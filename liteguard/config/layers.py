@@ -225,7 +225,7 @@ def _line(problem: Any) -> str:
             return f"  {name}: not offered: {why}."
         return f"  {name}: unknown key; {_nearest(location)}"
     got = problem.get("input")
-    hidden = isinstance(got, Mapping) or "llm_judge" in location
+    hidden = isinstance(got, Mapping) or "llm_judge" in location or problem["type"] == "secret"
     what = problem["msg"].removeprefix("Value error, ")
     return f"  {name}: {what}" + ("" if hidden else f" (got {shown.brief(got)})")
 

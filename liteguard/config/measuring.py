@@ -36,10 +36,10 @@ class LlmJudgeSection(Section):
             reachable = False
         if not reachable or re.search(r"\s", url):
             raise ValueError("not a URL of a service, such as http://127.0.0.1:8000/v1")
-        if "@" in parts.netloc:
+        if re.search("[?#]", url):
             raise ValueError(
-                "a URL is printed and recorded, so it must not hold a user name or password. Put "
-                "the key into an environment variable and name that in api_key_env"
+                "a URL is printed and recorded, and ends with the version: nothing after a ? or # "
+                "is sent. Put a key into an environment variable and name that in api_key_env"
             )
         return url
 

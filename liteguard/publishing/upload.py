@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from liteguard import checkpoints
+from liteguard import checkpoints, shown
 from liteguard.errors import LiteGuardError, UserError, WorkError, first_line
 
 Result = TypeVar("Result")
@@ -28,7 +28,8 @@ class Hub:
         from huggingface_hub.utils import disable_progress_bars
 
         check_name(repository)
-        self.repository, self.endpoint = repository, constants.ENDPOINT
+        self.repository = repository
+        self.endpoint = shown.without_passwords(constants.ENDPOINT)
         if constants.HF_HUB_OFFLINE:
             raise UserError("HF_HUB_OFFLINE is set: nothing can be published. Unset it.")
         if not get_token():
