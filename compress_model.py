@@ -147,12 +147,13 @@ def main() -> None:
         )
         return
     merged = config, base, revision, source
+    following = cli.next_line("evaluate_model.py", "--bundle", output, *cli.own_flags(args))
     published = outputs.finish_publishing(output, inputs)
     if published or (not args.overwrite and outputs.reuse(bundles, inputs)):
         print(f"{output} is finished and was made from the same inputs: reused")
         if gguf:
             gguf_file.beside(gguf, *merged)
-        print(f"next: python evaluate_model.py --bundle {output}")
+        print(following)
         return
     tflite.require_resources(*needed)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def main() -> None:
     print(f"{verify.closing(facts)}; {shown.duration(result.wall_s)}")
     if gguf:
         gguf_file.beside(gguf, *merged)
-    print(f"next: python evaluate_model.py --bundle {output}")
+    print(following)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def main() -> None:
     for path, record in records.items():
         checkpoints.require_same(Path(path), record, config.prompt, base, config.model.name)
     data_dir = Path(args.data or (parent.data_dir if parent else f"data/{config.model_type}"))
+    files = read_manifest(data_dir, cli.config_flags(args))["files"]
     rows = held_out.held_out(config, data_dir, everything=args.full)
-    files = read_manifest(data_dir)["files"]
     counts = ", ".join(
         f"{len(found):,} {name.replace('_', ' ')}" for name, found in rows.items() if found
     )
@@ -161,7 +161,7 @@ def main() -> None:
     print(f"\n{comparison.comparison_text(found)}\n\nwrote {written}")
     took = shown.duration(time.monotonic() - started)
     print(f"{comparison.closing(found)}; {len(found)} measured in {took}")
-    print(f"next: python evaluate_model.py --output {output} --compare {' '.join(found)}")
+    print(cli.next_line("evaluate_model.py", "--output", output, "--compare", *found))
 
 
 def compare(args) -> None:

@@ -100,7 +100,9 @@ def main() -> None:
         print(f"No probe, so no minutes: {'; '.join(why)}. Memory is that of the longest rows.")
     print("\nA GPU that would do, with what the driver takes:")
     print("\n".join(planning.cards(config, architecture)))
-    print(f"\nnext: python prepare_datasets.py {cli.model_flags(args)}")
+    output = ["--output", args.data] if args.data else []
+    following = cli.next_line("prepare_datasets.py", *cli.config_flags(args), *output)
+    print(f"\n{following}")
 
 
 if __name__ == "__main__":

@@ -75,17 +75,18 @@ def main() -> None:
         rehearsal.answer(config)
         manifest = preparation.prepare(config, work)
         files = [*manifest["counts"], "dropped.jsonl", "NOTICE.md"]
-        checkpoints.publish(work, output, manifest, files, "manifest.json")
+        made = {**manifest, "made_by": shlex.join(cli.config_flags(args))}
+        checkpoints.publish(work, output, made, files, "manifest.json")
 
     # 4. Results
     manifest = read_manifest(output)
     print(lengths.table(manifest))
     if args.report:
         print(lengths.write(models.with_base_prompt(config), output))
-    data = f" --data {shlex.quote(args.output)}" if args.output else ""
+    data = ["--data", args.output] if args.output else []
     took = shown.duration(time.monotonic() - started)
     print(f"\n{'wrote' if work else 'found'} {output}: {lengths.closing(manifest)}; {took}")
-    print(f"next: python train_domain.py {cli.model_flags(args)}{data}")
+    print(cli.next_line("train_domain.py", *cli.config_flags(args), *data))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main() -> None:
         output=Path(args.output),
         data_dir=Path(args.data or f"data/{config.model_type}"),
         overwrite=args.overwrite,
+        flags=cli.config_flags(args),
     )
     tokenizer = load_tokenizer(stage)
     possible.require(stage, tokenizer)
@@ -57,7 +58,9 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
-    following = f"next: python train_instruction.py --checkpoint {stage.output}"
+    following = cli.next_line(
+        "train_instruction.py", "--checkpoint", stage.output, *cli.own_flags(args)
+    )
     run = stage.open(args.overwrite)
     if run is None:
         print(following)

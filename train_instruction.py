@@ -42,6 +42,7 @@ def main() -> None:
         output=Path(args.output),
         data_dir=Path(args.data or parent.data_dir),
         parent=Path(args.checkpoint),
+        flags=cli.config_flags(args),
     )
     tokenizer = load_tokenizer(stage)
     possible.require(stage, tokenizer)
@@ -58,7 +59,7 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
-    following = f"next: python train_safety.py --checkpoint {stage.output}"
+    following = cli.next_line("train_safety.py", "--checkpoint", stage.output, *cli.own_flags(args))
     run = stage.open(args.overwrite)
     if run is None:
         print(following)

@@ -44,6 +44,7 @@ def main() -> None:
         output=Path(args.output),
         data_dir=Path(args.data or parent.data_dir),
         parent=Path(args.checkpoint),
+        flags=cli.config_flags(args),
     )
     tokenizer = load_tokenizer(stage)
     possible.require(stage, tokenizer)
@@ -69,9 +70,9 @@ def main() -> None:
         load_model(stage)
         print("dry run: nothing written")
         return
-    following = (
-        f"next: python compress_model.py --input {stage.output} "
-        f"--output liteguard_{config.model_type}.task"
+    bundle = f"liteguard_{config.model_type}.task"
+    following = cli.next_line(
+        "compress_model.py", "--input", stage.output, "--output", bundle, *cli.own_flags(args)
     )
     run = stage.open(args.overwrite)
     if run is None:

@@ -108,7 +108,7 @@ def next_command(stage: str) -> str:
     """A command line that makes a finished `stage`."""
     parent, script, _ = STAGES[stage]
     if parent is None:
-        return f"python {script} --model_type smollm2"
+        return f"python {script} --model_type NAME, or --config FILE"
     return f"python {script} --checkpoint {STAGES[parent][2]}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from liteguard import distributed, failures, hub, machine, shown, writing
 from liteguard.config import (
+    OWN,
     Config,
     build,
     find_config,
@@ -122,12 +123,38 @@ def gigabytes(text: str) -> float:
     return float(found[1]) / (1000 if (found[2] or "G")[0] in "mM" else 1)
 
 
-def model_flags(args: argparse.Namespace) -> str:
-    """The flags that name the model, as they were given, for the command to run next."""
-    for flag in ("config", "model_type", "model"):
-        if value := getattr(args, flag, None):
-            return f"--{flag} {shlex.quote(value)}"
-    return ""
+def config_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that name the configuration, as they were given, with every --set."""
+    named = ((flag, getattr(args, flag, None)) for flag in ("config", "model_type", "model"))
+    flags = next(([f"--{flag}", value] for flag, value in named if value), [])
+    return [*flags, *_set(args.settings)]
+
+
+def _set(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def own_flags(args: argparse.Namespace) -> list[str]:
+    """What a step needs again although its parent's record stands in for the YAML.
+
+    That is what is never taken from a record (OWN). A --config stands in for the record itself,
+    and then every value that was laid upon it is needed, too.
+    """
+    if args.config:
+        rank = getattr(args, "rank", None)
+        laid = [*args.settings, *([f"domain.lora_rank={rank}"] if rank else [])]
+        return ["--config", args.config, *_set(laid)]
+    return _set([setting for setting in args.settings if _is_own(setting)])
+
+
+def _is_own(setting: str) -> bool:
+    name = setting.partition("=")[0].strip() + "."
+    return any(name.startswith(f"{own}.") or f"{own}.".startswith(name) for own in OWN)
+
+
+def next_line(script: str, *words: str | Path) -> str:
+    """The command to run next, as it can be pasted into a shell."""
+    return f"next: python {shlex.join([script, *map(str, words)])}"
 
 
 def output_directory(name: str) -> Path:

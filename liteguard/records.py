@@ -161,6 +161,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model_type: str
+    made_by: str = ""  # the flags of prepare_datasets.py without --output, quoted for a shell
     files: dict[FileName, str]  # name -> sha256
     counts: dict[FileName, Rows] = {}
     sources: list[Source] = []

@@ -10,14 +10,15 @@ of a `distill` row the base model's distribution is learnt (training/teacher.py)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import records
-from liteguard.config import available_configs
 from liteguard.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def check_system_texts(rows: Iterable[Row], prompt: Prompt) -> None:
         raise UserError(
             "The prepared data have rows with a system text of their own, and the prompt has no "
             "place for it: it was changed since.\nSet prompt.system_prefix and system_suffix as "
-            "they were, or prepare the data again: python prepare_datasets.py --overwrite"
+            "they were, or prepare the data again with this prompt: python prepare_datasets.py "
+            "--config FILE --output DIR --overwrite"
         )
 
 
@@ -89,7 +91,7 @@ def load_split(data_dir: Path, part: str, split: str) -> list[Row]:
 def iterate_split(data_dir: Path, part: str, split: str) -> Iterator[Row]:
     """`load_split` row by row, for what need not have all of them in memory."""
     path = check_split(data_dir, part, split)
-    manifest = read_manifest(data_dir)
+    remedy = again(data_dir)
     number = 0
     with path.open("rb") as file:  # whose lines end at a newline only, not at U+2028
         for number, line in enumerate(file, 1):
@@ -100,10 +102,10 @@ def iterate_split(data_dir: Path, part: str, split: str) -> Iterator[Row]:
                 if not row.keys().isdisjoint(CONVERSATION):
                     check_conversation(row, part)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: {error}. {again(manifest)}") from None
+                raise UserError(f"{path}, line {number}: {error}. {remedy}") from None
             yield row
     if not number:
-        raise UserError(f"{path} is empty. {again(manifest)}")
+        raise UserError(f"{path} is empty. {remedy}")
 
 
 def check_split(data_dir: Path, part: str, split: str) -> Path:
@@ -113,21 +115,30 @@ def check_split(data_dir: Path, part: str, split: str) -> Path:
     path = data_dir / name
     digest = manifest["files"].get(name)
     if digest is None or not path.is_file():
-        raise UserError(f"{path} is missing from the prepared data. {again(manifest)}")
+        raise UserError(f"{path} is missing from the prepared data. {again(data_dir)}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
         raise UserError(
             f"{path} was changed after it was prepared (sha256 differs from manifest.json).\n"
-            f"{again(manifest)}"
+            f"{again(data_dir)}"
         )
     return path
 
 
-def again(manifest: dict[str, Any]) -> str:
-    """How to make prepared data again."""
-    flags = f"--model_type {manifest['model_type']} --overwrite"
-    return f"Prepare it again: python prepare_datasets.py {flags}"
+def again(data_dir: Path) -> str:
+    """How to make prepared data again, from the sources that they were made from."""
+    flags: list[str] = []
+    with contextlib.suppress(ValueError):  # of a record that somebody has edited
+        flags = shlex.split(read_manifest(data_dir)["made_by"])
+    return f"Prepare it again: {_command(data_dir, flags)} --overwrite"
+
+
+def _command(data_dir: Path, flags: Sequence[str]) -> str:
+    """The command that prepares a directory; FILE where the flags do not name a configuration."""
+    named = [] if {"--config", "--model_type", "--model"} & {*flags} else ["--config", "FILE"]
+    words = ["prepare_datasets.py", *named, *flags, "--output", str(data_dir)]
+    return f"python {shlex.join(words)}"
 
 
 def source_titles(manifest: dict[str, Any], part: str) -> dict[str, str]:
@@ -143,18 +154,19 @@ def source_titles(manifest: dict[str, Any], part: str) -> dict[str, str]:
     return {dataset: " and ".join(names) for dataset, names in found.items()}
 
 
-def read_manifest(data_dir: Path) -> dict[str, Any]:
-    """manifest.json of a prepared data directory."""
+def read_manifest(data_dir: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """manifest.json of a prepared data directory.
+
+    flags: those that name the configuration, for a message with the command that makes one. The
+    directory's name does not tell: a user's own YAML may share it with one of ours.
+    """
     path = data_dir / "manifest.json"
     if not path.is_file():
-        shipped = data_dir.parent.name == "data" and data_dir.name in available_configs()
-        flags = f"--model_type {data_dir.name}" if shipped else f"--config FILE --output {data_dir}"
         raise UserError(
-            f"No prepared data in {data_dir} (no manifest.json).\n"
-            f"Run: python prepare_datasets.py {flags}"
+            f"No prepared data in {data_dir} (no manifest.json).\nRun: {_command(data_dir, flags)}"
         )
     found = records.read_raw(records.Manifest, path, "\nPrepare the data again.")[1]
-    return {"counts": {}, "sources": [], **found}
+    return {"counts": {}, "sources": [], "made_by": "", **found}
 
 
 def balanced(

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,11 @@ def plan(
     data_dir: Path,
     parent: Path | None = None,
     overwrite: bool = False,
+    flags: Sequence[str] = (),
 ) -> Stage:
     """Check everything a stage needs: data, base model, parent; nothing heavy is loaded.
 
+    flags: those that name the configuration, for a message (`rows.read_manifest`).
     Raises UserError when the parent was trained on another base model or with another prompt.
     """
     if parent is None:
@@ -114,8 +117,8 @@ def plan(
     if base := models.hub_model(config):
         # Every process takes the commit that the main one found.
         hub.remember(base, distributed.on_main(hub.commit, base))
-        read_manifest(data_dir)  # or gigabytes would be downloaded in vain
-    return _plan(name, config, output, data_dir, parent)
+        read_manifest(data_dir, flags)  # or gigabytes would be downloaded in vain
+    return _plan(name, config, output, data_dir, parent, flags)
 
 
 def _follow_earlier_run(output: Path, overwrite: bool) -> None:
@@ -131,7 +134,12 @@ def _follow_earlier_run(output: Path, overwrite: bool) -> None:
 
 @distributed.main_first
 def _plan(
-    name: str, config: Config, output: Path, data_dir: Path, parent: Path | None = None
+    name: str,
+    config: Config,
+    output: Path,
+    data_dir: Path,
+    parent: Path | None,
+    flags: Sequence[str],
 ) -> Stage:
     missing = [
         tool for tool in getattr(config, name).report_to if importlib.util.find_spec(tool) is None
@@ -144,7 +152,7 @@ def _plan(
     distributed.accumulation(getattr(config, name).gradient_accumulation, name)
     check_gpus(name)
     directory, revision, loaded = models.model_config(config)
-    manifest = read_manifest(data_dir)
+    manifest = read_manifest(data_dir, flags)
     identity = models.base_identity(directory, revision)
     parent_hash = None
     if parent is not None:
@@ -190,16 +198,17 @@ def _plan(
         base_revision=revision,
         architecture=loaded,
         inputs=inputs,
-        rows={s: _rows(manifest, f"{part}/{s}.jsonl") for s in ("train", "validation")},
+        rows={s: _rows(data_dir, f"{part}/{s}.jsonl") for s in ("train", "validation")},
     )
 
 
-def _rows(manifest: dict[str, Any], name: str) -> int:
-    if name not in manifest["counts"]:
+def _rows(data_dir: Path, name: str) -> int:
+    counts = read_manifest(data_dir)["counts"]
+    if name not in counts:
         raise UserError(
-            f"the prepared data's manifest.json does not count {name}. {again(manifest)}"
+            f"the prepared data's manifest.json does not count {name}. {again(data_dir)}"
         )
-    return manifest["counts"][name]["rows"]
+    return counts[name]["rows"]
 
 
 def load_tokenizer(stage: Stage) -> Any:
