@@ -16,6 +16,7 @@ from liteguard import checkpoints, machine, models
 from liteguard.data import self_answers
 from liteguard.evaluation import answerers, metrics
 from liteguard.evaluation.journal import Journal, journalled
+from liteguard.evaluation.refusals import JUDGE_VERSION
 
 if TYPE_CHECKING:
     from liteguard.config import Config, SourceSection
@@ -73,6 +74,7 @@ def _file(config: Config, source: SourceSection, base: str, questions: list[str]
     key = checkpoints.sha256_json(
         {
             "version": VERSION,
+            "judge": JUDGE_VERSION,
             "base": base,
             "prompt": config.prompt.model_dump(),
             "questions": questions,

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import CACHE, ROOT, fail, succeed
+from conftest import CACHE, ROOT, code_digest, fail, succeed
 
 from liteguard.config import DataSection, SourceSection, build
 from liteguard.data import (
@@ -1122,16 +1122,10 @@ def test_random_mixtures_are_split_and_counted_without_a_leak(seed, tmp_path, ca
 
 
 def test_the_version_of_rows_is_raised_with_the_code_that_makes_them():
-    """Comments and the names of files do not count: moving code must not make data stale."""
     package = Path(shards.__file__).parents[1]
     files = [package / "text.py", *package.glob("embedded/*"), *package.glob("data/*.py")]
-    digests = []
-    for file in files:
-        if file.suffix in (".py", ".yaml") and file.name not in ("lengths.py", "__init__.py"):
-            lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-            code = "\n".join(line for line in lines if line and not line.startswith("#"))
-            digests.append(hashlib.sha256(code.encode()).hexdigest())
-    digest = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+    named = [file for file in files if file.suffix in (".py", ".yaml")]
+    digest = code_digest(f for f in named if f.name not in ("lengths.py", "__init__.py"))
     known = json.loads((Path(__file__).parent / "fixtures/rows_version.json").read_text())
     now = {"version": shards.ROWS_VERSION, "code": digest}
     assert known == now, (

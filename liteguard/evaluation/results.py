@@ -13,6 +13,7 @@ from liteguard.data import sets
 from liteguard.errors import UserError
 from liteguard.evaluation import contamination
 from liteguard.evaluation.journal import Journal
+from liteguard.evaluation.refusals import JUDGE_VERSION
 from liteguard.records import Made, Result
 from liteguard.wheels import WHEELS
 
@@ -110,6 +111,7 @@ def inputs_of(
     split = f"{config.evaluate.split}.jsonl"
     return {
         "format": FORMAT,
+        "judge": JUDGE_VERSION,
         "model": record.files if record else config.model.model_dump(),
         "base": base,
         "rows": {name: digest for name, digest in files.items() if name.endswith(split)},

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ARRAYS = ("ids", "starts", "ends", "prompts", "hidden", "cut", "soft")
 # What a row lost to the length limit: nothing, its oldest exchanges, the beginning of its question.
 WHOLE, SHORTER, BEHEADED = range(3)
+# To be raised by whoever changes which ids or targets a row has: cached ones are made again.
+TOKENS_VERSION = 2
 # Of the rows, so many may lose the beginning of their question, or have no room for their answer.
 MOST_LOST = 0.01
 ABOUT = "about.json"  # beside them in the cache: what they are of, and their fingerprints
@@ -173,7 +175,7 @@ def answers(
         for row, own in zip(rows, texts, strict=True):
             yield _fitted(tokenizer, prompt, row, [next(pieces) for _ in own], length)
 
-    settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit, "version": 2}
+    settings = {"prompt": prompt.model_dump(), "max_length": length, "limit": limit}
     name = f"instruction/{split}.jsonl"
     found = _cached(tokenizer, data_dir, name, config, tokenize, settings, limit)
     return _with_targets(
@@ -272,6 +274,7 @@ def _cached(
             "name": name,
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
             "arrays": ARRAYS,
+            "version": TOKENS_VERSION,
             **settings,
         }
     )
