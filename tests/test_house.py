@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 from conftest import ROOT, succeed
 
@@ -28,6 +29,22 @@ def test_no_file_is_a_warehouse_or_a_cupboard():
     }
     assert {path: count for path, count in lines.items() if count > 500} == {}
     assert len([path for path, count in lines.items() if count < 50]) <= 3
+
+
+def test_what_embedded_data_may_import_is_what_their_contract_says():
+    """It forbids by name: a new module is allowed until it stands there."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (leaf,) = (c for c in contracts["contracts"] if c["name"].startswith("Embedded data"))
+    named = leaf["name"].split(": ")[1].removesuffix(" only").replace(" and ", ", ")
+    allowed = {f"liteguard.{name}" for name in named.split(", ")}
+    forbidden = set(leaf["forbidden_modules"])
+    there = {
+        f"liteguard.{path.stem}"
+        for path in (ROOT / "liteguard").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert allowed | forbidden == there - {"liteguard.__init__", "liteguard.embedded"}
+    assert not allowed & forbidden
 
 
 def test_without_the_embedded_folder_files_and_the_hub_still_work(tmp_path):
