@@ -6,11 +6,12 @@ import json
 import os
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, fail, succeed
 
-from liteguard.config import RECIPES, Config, VerifySection
+from liteguard.config import RECIPES, Config, VerifySection, build, read_yaml
 from liteguard.errors import UserError, WorkError
 from liteguard.export import (
     measured,
@@ -720,6 +721,59 @@ def test_requests_without_a_kind_are_compared_all_the_same(parts, monkeypatch):
         parts["config"], parts["data"], own_tokenizer(parts["merged"])
     )
     assert samples.requests and samples.drawn
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    @staticmethod
+    def encode(text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(ids=text.split())
+
+
+def samples_of(monkeypatch, **parts: list[dict]) -> tuple[Config, measured.Samples]:
+    """What the proof of Phi's settings takes of these rows, a word counting as a token."""
+    own = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml"))])
+    assert own.compress.kv_cache_length == 1280
+    monkeypatch.setattr(measured, "load_split", lambda _, part, split: parts[part])
+    return own, measured.collect_samples(own, Path("data"), Words())
+
+
+PLAIN = {
+    "instruction": [{"prompt": f"What is {n}?", "completion": "word " * 60} for n in range(40)],
+    "preference": [{"prompt": f"Harm {n}", "chosen": "no", "rejected": "yes"} for n in range(40)],
+    "domain": [{"text": "one two three four five six"}],
+}
+
+
+def test_rows_that_do_not_fit_the_cache_are_left_out(monkeypatch):
+    """One long prompt would end the proof after all the work, and again in each run after it."""
+    long = "context " * 1500
+    asked = [{"prompt": f"{long}{n}", "completion": "yes"} for n in range(3)]
+    asked += [{"prompt": "context " * 1270, "completion": "yes"}]
+    # Room for an answer, but not for three turns.
+    asked += [{"prompt": "context " * 1130, "completion": "yes"}]
+    harm = [{**PLAIN["preference"][0], "prompt": f"{long} harm"}, *PLAIN["preference"]]
+    rows = {**PLAIN, "instruction": asked + PLAIN["instruction"], "preference": harm}
+    own, samples = samples_of(monkeypatch, **rows)
+    limits = [measured._bundle_limit(samples.limit)] * len(samples.questions)
+    limits += [measured.REQUEST_TOKENS] * len(samples.requests)
+    for place, most in enumerate(limits):
+        assert len(samples.render(own.prompt, place).split()) + most < 1280, place
+    assert samples.drawn and len(samples.questions) == own.compress.verify.questions
+    for text, _ in samples.drawn:
+        words = samples.render_text(own.prompt, text).split()
+        assert len(words) + measured.REQUEST_TOKENS < 1280
+    assert samples.questions[0] == "What is 0?" and len(samples.questions[1].split()) == 1130
+
+
+@pytest.mark.parametrize(
+    ("part", "named"), [("instruction", "questions"), ("preference", "requests")]
+)
+def test_where_no_row_fits_the_cache_the_setting_is_named(part, named, monkeypatch):
+    long = [{**row, "prompt": "context " * 1270} for row in PLAIN[part]]
+    with pytest.raises(UserError, match=f"None of the held-out {named} .*kv_cache_length"):
+        samples_of(monkeypatch, **{**PLAIN, part: long})
 
 
 def test_no_held_out_rows_is_a_users_mistake(parts, tmp_path, monkeypatch):

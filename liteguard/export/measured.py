@@ -39,6 +39,15 @@ DRAWN = 6
 # Pairs to score at most: with 8-bit weights the change is known to a quarter of a per cent after
 # 20 to 200 of them.
 MOST_PAIRS = 800
+# What the proof's first question is followed by in a conversation, and most tokens of an answer
+# there.
+LATER_TURNS = ("What should I do first?", "\nWhen is it an emergency?")
+TURN_TOKENS = 48
+
+
+def turn_tokens(room: int) -> int:
+    """Most tokens of an answer in the proof's conversation of three turns, in a cache of `room`."""
+    return min(TURN_TOKENS, room // 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +99,10 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
 
     Bundle and merged model are the same model in two forms, so rows that it has seen tell them
     apart as well as others: where held-out rows run out, validation and training rows follow.
-    An answer may have as many tokens as three of four held-out ones have.
+    An answer may have as many tokens as three of four held-out ones have. Rows that do not fit the
+    KV cache together with their answers are left out.
 
-    Raises UserError without held-out questions.
+    Raises UserError without held-out questions, and where too few fit the KV cache.
     """
     from liteguard.rows import balanced
 
@@ -111,19 +121,20 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
             "data.test_share and prepare the data again, or pass --verify none."
         )
     lengths = sorted(count(prompt.render_answer(row["completion"])) for row in rows[:1000])
-    limit = min(lengths[3 * len(lengths) // 4], section.max_new_tokens, room // 2)
-    # The prompt, the answer and half as much again must fit the cache.
+    limit = max(min(lengths[3 * len(lengths) // 4], section.max_new_tokens, room // 2), 8)
     check_system_texts([*rows, *preferences], prompt)
 
     def fits(row: dict[str, Any], answer: int) -> bool:
         return count(prompt.render_row(row)) + answer <= room
 
-    asked = balanced(rows, "kind", 4 * section.questions)
-    fitting = [row for row in asked if fits(row, 2 * limit)]
-    # The first one is also asked by itself, and in a conversation of three turns.
-    first = next((row for row in fitting if "history" not in row), {"prompt": rows[0]["prompt"]})
-    questions = {conversation_text(row): row for row in [first, *fitting]}
-    usable = [r for r in preferences if "history" not in r or fits(r, 2 * REQUEST_TOKENS)]
+    longest, most = _bundle_limit(limit), 4 * section.questions
+    ordered = balanced(rows, "kind", len(rows))
+    fitting = (row for row in ordered if fits(row, longest))
+    first = _first_question(ordered, prompt, count, room, longest)
+    usable = [row for row in preferences if fits(row, 2 * REQUEST_TOKENS)]
+    pairs = [*itertools.islice(_fitting_pairs(config, data_dir, count), MOST_PAIRS)]
+    _require_any({"questions": first, "requests": usable, "texts": pairs}, room, data_dir)
+    questions = {conversation_text(row): row for row in [first, *itertools.islice(fitting, most)]}
     kinds = [[row for row in usable if row.get("kind") == kind] for kind in REQUESTS]
     # Pairs without kinds are requests all the same: what is compared is who refuses them.
     kinds = kinds if any(kinds) else [usable]
@@ -133,15 +144,11 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
     texts += [text for row in preferences for text in (row["prompt"], row["chosen"])]
     texts += [text for row in (*rows, *preferences) for text in _earlier(row)]
     return Samples(
-        pairs=[
-            pair
-            for pair in itertools.islice(_pairs(config, data_dir), MOST_PAIRS)
-            if count(pair[0]) + count(pair[1]) < room
-        ],
+        pairs=pairs,
         questions=list(questions)[: section.questions],
         requests=list(requests)[: section.requests],
         texts=list(dict.fromkeys(texts))[: section.tokenizer_texts],
-        limit=max(limit, 8),
+        limit=limit,
         drawn=[
             (conversation_text(row), drawn)
             for row in kinds[0][: min(share, DRAWN)]
@@ -155,10 +162,45 @@ def collect_samples(config: Config, data_dir: Path, tokenizer: Tokenizer) -> Sam
     )
 
 
+def _first_question(
+    rows: list[dict[str, Any]], prompt: Prompt, count: Callable[[str], int], room: int, answer: int
+) -> dict[str, Any]:
+    """The question that is also asked by itself, and in a conversation of three turns: the first
+    that has room for these. One that nothing was said before where there is any; empty for none."""
+    # A .task repeats the system text in each turn, as these do.
+    later = sum(count(prompt.render_question(text)) for text in LATER_TURNS)
+    needed = max(answer, later + (1 + len(LATER_TURNS)) * turn_tokens(room))
+    for row in sorted(rows, key=lambda row: not row.keys().isdisjoint(CONVERSATION)):
+        if count(prompt.render_question(row["prompt"])) + needed <= room:
+            return {"prompt": row["prompt"]}
+    return {}
+
+
+def _require_any(found: dict[str, Any], room: int, data_dir: Path) -> None:
+    """Raise UserError, before the work, for a kind of rows of which none fits the KV cache."""
+    lacking = [kind for kind, rows in found.items() if not rows]
+    if lacking:
+        raise UserError(
+            f"None of the held-out {' and '.join(lacking)} in {data_dir} fit a KV cache of {room} "
+            "tokens together with what is answered to them, so the bundle cannot be compared on "
+            "any. Raise compress.kv_cache_length, prepare shorter rows as well, or pass --verify "
+            "none."
+        )
+
+
 def _earlier(row: dict[str, Any]) -> list[str]:
     """What was said before a row's question, and its system text."""
     said = [text for pair in row.get("history", ()) for text in pair]
     return said + ([row["system"]] if "system" in row else [])
+
+
+def _fitting_pairs(
+    config: Config, data_dir: Path, count: Callable[[str], int]
+) -> Iterator[tuple[str, str]]:
+    room = config.compress.kv_cache_length
+    for pair in _pairs(config, data_dir):
+        if sum(map(count, pair)) < room:
+            yield pair
 
 
 def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
@@ -264,6 +306,11 @@ def bundle_limits(samples: Samples, merged: Measured) -> list[int]:
         answer["tokens"] * 3 // 2 + 8 if answer["stopped"] else 2 * agreement.TOKENS
         for answer in merged.answers[: len(samples.questions)]
     ]
+
+
+def _bundle_limit(limit: int) -> int:
+    """The largest of `bundle_limits` where the merged model's answers have at most `limit`."""
+    return max(limit * 3 // 2 + 8, 2 * agreement.TOKENS)
 
 
 def _answers(

@@ -19,11 +19,14 @@ from liteguard.errors import WorkError
 from liteguard.evaluation import refusals
 from liteguard.export import agreement, conditions, drawn, tokenizer
 from liteguard.export.measured import (
+    LATER_TURNS,
+    TURN_TOKENS,
     Change,
     Measured,
     Reference,
     Samples,
     measure_bundle,
+    turn_tokens,
 )
 from liteguard.export.silence import Silence, dirt, is_made
 from liteguard.export.tokenizer import GUARD
@@ -82,12 +85,12 @@ def check_form(
     prompt: Prompt,
     question: str,
     table: Table,
-    turn_tokens: int = 48,
+    most_tokens: int = TURN_TOKENS,
     unpacked: Path | None = None,
 ) -> None:
     """Opens, stops at the right tokens, and renders conversations as training did.
 
-    `turn_tokens`: most tokens of an answer in the conversation of three turns. `unpacked`: as for
+    `most_tokens`: of an answer in the conversation of three turns. `unpacked`: as for
     `Bundle`.
     """
     try:
@@ -119,7 +122,7 @@ def check_form(
             f"the bundle renders {own!r} where training rendered {text!r}",
         )
         try:
-            turns = _three_turns(bundle, prompt, question, turn_tokens)
+            turns = _three_turns(bundle, prompt, question, most_tokens)
         except WorkError as error:
             table.add("conversation", "no answer", "three turns", False, str(error))
             raise
@@ -145,7 +148,7 @@ def _three_turns(
     # A .task loses what stands between two turns, and repeats the system text (see bundle.py).
     task = bundle.path.suffix == ".task"
     rendered = prompt.model_copy(update={"turn_separator": ""}) if task else prompt
-    asked = [question, "What should I do first?", "\nWhen is it an emergency?"]
+    asked = [question, *LATER_TURNS]
     answers = bundle.converse(asked, limit)
     pairs: list[tuple[str, str]] = []
     for turn, text in enumerate(asked):
@@ -405,8 +408,7 @@ def verify_bundle(
         return original.encode(text, add_special_tokens=False).ids
 
     question = samples.questions[0]
-    # Three questions and answers must fit the cache.
-    turn = min(48, config.compress.kv_cache_length // 10)
+    turn = turn_tokens(config.compress.kv_cache_length)
     if also:
         say(f"  {also.name}")
         check_form(also, prompt, question, table, turn)
