@@ -115,7 +115,11 @@ def main() -> None:
             results.keep_longer_runs(output, label, inputs[label])
     if args.overwrite or not all(results.reuse(output / f"{n}.json", inputs[n]) for n in targets):
         bundle = Path(args.bundle) if args.bundle else None
-        needed, pages = answerers.expected_memory(config, architecture, bundle)
+        longest = 0
+        if architecture is not None:
+            own = models.load_base_tokenizer(config)
+            longest = run.longest_row(config, rows, lambda text: len(models.encode(own, text)))
+        needed, pages = answerers.expected_memory(config, architecture, bundle, longest)
         print(
             f"expected peak memory: {(needed + pages) / 1e9:.1f} GB at most; {needed / 1e9:.1f} GB "
             "must be free"

@@ -72,7 +72,7 @@ def plain_answer(checkpoint, prompt, limit):
     return Generated(text, len(output), stopped)
 
 
-def test_batched_answers_equal_single_ones(checkpoint):
+def test_batched_answers_equal_single_ones(checkpoint, monkeypatch):
     questions = [
         "What is the heart pain disease a?",
         "What is the x?",
@@ -87,6 +87,8 @@ def test_batched_answers_equal_single_ones(checkpoint):
     assert any(answer.stopped for answer in batched.values())
     assert len({answer.tokens for answer in batched.values()}) > 1, "rows end at different steps"
     assert all("<|" not in answer.text for answer in batched.values())
+    monkeypatch.setattr(checkpoint, "row_tokens", 1)
+    assert dict(checkpoint.generate(prompts, 40)) == batched, "room for one row at a time"
 
 
 def test_refusal_benchmark_ranks_by_the_first_token(pipeline, tmp_path):

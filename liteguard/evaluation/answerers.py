@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from liteguard import limits, machine, merged, models, records
-from liteguard.config import Config
+from liteguard.config import Config, EvaluateSection
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord
 from liteguard.runtime.workers import bundle_memory
@@ -64,7 +64,7 @@ class Checkpoint:
     """The base model, with an adapter merged in where there is one, without quantisation."""
 
     def __init__(self, config: Config, adapter: Path | None):
-        self._use(config.prompt, config.evaluate.batch_size, *merged.load_merged(config, adapter))
+        self._use(config.prompt, config.evaluate, *merged.load_merged(config, adapter))
 
     @classmethod
     def merged(cls, model_dir: Path, prompt: Prompt) -> Checkpoint:
@@ -73,13 +73,13 @@ class Checkpoint:
 
         model = merged.for_measuring(merged.load_stored(model_dir))
         self = cls.__new__(cls)
-        self._use(
-            prompt, 16, model, AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        self._use(prompt, EvaluateSection(), model, tokenizer)
         return self
 
-    def _use(self, prompt: Prompt, batch_size: int, model: Any, tokenizer: Any) -> None:
-        self.prompt, self.batch_size = prompt, batch_size
+    def _use(self, prompt: Prompt, section: EvaluateSection, model: Any, tokenizer: Any) -> None:
+        self.prompt, self.batch_size = prompt, section.batch_size
+        self.row_tokens = row_tokens(section)
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = self.model.config.get_text_config().vocab_size
         # Batches that are computed at a time. Weights in 16 bit become float32 once a batch.
@@ -143,11 +143,11 @@ class Checkpoint:
         samplings: Sequence[Sampling] | None = None,
     ) -> Iterator[tuple[int, Generated]]:
         encoded = [models.encode(self.tokenizer, prompt) for prompt in prompts]
-        # Longest first: too little memory shows at once. In equal batches, so that no core idles.
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        rounds = -(-len(order) // (self.batch_size * self.lanes))
-        size = max(1, -(-len(order) // max(1, rounds * self.lanes)))
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        # In equal batches, so that no core idles, but for long prompts.
+        rounds = -(-len(encoded) // (self.batch_size * self.lanes))
+        size = max(1, -(-len(encoded) // max(1, rounds * self.lanes)))
+        room = self.batch_size * self.row_tokens
+        batches = grouped([len(ids) + max_new_tokens for ids in encoded], size, room)
 
         def work(batch: list[int]) -> Iterator[tuple[int, Generated]]:
             begin = time.monotonic()
@@ -304,13 +304,45 @@ class Checkpoint:
             yield index, (float(chosen[row, : sizes[row]].double().sum()), sizes[row])
 
 
-def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> tuple[int, int]:
+def row_tokens(section: EvaluateSection) -> int:
+    """Tokens that a row of a batch has room for on average: a question as long as a text, and its
+    answer. Batches of longer rows have fewer of them (`grouped`)."""
+    return section.max_text_tokens + section.max_new_tokens
+
+
+def grouped(lengths: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
+    """Rows by their places, longest first, so that too little memory shows at once: in batches of
+    at most `rows`, and of at most `tokens` once they are padded, but of one row at least."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    batches = []
+    while order:
+        most = max(1, min(rows, tokens // max(1, lengths[order[0]])))
+        batches.append(order[:most])
+        order = order[most:]
+    return batches
+
+
+def cache_bytes(architecture: Any, itemsize: int = 4) -> int:
+    """Bytes of the keys and values of a token."""
+    text = architecture.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return text.num_hidden_layers * 2 * heads * width * itemsize
+
+
+def expected_memory(
+    config: Config, architecture: Any, bundle: Path | None, longest: int = 0
+) -> tuple[int, int]:
     """(bytes of host memory that must be free to evaluate, bytes that a process shows beside them).
 
-    At the longest rows that the settings allow. What comes beside are pages of the base model's
-    files, which the kernel drops when memory is short.
+    With batches as full as the settings allow, and the longest row, which is never cut. What comes
+    beside are pages of the base model's files, which the kernel drops when memory is short.
 
-    architecture: the base model's transformers config, or None where only a `bundle` is measured.
+    Args:
+        config: `evaluate` says how many rows of which length a batch has.
+        architecture: the base model's transformers config; None where only a bundle is measured.
+        bundle: the bundle that is measured, too.
+        longest: tokens of the longest row, its answer included.
     """
     import torch
 
@@ -323,13 +355,11 @@ def expected_memory(config: Config, architecture: Any, bundle: Path | None) -> t
     if torch.cuda.is_available():
         needed = max(needed, 1_000_000_000 + 5 * parameters // 2)  # merged here, measured there
         return needed, 2 * parameters
-    section, text = config.evaluate, architecture.get_text_config()
+    section = config.evaluate
     lanes = 1 if merged.keeps_16_bit(parameters) else min(limits.cores(), 4)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    # Keys and values in float32; a question is about as long as a text.
-    tokens = lanes * section.batch_size * (section.max_text_tokens + section.max_new_tokens)
-    cache = tokens * text.num_hidden_layers * 2 * heads * width * 4
+    # Keys and values in float32.
+    tokens = lanes * max(section.batch_size * row_tokens(section), longest)
+    cache = tokens * cache_bytes(architecture)
     logits = lanes * 4 * LOGITS_PER_BATCH
     return max(needed, merged.measuring_memory(parameters, cache, logits)), 2 * parameters
 

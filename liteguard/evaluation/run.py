@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,34 @@ def measure(
     return {**summarise(config, rows, journal), "cost": run_cost(journal)}
 
 
+def questions(
+    config: Config, rows: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[tuple[str, Sampling]]]:
+    """Part of the journal -> (rendered prompt, how its answer is drawn) of all that is asked."""
+    return {
+        "answers": [(config.prompt.render_row(row), GREEDY) for _, row in requests(rows)],
+        "used": [(use.rendered, use.sampling) for use in as_used.uses(config, rows)],
+    }
+
+
+def longest_row(
+    config: Config, rows: dict[str, list[dict[str, Any]]], count: Callable[[str], int]
+) -> int:
+    """Tokens of the longest question with its answer, or with all its options beside each other.
+
+    `count`: tokens of a text.
+    """
+    asked = {text for part in questions(config, rows).values() for text, _ in part}
+    options = knowledge.pairs(rows["knowledge"], config.prompt.bos_token)
+    together = [
+        len(group) * (count(context) + max(map(count, group)))
+        for context, own in itertools.groupby(options, key=itemgetter(0))
+        if (group := [target for _, target in own])
+    ]
+    answers = [count(text) + config.evaluate.max_new_tokens for text in asked]
+    return max([*answers, *together], default=0)
+
+
 def collect(
     open_model: Callable[[], AbstractContextManager[Answerer]],
     config: Config,
@@ -64,11 +94,7 @@ def collect(
         "scores": [pair for _, pair in scored(config, rows)],
         "options": knowledge.pairs(rows["knowledge"], config.prompt.bos_token),
     }
-    used = as_used.uses(config, rows)
-    asked: dict[str, list[tuple[str, Sampling]]] = {
-        "answers": [(config.prompt.render_row(row), GREEDY) for _, row in requests(rows)],
-        "used": [(use.rendered, use.sampling) for use in used],
-    }
+    asked = questions(config, rows)
     totals = {part: len(found) for part, found in pairs.items()}
     totals |= {part: len(found) for part, found in asked.items()}
     todo = {
