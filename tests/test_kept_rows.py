@@ -281,6 +281,65 @@ def test_names_in_other_sources_are_found_and_the_rest_is_called_by_its_name(tmp
     assert titles["wording_rouge1"] == "ROUGE-1, held-out wording"
 
 
+def test_rows_of_a_sources_own_splits_are_called_unseen_only_where_they_are(tmp_path, capsys):
+    names = disease_names(60)
+    form = {"train": "How is {} treated?", "test": "What are the signs of {}?"}
+    form["validation"] = "Who gets {} and when?"
+    rows = [
+        {"prompt": text.format(name), "completion": words(n + 60 * k, 15), "split": split}
+        for n, name in enumerate(names)
+        for k, (split, text) in enumerate(form.items())
+        if split != "train" or n < 40
+    ]
+    prepared = Prepared(tmp_path / "no names", instruction=rows).run(
+        question_similarity=None, validation_share=0.4
+    )
+    for split in ("test", "validation"):
+        assert {row["tier"] for row in prepared.rows("instruction", split)} == {"held-out wording"}
+    assert "WARNING: instruction: of 60 of the 60 test rows" in capsys.readouterr().out
+    prepared.config.evaluate.split = "validation"
+    assert len(held_out.held_out(prepared.config, prepared.output)["wording_questions"]) == 60
+    texts = [{"text": f"About {n}: {words(i, 20)}", "entity": n} for i, n in enumerate(names)]
+    named = [row | {"entity": next(n for n in names if n in row["prompt"])} for row in rows]
+    for directory, files in (
+        ("names in texts", {"domain": texts, "instruction": rows}),
+        ("names in a column", {"instruction": named}),
+    ):
+        prepared = Prepared(tmp_path / directory, **files)
+        prepared.run(question_similarity=None, near_duplicate_threshold=None)
+        trained = {row["entity"] for row in prepared.rows("domain", "train")} | set(names[:40])
+        for split in ("test", "validation"):
+            found = prepared.rows("instruction", split)
+            assert len(found) == 60, "a row was moved out of its split"
+            for row in found:
+                assert (row["tier"] == "unseen") == (row["entity"] not in trained), row
+            assert {row["tier"] for row in found} == {"seen", "unseen"}
+
+
+def test_what_another_sources_own_split_trains_on_is_seen(tmp_path):
+    names = disease_names(120)
+    own = [
+        {"prompt": f"How is {n} treated?", "completion": words(i, 15), "entity": n}
+        | {"split": "train" if i < 60 else "test" if i % 2 else "validation"}
+        for i, n in enumerate(names[:70])
+    ]
+    rows = [
+        {"prompt": f"What are the signs of {n}?", "completion": words(i + 300, 15), "entity": n}
+        for i, n in enumerate(names)
+    ]
+    prepared = Prepared(tmp_path, instruction=rows)
+    text = "".join(json.dumps(row) + "\n" for row in own)
+    (tmp_path / "own.jsonl").write_text(text)
+    prepared.data["instruction"] += [{"dataset": "auto", "path": str(tmp_path / "own.jsonl")}]
+    prepared.run(question_similarity=None, near_duplicate_threshold=None)
+    trained = {row["entity"] for row in prepared.rows("instruction", "train")}
+    assert set(names[:60]) <= trained
+    for row in prepared.rows("instruction", "test"):
+        assert row["tier"] == ("seen" if row["entity"] in trained else "unseen"), row
+    counts = prepared.manifest["counts"]["instruction/test.jsonl"]["tiers"]
+    assert counts["seen"] > 3 and counts["unseen"] > 3
+
+
 def test_a_word_that_many_questions_share_is_no_subject(tmp_path):
     rows = [{"question": f"Why does disorder {words(n)}", "answer": words(n)} for n in range(250)]
     rows[0]["focus"] = "disorder"

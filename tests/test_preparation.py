@@ -401,6 +401,7 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
         for part in FIELDS
     }
     trained = [place for place in rows if place[1] != "test"]
+    validation = [rows[part, "validation"] for part in ("instruction", "preference")]
     for part in ("instruction", "preference"):
         seen = {row["entity"] for row in tiers[part]["seen"]}
         unseen = {row["entity"] for row in tiers[part]["unseen"]}
@@ -410,7 +411,12 @@ def test_questions_of_seen_and_of_unseen_entities_are_two_tiers(project):
             assert not entities[place] & (unseen if place[0] == "domain" else seen | unseen), place
         # Without a text the disease is nowhere in training, whatever was drawn for it.
         assert unseen - entities["domain", "test"]
-    assert not any("tier" in row for place in trained for row in rows[place])
+    assert not any("tier" in row for place in trained for row in rows[place] if place[1] == "train")
+    # Rows of the validation split have one as well: `evaluate.split` may name it.
+    assert not any("tier" in row for row in rows["domain", "validation"])
+    for found in validation:
+        of_own = {row.get("tier") for row in found if row["dataset"] != "safety_catalogue"}
+        assert "unseen" in of_own and of_own <= {"unseen", "held-out wording"}
     assert not any("tier" in row for row in rows["domain", "test"])
     untiered = {row["dataset"] for part in tiers for row in tiers[part][None]}
     assert untiered == {"plain_text", "safety_catalogue"}

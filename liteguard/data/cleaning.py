@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liteguard.data import near_questions
+from liteguard.data.layouts import FORMATS
 from liteguard.data.near_duplicates import PERMUTATIONS, sign_pairs, sign_texts
 from liteguard.data.overlap import OVERLAP_WORDS, SHORTEST_WINDOW, index_texts
 from liteguard.data.words import key_number, windows, word_numbers
@@ -63,9 +64,11 @@ class Chunk:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-# What a row's split is drawn by: nothing, because it came with one; the entity that it names; its
-# own question or text.
+# What tells what a row is about: nothing, in data of this project that bring their splits; the
+# entity that it names; its own question or text. A split is drawn by that, but for rows of a user's
+# source that brings its own splits: OWN is added to those (`% OWN` tells the rest).
 FIXED, NAMED, NAMELESS = range(3)
+OWN = 4
 # Name -> (dtype, columns): what is kept beside the JSON lines of a source. `ngrams` has one entry
 # per window of 13 words instead of one per row, `asked` one per word of a question of up to 40
 # words. The questions of a conversation count as one there, and so do its answers. `turns` is how
@@ -181,7 +184,7 @@ def entity_names(path: str) -> dict[str, str]:
 
 
 def _name_entity(row: Row, rules: Rules) -> int:
-    """Give a row its entity and its split; returns what the split was drawn by."""
+    """Give a row its entity and its split; returns its `naming`: FIXED, NAMED or NAMELESS, OWN."""
     # "Asthma" and "asthma" are one disease, whoever wrote it, and so are its other names.
     named = match_key(str(row.get("entity") or ""))
     if rules.entity_names:
@@ -195,18 +198,20 @@ def _name_entity(row: Row, rules: Rules) -> int:
     row["entity"] = entity if len(entity) <= LONGEST_ENTITY else f"{entity[:40]} {digest}"
     # "train or validation": drawn among these, where a source brings its own test split.
     own = row.get("split")
+    naming = NAMED if named else NAMELESS
+    if own:
+        naming = naming | OWN if rules.source.dataset in FORMATS else FIXED
     if own in SPLITS:
-        return FIXED
+        return naming
     tiered = bool(named) and not own and rules.part != "domain"
     row["split"] = draw_split(entity, rules.data, tiered)
-    if own:
-        row["split"] = row["split"] if row["split"] in own else "train"
-        return FIXED
-    return NAMED if named else NAMELESS
+    if own and row["split"] not in own:
+        row["split"] = "train"
+    return naming
 
 
 def _normalised(found: Any, rules: Rules) -> Iterator[tuple[int, Row]]:
-    """(what the split is drawn by, clean row) of a row: several of a long text, cut in pieces."""
+    """(`naming`, clean row) of a row: several of a long text, cut in pieces."""
     fields = FIELDS[rules.part]
     row = {**found, **{f: normalise(found[f]) for f in fields}}
     if "history" in row:

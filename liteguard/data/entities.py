@@ -14,7 +14,7 @@ import numpy as np
 
 from liteguard import checkpoints, registry
 from liteguard.config import DataSection
-from liteguard.data.cleaning import NAMED, NAMELESS, draw_split, entity_names
+from liteguard.data.cleaning import NAMED, NAMELESS, OWN, draw_split, entity_names
 from liteguard.data.splits import Lines, Part
 from liteguard.data.words import key_number
 from liteguard.rows import FIELDS, SPLITS, questions
@@ -85,13 +85,13 @@ class Names:
 def guess_entities(parts: list[Part], data: DataSection, known: Path | None) -> dict[str, str]:
     """Find what rows without an entity are about, and draw their split by that.
 
-    By the names of the rows that have one and by the `known` names of diseases. Returns a sentence
-    for each part that has such rows.
+    By the names of the rows that have one and by the `known` names of diseases. Rows that came with
+    their split stay in it. Returns a sentence for each part that has rows without an entity.
     """
     names = Names(_given_names(parts) | (entity_names(str(known)) if known else {}))
     said = {}
     for part in parts:
-        nameless = np.flatnonzero(part.arrays["naming"] == NAMELESS)
+        nameless = np.flatnonzero(part.arrays["naming"] % OWN == NAMELESS)
         if not len(nameless):
             continue
         found = _guess(part, nameless, names, data) if len(names) else 0
@@ -107,7 +107,7 @@ def _given_names(parts: list[Part]) -> dict[str, str]:
     found = {}
     for part in parts:
         readers = [Lines(shard) for shard in part.shards]
-        named = np.flatnonzero(part.arrays["naming"] == NAMED)
+        named = np.flatnonzero(part.arrays["naming"] % OWN == NAMED)
         _, first = np.unique(part.arrays["entity"][named], return_index=True)
         for row in named[first]:
             entity = json.loads(readers[part.shard[row]][part.row[row]])["entity"]
@@ -148,9 +148,13 @@ def _guess(part: Part, rows: np.ndarray, names: Names, data: DataSection) -> int
         part.guessed[rows[np.isin(found, common)]] = -1
     guessed = rows[part.guessed[rows] >= 0]
     drawn = [draw_split(name, data, part.name != "domain") for name in part.names]
-    own = part.guessed[guessed]
+    name = part.guessed[guessed]
     if len(guessed):
-        part.arrays["entity"][guessed] = np.array([*map(key_number, part.names)], np.uint64)[own]
-        part.arrays["split"][guessed] = np.array([*map(SPLITS.index, drawn)], np.uint8)[own]
-        part.arrays["naming"][guessed] = NAMED
+        came_with_split = part.arrays["naming"][guessed] & OWN
+        splits = np.array([*map(SPLITS.index, drawn)], np.uint8)[name]
+        part.arrays["entity"][guessed] = np.array([*map(key_number, part.names)], np.uint64)[name]
+        part.arrays["split"][guessed] = np.where(
+            came_with_split, part.arrays["split"][guessed], splits
+        )
+        part.arrays["naming"][guessed] = NAMED | came_with_split
     return len(guessed)

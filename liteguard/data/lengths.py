@@ -41,7 +41,7 @@ def table(manifest: dict[str, Any]) -> str:
             wording = entry["tiers"]["held-out wording"]
             lines.append(
                 f"{'':4}{entry['tiers']['unseen']:,} about entities nowhere in training, "
-                f"{entry['tiers']['seen']:,} about ones whose texts are trained on"
+                f"{entry['tiers']['seen']:,} about ones that rows of training are about"
                 + (f", {wording:,} held out by their wording only" if wording else "")
             )
     against = ", ".join(manifest["decontaminated_against"])

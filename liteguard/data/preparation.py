@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from liteguard import checkpoints, hub, registry
 from liteguard.data import self_answers
 from liteguard.data.cleaning import Rules
@@ -203,7 +205,7 @@ def prepare(config: Config, work: Path) -> dict[str, Any]:
         for part in parts:
             drop_duplicates(part, data.near_duplicate_threshold, data.several_answers)
         drop_overlaps(parts, index, data.question_similarity)
-    seen = next(trained_entities(part) for part in parts if part.name == "domain")
+    seen = np.unique(np.concatenate([trained_entities(part) for part in parts]))
     counts: dict[str, Any] = {}
     entries = []
     with ticking(f"writing {rows:,} rows"), (work / "dropped.jsonl").open("wb") as dropped:

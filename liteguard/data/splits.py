@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from liteguard.data import cleaning, near_duplicates, near_questions
-from liteguard.data.cleaning import ARRAYS, FIXED, NAMELESS, RAGGED
+from liteguard.data import cleaning, near_questions
+from liteguard.data.cleaning import ARRAYS, FIXED, NAMELESS, OWN, RAGGED
+from liteguard.data.near_rows import near_rows
 from liteguard.data.overlap import (
     OVERLAP_WORDS,
     OverlapIndex,
@@ -80,50 +81,6 @@ def turn_rows(part: Part, number: int, openings: bool) -> np.ndarray:
     return np.repeat(np.arange(len(turns)), turns + (openings * (turns > 0)))
 
 
-class _Signatures:
-    """MinHash signatures of a part's rows, read from the shards' files as they are asked for."""
-
-    def __init__(self, part: Part, rows: np.ndarray) -> None:
-        self._arrays = [shard.array("digest") for shard in part.shards]
-        self._shard, self._row = part.shard[rows], part.row[rows]
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), near_duplicates.PERMUTATIONS), np.uint32)
-        shard, row = self._shard[rows], self._row[rows]
-        for number, array in enumerate(self._arrays):
-            own = shard == number
-            found[own] = array[row[own]]
-        return found
-
-
-class _Questions:
-    """Words of a part's questions, read from the shards' files as they are asked for."""
-
-    def __init__(self, part: Part) -> None:
-        self._arrays = [shard.array("asked") for shard in part.shards]
-        self._shard = part.shard
-        self.sizes = near_questions.asked_counts(part.arrays["question_words"])
-        self._starts = np.empty(len(self.sizes), np.int64)
-        for number in range(len(part.shards)):
-            own = part.of_shard(number)
-            self._starts[own] = np.cumsum(self.sizes[own]) - self.sizes[own]
-        seen = near_questions.count_words(self._arrays)
-        self.weights = near_questions.weigh(seen, len(self.sizes))
-
-    def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(word numbers one after the other, how many each question has)."""
-        words = [
-            self._arrays[shard][start : start + size]
-            for shard, start, size in zip(
-                self._shard[rows], self._starts[rows], self.sizes[rows], strict=True
-            )
-        ]
-        return np.concatenate([np.empty(0, np.uint64), *words]), self.sizes[rows]
-
-
 def drop_duplicates(part: Part, threshold: float | None, several_answers: str = "all") -> None:
     """Mark exact and near duplicates; what is most held out is kept, then what comes first.
 
@@ -138,7 +95,7 @@ def drop_duplicates(part: Part, threshold: float | None, several_answers: str = 
     if threshold is None:
         return
     remaining = preference[part.reason[preference] == ""]
-    near = _near_duplicates(part, remaining, threshold)
+    near = near_rows(part, remaining, threshold)
     varied = np.array([shard.source.keep_near_duplicates for shard in part.shards])
     near &= ~varied[part.shard[remaining]]
     part.reason[remaining[near]] = "near duplicate"
@@ -168,34 +125,6 @@ def _drop_answers(part: Part, rows: np.ndarray, several_answers: str) -> None:
         rows = rows[np.argsort(-answer_words, kind="stable")]
     further = ~_is_first(part.arrays["question"][rows])
     part.reason[rows[further]] = f"not the {several_answers} answer to its question"
-
-
-def _near_duplicates(part: Part, rows: np.ndarray, threshold: float) -> np.ndarray:
-    """Which rows nearly equal an earlier one: texts by their words, pairs in both sides."""
-    signatures = _Signatures(part, rows)
-
-    def texts(own: np.ndarray, others: np.ndarray) -> np.ndarray:
-        one, other = signatures[own], signatures[others]
-        return near_duplicates.similarity(one, other) >= threshold
-
-    def pairs(own: np.ndarray, others: np.ndarray) -> np.ndarray:
-        one, other = signatures[own], signatures[others]
-        asked, answered = near_duplicates.pair_similarity(one, other)
-        near = answered >= threshold
-        a, b = rows[own], rows[others]
-        short = (questions.sizes[a] > 0) & (questions.sizes[b] > 0)
-        # Of long questions no words are kept, and a few rare ones would not count for much.
-        near &= short | (asked >= threshold)
-        check = np.flatnonzero(near & short)
-        near[check] = near_questions.ask_the_same(
-            questions[a[check]], questions[b[check]], questions.weights, threshold
-        )
-        return near
-
-    if part.name == "domain":
-        return near_duplicates.near_duplicates(signatures, texts) >= 0
-    questions = _Questions(part)
-    return near_duplicates.near_duplicates(signatures, pairs) >= 0
 
 
 def _first_of_each(values: np.ndarray, among: np.ndarray, seen: set[int]) -> np.ndarray:
@@ -385,18 +314,19 @@ def trained_entities(part: Part) -> np.ndarray:
 
 
 def tiers(part: Part, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The tier of each test row as a position in TIERS, or -1 for one without: int8.
+    """The tier of each held-out row as a position in TIERS, or -1 for one without: int8.
 
-    "seen" where the entity is among `seen`, the entities of texts that are trained on, else
-    "unseen". By what is in the data, not by the draw: an entity drawn for tier 1 whose texts were
-    dropped, or that has none, is nowhere in training. Of rows that name no entity nobody knows what
-    they are about: they are held out by their wording only. Texts, and rows that came with their
-    split (the safety catalogue), have no tier.
+    "seen" where the entity is among `seen`, the entities of rows of any part that are trained on,
+    else "unseen". By what is in the data, not by the draw: an entity drawn for tier 1 whose texts
+    were dropped, or that has none, is nowhere in training, and one that was drawn to be held out is
+    trained on where another source's own train split is about it. Of rows that name no entity
+    nobody knows what they are about: they are held out by their wording only. Texts, and data of
+    this project that bring their split (the safety catalogue), have no tier.
     """
     if part.name == "domain":
         return np.full(len(rows), -1, np.int8)
     found = np.isin(part.arrays["entity"][rows], seen).astype(np.int8)
-    naming = part.arrays["naming"][rows]
+    naming = part.arrays["naming"][rows] % OWN
     found[naming == NAMELESS] = TIERS.index("held-out wording")
     return np.where(naming == FIXED, -1, found)
 
@@ -404,7 +334,7 @@ def tiers(part: Part, rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> dict[str, Any]:
     """Write <part>/<split>.jsonl and the lines of dropped.jsonl; returns counts by file name.
 
-    Test rows get their `tier`, see `tiers`.
+    Rows of the test and validation splits get their `tier`, see `tiers`.
     """
     counts: dict[str, Any] = {}
     (work / part.name).mkdir(exist_ok=True)
@@ -415,7 +345,7 @@ def write_part(part: Part, work: Path, dropped: BinaryIO, seen: np.ndarray) -> d
     for number, split in enumerate(SPLITS):
         rows = mix(part, shuffled[part.arrays["split"][shuffled] == number])
         name = f"{part.name}/{split}.jsonl"
-        own = tiers(part, rows, seen) if split == "test" else np.full(len(rows), -1)
+        own = tiers(part, rows, seen) if split != "train" else np.full(len(rows), -1)
         with (work / name).open("wb") as file:
             for row, tier in zip(rows, own.tolist(), strict=True):
                 line = readers[part.shard[row]][part.row[row]]

@@ -268,7 +268,8 @@ def notes(results: dict[str, dict[str, Any]]) -> list[str]:
         notes.insert(
             1,
             "Seen: questions about diseases whose texts were trained on, all questions withheld "
-            "(tier 1). Unseen: about diseases that no stage saw (tier 2).",
+            "but for those that a source's own splits train on (tier 1). Unseen: about diseases "
+            "that no stage saw (tier 2).",
         )
     if any("wording_rouge1" in result for result in results.values()):
         notes.insert(

@@ -33,7 +33,7 @@ OTHER_AREA = "other harmful"  # areas of a user's own requests
 REQUESTS = ("harmful", "ordinary", "borderline")
 # Sets of questions with reference answers, and what the names of their numbers begin with.
 TIERS = {"questions": "", "seen_questions": "seen_", "wording_questions": "wording_"}
-# A row's tier -> its set; rows that came with their split have no tier.
+# A row's tier -> its set; the project's own rows that are about no disease have no tier.
 _SETS = {"seen": "seen_questions", "held-out wording": "wording_questions"}
 
 
@@ -43,9 +43,9 @@ def held_out(
     """The rows every model is measured on: test splits only, the same ones for every model.
 
     "questions" are tier 2: no stage saw anything about their disease. "seen_questions" are tier 1:
-    texts about the disease were trained on, no question about it was; there are none in the
-    validation split. "wording_questions": nobody knows what they are about, so other questions
-    about it may have been trained on; only their wording was held out.
+    texts about the disease were trained on, no question about it was (where a source brings its own
+    splits, other questions may have been). "wording_questions": nobody knows what they are about,
+    so other questions about it may have been trained on; only their wording was held out.
 
     "knowledge" are tier 3: questions of public benchmarks. The sets of `evaluate.sets` come last,
     each under its name.
