@@ -86,6 +86,7 @@ def main() -> None:
 
     # 2. Inputs
     from liteguard import models
+    from liteguard.data import preparation
     from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run
 
     config = models.with_base_prompt(config)
@@ -99,6 +100,7 @@ def main() -> None:
     for path, record in records.items():
         checkpoints.require_same(Path(path), record, config.prompt, base, config.model.name)
     data_dir = Path(args.data or (parent.data_dir if parent else f"data/{config.model_type}"))
+    preparation.follow_earlier_run(data_dir)  # the commits of hub sets that were kept apart
     files = read_manifest(data_dir, cli.config_flags(args))["files"]
     rows = held_out.held_out(config, data_dir, everything=args.full)
     counts = ", ".join(

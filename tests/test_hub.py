@@ -433,3 +433,51 @@ def test_a_data_set_that_breaks_off_is_read_again_from_its_beginning(hub, tmp_pa
     hub.broken = set()
     shown = succeed(*PREPARE, cwd=tmp_path, env=environment(hub, tmp_path))
     assert shown.count("(from the cache)") == 3 and "800 rows read" in shown
+
+
+# --- sets that measure ----------------------------------------------------------------------------
+SETS = """
+import json, sys
+from pathlib import Path
+from liteguard import checkpoints
+from liteguard.config import validate
+from liteguard.data import exams, preparation, sets
+
+own = {"name": "asked", "hub": "someone/asked", "split": "test", "kind": "questions"}
+config = validate({"evaluate": {"sets": [own]}}, "test")
+data = Path("data")
+preparation.follow_earlier_run(data)
+rows = sets.outside(config)["asked"]
+report = {}
+texts = [text for _, text in exams.evaluation_texts(config, report)]
+assert [row["prompt"] for row in rows][0] in texts
+found = exams.evaluation_inputs(config), sets.fingerprint(config), sets.hub_commits(config)
+if not data.exists():
+    data.mkdir()
+    inputs = {"commit of asked": found[2]["asked"]}  # as preparation.plan has it
+    checkpoints.write_json(data / "manifest.json", {"inputs": inputs})
+print(json.dumps([sorted(row["prompt"] for row in rows), rows[0]["file"], report, *found]))
+"""
+
+
+def test_a_set_of_the_hub_is_kept_apart_and_measured_at_one_commit(tmp_path):
+    hub = StubHub()
+    rows = [{"question": f"What is sign {n}?", "answer": f"It is no {n}."} for n in range(3)]
+    files = {"data/train.jsonl": lines(rows[:1]), "data/test.jsonl": lines(rows[1:])}
+    repo = hub.add("datasets", "someone/asked", {"README.md": b"Made up.\n", **files})
+    (tmp_path / "read.py").write_text(SETS)
+
+    def read() -> list:
+        env = environment(hub, tmp_path / "hf", PYTHONPATH=str(ROOT))
+        return json.loads(succeed("read.py", cwd=tmp_path, env=env, fresh=True).splitlines()[-1])
+
+    prompts, file, report, inputs, fingerprint, commits = first = read()
+    assert prompts == ["What is sign 1?", "What is sign 2?"] and file == "someone/asked"
+    assert report == {"evaluate.sets asked": "2 rows of someone/asked"}
+    assert commits["asked"]["commit"] == fingerprint["asked"]["commit"] == repo.main
+    repo.commit({"data/test.jsonl": lines([{"question": "Another?", "answer": "Yes, another."}])})
+    assert read() == first, "the data remember what was kept apart"
+    shutil.rmtree(tmp_path / "data")
+    prompts, _, _, other, *_ = read()
+    assert prompts == ["Another?"] and other != inputs
+    hub.close()

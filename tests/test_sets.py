@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -207,6 +208,20 @@ def test_what_is_wrong_with_a_set_is_said(tmp_path):
         configured(twice, twice)
     with pytest.raises(UserError, match="did you mean 'kind'"):
         configured({"name": "a", "path": "a", "kinds": "texts"})
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ({}, "one of them"),
+        ({"path": "a.csv", "hub": "a/b"}, "one of them"),
+        ({"path": "a.csv", "revision": "main"}, "revision is of a hub dataset"),
+        ({"path": "a.csv", "split": "train[:9]"}, "split 'train[:9]' of a local path"),
+    ],
+)
+def test_a_set_has_one_place(where, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        configured({"name": "x", "kind": "texts", **where})
 
 
 def test_sets_on_the_command_line(tmp_path):

@@ -91,6 +91,13 @@ class ModelSection(Section):
     )
 
 
+def check_split_of_files(split: str | None) -> None:
+    """Raise ValueError unless files' names can say it: a hub data set may name others."""
+    allowed = (None, "all", "train", "validation", "test")
+    if split not in allowed:
+        raise ValueError(f"split {split!r} of a local path: allowed are {', '.join(allowed[1:])}")
+
+
 class SourceSection(Section):
     """One source of rows: a dataset function by name, and where its rows are."""
 
@@ -198,11 +205,8 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _splits_of_files_are_ours(self) -> SourceSection:
-        allowed = (None, "all", "train", "validation", "test")
-        if self.path and self.split not in allowed:
-            raise ValueError(
-                f"split {self.split!r} of a local path: allowed are {', '.join(allowed[1:])}"
-            )
+        if self.path:
+            check_split_of_files(self.split)
         return self
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
     field_validator,
+    model_validator,
 )
 
-from liteguard.config.data import Section
+from liteguard.config.data import Section, check_split_of_files
 
 
 class LlmJudgeSection(Section):
@@ -62,12 +64,23 @@ OWN_SETS = (*SET_KINDS, "seen_questions", "knowledge")
 
 
 class SetSection(Section):
-    """A held-out set of other people's making: a local file, for measuring only."""
+    """A held-out set of other people's making, of files or of the hub: for measuring only."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="What its numbers are called."
     )
-    path: str = Field(description="Local file or directory, of any kind that preparation reads.")
+    path: str | None = Field(
+        None, description="Local file or directory, of any kind that preparation reads."
+    )
+    hub: str | None = Field(None, description="Hub dataset id, instead of a path.")
+    config_name: str | None = Field(
+        None, description="Configuration of a hub dataset, or its folder in a local directory."
+    )
+    split: str | None = Field(
+        None,
+        description="Which split is measured; default: train of a hub dataset, all of local files.",
+    )
+    revision: str | None = Field(None, description="Of a hub dataset: branch, tag or commit.")
     kind: Literal["questions", "texts", "harmful", "ordinary", "borderline"] = Field(
         description="questions: with reference answers. harmful, ordinary, borderline: requests; a "
         "row that is labelled safe or unsafe goes where its label says.",
@@ -81,6 +94,26 @@ class SetSection(Section):
         description="Measured at most, drawn evenly; default: as many as of the project's own "
         "(question_rows, perplexity_rows, harmful_rows, benign_rows).",
     )
+
+    @property
+    def place(self) -> str:
+        """Where the rows are: the path, or the hub dataset's id."""
+        return self.path or self.hub or ""
+
+    @property
+    def file(self) -> str:
+        """What the numbers call it: the file's name, or the hub dataset's id."""
+        return Path(self.path).name if self.path else self.place
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> SetSection:
+        if bool(self.path) == bool(self.hub):
+            raise ValueError("needs 'path:' (a local file) or 'hub:' (a dataset id), one of them")
+        if self.path:
+            check_split_of_files(self.split)
+            if self.revision:
+                raise ValueError("revision is of a hub dataset, and this set has a path")
+        return self
 
 
 class AsUsedSection(Section):

@@ -137,7 +137,7 @@ def evaluation_texts(
                     yield name, item.context
     for section in config.evaluate.sets:
         rows = sets.read(section)
-        report[SET.format(section.name)] = f"{len(rows):,} rows of {Path(section.path).name}"
+        report[SET.format(section.name)] = f"{len(rows):,} rows of {section.file}"
         for row in rows:
             for text in (*(questions(row) if "prompt" in row else ()), *map(row.get, _ANSWERS)):
                 if text:

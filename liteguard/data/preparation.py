@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liteguard import checkpoints, hub, registry
-from liteguard.data import self_answers
+from liteguard.data import self_answers, sets
 from liteguard.data.cleaning import Rules
 from liteguard.data.datasets import DATASETS
 from liteguard.data.entities import guess_entities, known_names, names_file
@@ -150,7 +150,10 @@ def source_entries(part: Part) -> list[dict[str, Any]]:
 
 
 def follow_earlier_run(output: Path) -> None:
-    """Let finished data be compared with, and reused at, the hub commits they were made from."""
+    """Let finished data be compared with, and reused at, the hub commits they were made from.
+
+    Those of `evaluate.sets` are among them: what was kept apart is what is measured.
+    """
     inputs = (checkpoints.read_dict(output / "manifest.json") or {}).get("inputs")
     for source in inputs.values() if isinstance(inputs, dict) else ():
         if isinstance(source, dict):
@@ -167,6 +170,7 @@ def plan(config: Config) -> dict[str, Any]:
         "place for system texts in the prompt": config.prompt.has_system_slot,
         **{f"data.{key}": value for key, value in settings.items()},
         **{f"evaluation set {k}": v for k, v in evaluation_inputs(config).items()},
+        **{f"commit of evaluate.sets {k}": v for k, v in sets.hub_commits(config).items()},
     }
     for part in FIELDS:
         for number, source in enumerate(getattr(config.data, part)):

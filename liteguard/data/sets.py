@@ -1,4 +1,4 @@
-"""Held-out sets of other people's making: local files, for measuring and for being kept apart from.
+"""Held-out sets of other people's making, for measuring and for being kept apart from.
 
 The project's own test rows come from the templates that its training rows come from. What people
 ask elsewhere, and what others call harmful, says whether a model got better for them.
@@ -16,7 +16,7 @@ from liteguard.config import SET_KINDS, Config, SetSection, SourceSection, valid
 from liteguard.data.files import local_files
 from liteguard.data.formats import FORMATS
 from liteguard.data.layouts import asked
-from liteguard.data.readers import Broken, broken, read_rows
+from liteguard.data.readers import Broken, broken, hub_commit, read_rows
 from liteguard.data.values import is_unicode, mended
 from liteguard.errors import UserError
 from liteguard.rows import Row, conversation_text
@@ -69,8 +69,8 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
     """Name -> rows of every configured set; `everything`: all, instead of as many as are measured.
 
     Rows have "prompt" and, of questions, "completion", or "text"; "measured_as" is what they are
-    measured as, "file" the name of the file. Rows labelled otherwise than their set are a set of
-    their own, NAME_harmful, say. Drawn by a hash of the text, so that the same rows are measured
+    measured as, "file" the name of the file or of the hub dataset. Rows labelled otherwise than
+    their set are a set of their own, NAME_harmful, say. Drawn by a hash of the text, so that the same rows are measured
     in every run, and those of a smaller number are among those of a larger. Validation draws from
     the other end, a third of the rows at most, so that choosing settings leaves test rows unseen.
     """
@@ -87,7 +87,7 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
             name = section.name if kind == section.kind else f"{section.name}_{kind}"
             if name in found:
                 raise UserError(
-                    f"evaluate.sets: rows of {section.path} that are labelled {kind} would be "
+                    f"evaluate.sets: rows of {section.place} that are labelled {kind} would be "
                     f"measured as {name!r}, and another set is called that. Rename one of them."
                 )
             found[name] = own if everything else own[: wanted(config, section, kind)]
@@ -105,20 +105,41 @@ def kinds(rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """What a result depends on: every set's content, kind, columns and number of rows."""
-    found = {}
+    found: dict[str, Any] = {}
+    commits = hub_commits(config)
     for section in config.evaluate.sets:
         _exists(section)
-        digests = [checkpoints.sha256_file(file) for file in local_files(_source(section))]
-        found[section.name] = {
-            "sha256": checkpoints.sha256_json(digests),
-            **section.model_dump(include={"kind", "columns", "rows"}),
-        }
+        own = section.model_dump(include={"kind", "columns", "rows"})
+        if section.hub:
+            own |= commits[section.name]
+        else:
+            digests = [checkpoints.sha256_file(file) for file in local_files(_source(section))]
+            own["sha256"] = checkpoints.sha256_json(digests)
+        chosen = section.model_dump(include={"config_name", "split"}, exclude_none=True)
+        found[section.name] = {**own, **chosen}
     return found
+
+
+def hub_commits(config: Config) -> dict[str, dict[str, str | None]]:
+    """Name -> {"hub", "revision", "commit"} of every set of the hub; resolved once.
+
+    Data that were prepared with a set remember its commit (`preparation.follow_earlier_run`), so
+    that the rows that are measured are those that were kept apart.
+    """
+    return {
+        section.name: {
+            "hub": section.hub,
+            "revision": section.revision,
+            "commit": hub_commit(_source(section)),
+        }
+        for section in config.evaluate.sets
+        if section.hub
+    }
 
 
 def _exists(section: SetSection) -> None:
     """Raise UserError unless the set's file is there."""
-    if not Path(section.path).exists():
+    if section.path and not Path(section.path).exists():
         raise UserError(
             f"evaluate.sets: the file of {section.name!r}, {section.path}, does not exist.\n"
             "Correct its path in the YAML or in --sets NAME=FILE:KIND."
@@ -127,7 +148,8 @@ def _exists(section: SetSection) -> None:
 
 def _source(section: SetSection) -> SourceSection:
     unit_of_text = "paragraph" if section.kind == "texts" else "line"
-    return SourceSection(dataset="auto", path=section.path, text_unit=unit_of_text)
+    place = section.model_dump(include={"path", "hub", "config_name", "split", "revision"})
+    return SourceSection(dataset="auto", text_unit=unit_of_text, **place)
 
 
 def wanted(config: Config, section: SetSection, kind: str) -> int:
@@ -155,7 +177,7 @@ def read(section: SetSection, system_slot: bool = False, say: bool = False) -> l
     unanswered = [text for text in rows if section.kind == "questions" and text.endswith("\x1f")]
     for text in unanswered:  # as many of MedQuAD's are, whose publishers withdrew theirs
         del rows[text]
-    where = f"the set {section.name!r}, {section.path}"
+    where = f"the set {section.name!r}, {section.place}"
     if len(bad) > MAX_BROKEN * len(made) or not rows:
         shown = "".join(f"\n  {b.place}: {b.reason}: {b.text}" for b in bad[:5])
         without = f", {len(unanswered):,} have no answer" if unanswered else ""
@@ -173,7 +195,6 @@ def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
 
     `system_slot`: whether the prompt has a place for a row's own system text.
     """
-    file = Path(section.path).name
     placed = list(read_rows(_source(section)))
     first = next(((p, row) for p, row in placed if not isinstance(row, Broken)), None)
     columns = _columns(section, *first) if first else {}
@@ -213,7 +234,7 @@ def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
         groups = (found.get(section.columns.get(name, name)) for name in _GROUPS)
         group = next((str(value) for value in groups if value), None)
         kind = _labelled(section, place, found, contrasts)
-        yield {**made, "kind": group, "area": group, "measured_as": kind, "file": file}
+        yield {**made, "kind": group, "area": group, "measured_as": kind, "file": section.file}
 
 
 def _clean(text: str) -> str:
