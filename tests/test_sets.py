@@ -14,8 +14,10 @@ from conftest import ROOT, fail, succeed
 
 from liteguard import cli
 from liteguard.checkpoints import sha256_file, write_json
-from liteguard.config import Config, VerdictSection, validate
-from liteguard.data import sets
+from liteguard.config import Config, SourceSection, VerdictSection, validate
+from liteguard.data import exams, sets
+from liteguard.data.formats import formatted
+from liteguard.data.readers import LeftOut
 from liteguard.errors import UserError
 from liteguard.evaluation import (
     against_base,
@@ -93,6 +95,71 @@ def test_published_layouts_are_read(tmp_path):
     path = lines(tmp_path / "own.jsonl", [{"ask": "Why?", "say": "So."}])
     columns = {"prompt": "ask", "completion": "say"}
     assert read(path, "questions", columns=columns)["x"][0]["prompt"] == "Why?"
+
+
+MEDQUAD = """<?xml version="1.0" encoding="{encoding}"?>
+<Document id="0000001" source="Ours" url="https://example.org/gout">
+<Focus>Gout</Focus>
+<QAPairs>
+  <QAPair pid="1">
+    <Question qid="0000001-1" qtype="information">What is (are) Gout ?</Question>
+    <Answer>Crystals in a joint: müde &amp; sore,
+      below 7 &lt; 8.</Answer>
+  </QAPair>
+  <QAPair pid="2">
+    <Question qid="0000001-2" qtype="treatment">What are the treatments for Gout ?</Question>
+    <Answer></Answer>
+  </QAPair>
+</QAPairs>
+</Document>
+"""
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16", "windows-1252"])
+def test_medquad_is_read_as_it_is_published(tmp_path, encoding, capsys):
+    (tmp_path / "1_Ours_QA").mkdir()
+    (tmp_path / "readme.txt").write_text("About these files.")
+    file = tmp_path / "1_Ours_QA" / "0000001.xml"
+    file.write_bytes(MEDQUAD.format(encoding=encoding).encode(encoding))
+    (row,) = read(tmp_path, "questions")["x"]
+    assert (row["prompt"], row["kind"]) == ("What is (are) Gout ?", "information")
+    assert row["completion"] == "Crystals in a joint: müde & sore, below 7 < 8."
+    assert "1 without an answer left out" in capsys.readouterr().out
+    # For training, too: what it is about keeps its questions in one split.
+    columns = {"prompt": "question", "completion": "answer"}
+    source = SourceSection(dataset="prompt_completion", path=str(tmp_path), columns=columns)
+    sound, withdrawn = formatted(source, tmp_path)
+    assert (sound["entity"], sound["prompt"]) == ("Gout", "What is (are) Gout ?")
+    assert isinstance(withdrawn, LeftOut)
+    # As an exam, a question without an answer is kept apart as well.
+    config = validate({"data": {"decontaminate": [str(tmp_path)]}}, "test")
+    assert len(list(exams.evaluation_texts(config))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (MEDQUAD[:400], "line 11: not whole XML"),
+        (MEDQUAD.replace("<Focus>", "<Focus>&undeclared;"), "line 3: not whole XML"),
+        (MEDQUAD.replace("{encoding}", "gb18030"), "of its first line cannot be read (multi-byte"),
+        ("<articles><article>Text.</article></articles>", "no QAPair in <articles>"),
+        (
+            '<?xml version="1.0"?>\n<!DOCTYPE D [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>\n'
+            "<Document><QAPairs><QAPair><Question>&b;</Question></QAPair></QAPairs></Document>",
+            "line 2: a DOCTYPE",
+        ),
+        (
+            '<!DOCTYPE D [<!ENTITY a SYSTEM "file:///etc/hosts">]><Document>&a;</Document>',
+            "DOCTYPE",
+        ),
+    ],
+)
+def test_xml_that_is_damaged_declares_entities_or_is_another(tmp_path, text, told):
+    file = tmp_path / "x.xml"
+    file.write_text(text.replace("{encoding}", "UTF-8"))
+    with pytest.raises(UserError, match=re.escape(told)) as failed:
+        read(file, "questions")
+    assert str(file) in str(failed.value)
 
 
 def test_what_is_asked_may_be_the_input_of_an_instruction(tmp_path):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from liteguard.config import SourceSection
 
 # The end of a file's name, without .gz or .zst, that says how it is read (readers.READERS).
-TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".xml")
 BINARY_KINDS = (".parquet", ".arrow", ".xlsx")
 PACKED = (".gz", ".zst")
 # Files that lie beside data and hold none.

@@ -27,6 +27,7 @@ from liteguard.data.files import (
     unreadable,
 )
 from liteguard.data.spreadsheets import sheet_rows
+from liteguard.data.xml_files import qa_rows
 from liteguard.errors import UserError, first_line
 from liteguard.rows import Row
 from liteguard.wheels import MAX_WHOLE_BYTES
@@ -132,9 +133,10 @@ def read_rows(source: SourceSection) -> Iterator[tuple[str, Row | Broken]]:
     """(place, row) of a hub dataset or of a local file or directory, one after the other.
 
     A place is 'texts.jsonl, line 7'. Rows are streamed, at most a batch at a time. Local: .jsonl,
-    .ndjson, .csv (with a header), .tsv, .txt (by `text_unit`), .json, each also .gz and .zst;
-    .parquet, .arrow, .xlsx; directories of them. A .json file is read as a whole: for large data
-    use .jsonl. Raises UserError for what cannot be reached or read; a bad row is a `Broken`.
+    .ndjson, .csv (with a header), .tsv, .txt (by `text_unit`), .json, .xml (MedQuAD's), each also
+    .gz and .zst; .parquet, .arrow, .xlsx; directories of them. A .json file is read as a whole: for
+    large data use .jsonl. Raises UserError for what cannot be reached or read; a bad row is a
+    `Broken`.
     """
     return ((place, row) for place, row, _ in rows_and_splits(source))
 
@@ -491,5 +493,6 @@ TEXT_READERS = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
     ".txt": _text_rows,
+    ".xml": lambda path, file, source: qa_rows(path, file, source.encoding),
 }
 BINARY_READERS = {".parquet": _parquet_rows, ".arrow": _arrow_rows, ".xlsx": _sheet_rows}
