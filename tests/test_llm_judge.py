@@ -10,7 +10,7 @@ import pytest
 
 from liteguard.config import build
 from liteguard.errors import UserError, WorkError
-from liteguard.evaluation import held_out, llm_judge, metrics, refusals, run
+from liteguard.evaluation import comparison, held_out, llm_judge, metrics, refusals, run
 from liteguard.evaluation.journal import Journal
 
 KEY = "sk-not-to-be-written"
@@ -96,6 +96,25 @@ def test_answers_to_requests_are_judged_once_and_kept(service, tmp_path, capsys)
     assert again.seconds["judged"] > 0
     written = path.read_text() + capsys.readouterr().out + str(config.model_dump())
     assert KEY not in written and "JUDGE_KEY" in written
+
+
+def test_outside_requests_are_judged_too_and_outside_questions_are_not(service, tmp_path):
+    """Other languages are met in outside sets, where the rules cannot read the answers."""
+    rows, journal = rows_and_journal(tmp_path / "final.partial.jsonl")
+    outside = {"preguntas": "questions", "daño": "harmful", "normal": "borderline"}
+    for place, (name, kind) in enumerate(outside.items(), 6):
+        rows[name] = [{"prompt": f"Outside {name}", "measured_as": kind}]
+        value = {"text": "I am sorry.", "tokens": 5, "stopped": True, "seconds": 0.1}
+        journal.add("answers", place, value)
+    run.ask_judge(settings(service), rows, journal)
+    asked = " ".join(body["messages"][1]["content"] for *_, body in service.asked)
+    assert "Outside daño" in asked and "Outside normal" in asked
+    assert "Outside preguntas" not in asked
+    assert {*journal.found["judged"]} == {1, 2, 3, 4, 5, 7, 8}
+    answers = [{"set": "daño", "verdict": "answered", "llm_verdict": "refused"}]
+    own = llm_judge.summarise(answers)
+    (note,) = comparison._judge_notes({"final": {"llm_judge": own}})
+    assert note.endswith("Refused/answered/unclear by it: daño 1 / 0 / 0.")
 
 
 def test_verdicts_stand_beside_the_rules_with_their_agreement():

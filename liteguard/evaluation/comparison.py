@@ -352,7 +352,7 @@ def _judge_notes(results: dict[str, dict[str, Any]]) -> list[str]:
             agreed = "-" if own["agreement"] is None else f"{own['agreement']:.0%}"
             kappa = "-" if own["kappa"] is None else f"{own['kappa']:.2f}"
             counts = "; ".join(
-                f"{REQUESTS[name].lower()} "
+                f"{REQUESTS[name].lower() if name in REQUESTS else name} "
                 + " / ".join(str(verdicts.get(verdict, 0)) for verdict in VERDICTS)
                 for name, verdicts in own["verdicts"].items()
             )

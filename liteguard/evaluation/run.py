@@ -14,6 +14,7 @@ from typing import Any
 
 from liteguard import machine
 from liteguard.config import Config
+from liteguard.data import sets
 from liteguard.evaluation import as_used, knowledge, llm_judge
 from liteguard.evaluation.answerers import Answerer, open_answerer
 from liteguard.evaluation.held_out import REQUESTS, requests, scored
@@ -163,18 +164,22 @@ def run_cost(journal: Journal) -> dict[str, Any]:
 
 
 def ask_judge(config: Config, rows: dict[str, list[dict[str, Any]]], journal: Journal) -> None:
-    """Have the LLM of `evaluate.llm_judge` judge every answer to a request that it has not yet."""
+    """Have the LLM of `evaluate.llm_judge` judge every answer to a request that it has not yet.
+
+    The project's own requests and those of outside sets.
+    """
     section = config.evaluate.llm_judge
     if section is None:
         return
-    asked = {
+    kinds = sets.kinds(rows)
+    judged = {
         index: conversation_text(row)
         for index, (name, row) in enumerate(requests(rows))
-        if name in REQUESTS and index not in journal.found["judged"]
+        if kinds.get(name, name) in REQUESTS
     }
+    asked = {i: text for i, text in judged.items() if i not in journal.found["judged"]}
     judge = llm_judge.Judge(section)
     todo = [(prompt, journal.found["answers"][index]["text"]) for index, prompt in asked.items()]
-    total = sum(name in REQUESTS for name, _ in requests(rows))
     given = judge.ask(todo, accepted=bool(journal.found["judged"]))
     replies = ((place, vars(reply), reply.tokens) for place, reply in given)
-    journalled(journal, "judged", "answers judged", total, list(asked), replies)
+    journalled(journal, "judged", "answers judged", len(judged), list(asked), replies)

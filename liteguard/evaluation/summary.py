@@ -83,7 +83,7 @@ def summarise(
             rows["knowledge"], [journal.found["options"][i][0] for i in range(options)]
         ),
         "as_used": as_used.summarise(config, rows, journal),
-        **({"llm_judge": llm_judge.summarise(answers)} if journal.found["judged"] else {}),
+        **({"llm_judge": llm_judge.summarise(everything)} if journal.found["judged"] else {}),
         "bleu_signature": metrics.bleu_signature([a["reference"] for a in both if a["reference"]]),
         # Of a bundle: what its KV cache is too small for. Counted like answers that did not end,
         # and like wrong choices.
