@@ -70,9 +70,10 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
 
     Rows have "prompt" and, of questions, "completion", or "text"; "measured_as" is what they are
     measured as, "file" the name of the file or of the hub dataset. Rows labelled otherwise than
-    their set are a set of their own, NAME_harmful, say. Drawn by a hash of the text, so that the same rows are measured
-    in every run, and those of a smaller number are among those of a larger. Validation draws from
-    the other end, a third of the rows at most, so that choosing settings leaves test rows unseen.
+    their set are a set of their own, NAME_harmful, say. Drawn by a hash of the text, so that the
+    same rows are measured in every run, and those of a smaller number are among those of a larger.
+    Validation draws from the other end, a third of the rows at most, so that choosing settings
+    leaves test rows unseen.
     """
     found: dict[str, list[Row]] = {}
     for section in config.evaluate.sets:
