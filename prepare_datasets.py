@@ -50,6 +50,7 @@ def main() -> None:
     cli.print_config(config, "data")
 
     # 2. Inputs
+    config = models.with_base_prompt(config)  # has it a place for system texts?
     if not args.overwrite:
         preparation.follow_earlier_run(output)
     preparation.check_sources(config)
@@ -82,7 +83,7 @@ def main() -> None:
     manifest = read_manifest(output)
     print(lengths.table(manifest))
     if args.report:
-        print(lengths.write(models.with_base_prompt(config), output))
+        print(lengths.write(config, output))
     data = ["--data", args.output] if args.output else []
     took = shown.duration(time.monotonic() - started)
     print(f"\n{'wrote' if work else 'found'} {output}: {lengths.closing(manifest)}; {took}")

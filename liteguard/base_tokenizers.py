@@ -74,12 +74,24 @@ def _forget(tokenizer: Any, tokens: set[str]) -> None:
             tokenizer.init_kwargs[key] = kept
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Prompt:
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that the tokenizer puts before every text by itself."""
+    begun = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if begun == plain or begun[-len(plain) :] != plain:
+        return []
+    return tokenizer.convert_ids_to_tokens(begun[: -len(plain)])
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None = None) -> Prompt:
     """The prompt that renders what the tokenizer's own chat template renders.
 
-    name: of the model, for messages. Raises UserError, with the place, for a template that a
-    `Prompt` cannot express: one that renders earlier answers in another way than the last one, or
-    puts something between an answer and the token that ends it.
+    A BOS that the tokenizer adds stands before it where the template has none (TinyLlama's).
+
+    name: of the model, for messages. rows: of its embedding; where none is spare, a token that is
+    there pads. Raises UserError, with the place, for a template that a `Prompt` cannot express: one
+    that renders earlier answers in another way than the last one, or puts something between an
+    answer and the token that ends it.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -114,10 +126,11 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Prompt:
         raise refuse(f"no token ends an answer, {between[:20]!r} follows it")
     bos = tokenizer.bos_token or ""
     bos = bos if bos and before.startswith(bos) else ""
+    missing = "" if bos else "".join(added_bos(tokenizer))
     block, user_prefix, separator = _shared_end(before[len(bos) :], between[len(end) :])
     user_suffix, model_prefix = _halves(after, special)
     found = {
-        "bos_token": bos,
+        "bos_token": bos or missing,
         "user_prefix": user_prefix,
         "user_suffix": user_suffix,
         "model_prefix": model_prefix,
@@ -126,12 +139,14 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Prompt:
         "document_end_token": _document_end(tokenizer, end),
         **_system(tokenizer, bos, block, user_prefix),
     }
-    found["pad_token"] = _pad(tokenizer, {bos, end, found["document_end_token"]}, two)
+    taken = {found["bos_token"], end, found["document_end_token"]}
+    full = rows is not None and len(tokenizer) >= rows
+    found["pad_token"] = _pad(tokenizer, taken, two, full)
     prompt = Prompt(**found)
     for turns in (1, 2, 3):
         pairs = [(m, _A.format(i)) for i in range(turns) if (m := _Q.format(i))]
         ours = prompt.render_conversation([*pairs[:-1], (pairs[-1][0], None)])
-        if ours != (theirs := rendered(turns)):
+        if ours != (theirs := missing + rendered(turns)):
             raise refuse(f"{turns} turns would become {ours!r} instead of {theirs!r}")
     return prompt
 
@@ -195,10 +210,13 @@ def _document_end(tokenizer: Any, end: str) -> str:
     return next((token for token in _DOCUMENT_ENDS if token in known), end)
 
 
-def _pad(tokenizer: Any, taken: set[str], text: str) -> str:
-    """A token for padding that no text holds: one that is called so, else a spare one."""
+def _pad(tokenizer: Any, taken: set[str], text: str, full: bool) -> str:
+    """A token for padding that no text holds: one that is called so, else a spare one, else a new
+    one. Where the embedding is `full`: `<unk>`, or any that the template does not use."""
     spare = [t for t in tokenizer.get_added_vocab() if t not in taken and t not in text]
     for word in ("pad", "reserved", "unused", "empty"):
         if found := [token for token in spare if word in token.lower()]:
             return found[0]
+    if full and spare:
+        return tokenizer.unk_token if tokenizer.unk_token in spare else spare[-1]
     return "<|pad|>"

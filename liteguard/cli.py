@@ -101,7 +101,7 @@ def resolve_config(
     config = build(layers)
     if parent is not None and config.prompt_from_base:
         # What was made has one, which was taken from its base.
-        config = config.model_copy(update={"prompt": parent.prompt, "prompt_from_base": False})
+        config = config.with_prompt(parent.prompt, "the parent's stage.json")
     if not getattr(args, "dry_run", True):
         _logs.append(Path(config.data.cache_dir) / "logs")
     return config

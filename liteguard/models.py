@@ -122,11 +122,8 @@ def load_tokenizer(
 
 def _check_bos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, directory: str) -> None:
     """Raise UserError for a BOS that the tokenizer adds and the prompt lacks or names otherwise."""
-    begun, plain = tokenizer("a")["input_ids"], encode(tokenizer, "a")
-    if begun == plain or begun[-len(plain) :] != plain:
-        return
-    bos = tokenizer.convert_ids_to_tokens(begun[: -len(plain)])
-    if bos != [prompt.bos_token]:
+    bos = base_tokenizers.added_bos(tokenizer)
+    if bos and bos != [prompt.bos_token]:
         has = f"is {prompt.bos_token!r}" if prompt.bos_token else "is empty"
         raise UserError(
             f"The tokenizer of {directory} begins every text with {' '.join(bos)}, and "
@@ -173,22 +170,22 @@ def load_base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def with_base_prompt(config: Config) -> Config:
-    """`config` with the prompt of the base model's chat template, where it says `from_base`."""
+    """`config` with the prompt of the base model's chat template, where it says `from_base`.
+
+    Keys that are set beside it (`--set prompt.system=...`) are laid on top.
+    """
     if not config.prompt_from_base:
         return config
     from transformers import AutoTokenizer
 
-    directory, revision, _ = model_config(config)
+    directory, revision, architecture = model_config(config)
     with model_files.reading(directory, "holds no tokenizer that can be used"):
         tokenizer = AutoTokenizer.from_pretrained(
             directory, revision=revision, trust_remote_code=config.model.trust_remote_code
         )
-    prompt = base_tokenizers.prompt_of(tokenizer, config.model.name)
-    changed = config.model_copy(update={"prompt": prompt, "prompt_from_base": False})
-    changed._sources = config.sources | {
-        f"prompt.{key}": "the base's chat template" for key in prompt.model_dump()
-    }
-    return changed
+    rows = architecture.get_text_config().vocab_size
+    prompt = base_tokenizers.prompt_of(tokenizer, config.model.name, rows)
+    return config.with_prompt(prompt, "the base's chat template")
 
 
 # Of a config.json: who wrote it, and what the project sets itself.

@@ -310,6 +310,59 @@ def test_a_prompt_is_taken_from_the_bases_own_template(with_bos):
     assert found.sources["prompt.bos_token"] == "the base's chat template"
 
 
+def test_what_is_set_beside_from_base_changes_the_bases_prompt(with_bos, capsys):
+    """A key of an upper layer took the place of the word, and the prompt became Phi's."""
+    base = {"model": {"name": "a/base", "path": str(with_bos)}, "prompt": "from_base"}
+    (with_bos / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
+    phi = ("phi", read_yaml(ROOT / "configs/phi-2.yaml"))
+    over = ("child.yaml", {"prompt": {"system_prefix": "<user>\n"}})
+    setting = ("--set", {"prompt": {"system": "Be brief."}})
+    config = build([phi, ("mine.yaml", base), over, setting])
+    found = models.with_base_prompt(config)
+    wanted = {"system": "Be brief.", "system_prefix": "<user>\n"}
+    assert found.prompt == BOS_PROMPT.model_copy(update=wanted) and not found.prompt_from_base
+    assert found.sources["prompt.system"] == "--set"
+    assert found.sources["prompt.end_token"] == "the base's chat template"
+    # In one file, and taken back by a later one.
+    one = {**base, "prompt": {"from_base": True, "system": "Be brief."}}
+    assert models.with_base_prompt(build([phi, ("one.yaml", one)])).prompt.system == "Be brief."
+    again = build([("mine.yaml", base), setting, ("again.yaml", {"prompt": "from_base"})])
+    assert models.with_base_prompt(again).prompt == BOS_PROMPT
+    # What is no prompt is said, at once or when the base's is known.
+    with pytest.raises(UserError, match="prompt.sytem: unknown key; did you mean 'system'"):
+        build([("mine.yaml", base), ("--set", {"prompt": {"sytem": "x"}})])
+    pad = build([("mine.yaml", base), ("--set", {"prompt": {"pad_token": "<end>"}})])
+    with pytest.raises(UserError, match="pad_token '<end>' must differ.*with pad_token set beside"):
+        models.with_base_prompt(pad)
+
+
+def test_a_finished_stages_prompt_keeps_what_is_set_beside_from_base():
+    """Where it differs, the stage is refused by name, as with any other prompt."""
+    setting = ("--set", {"prompt": {"system": "Be brief."}})
+    config = build([("mine.yaml", {"prompt": "from_base"}), setting])
+    found = config.with_prompt(BOS_PROMPT, "the parent's stage.json").prompt
+    assert found == BOS_PROMPT.model_copy(update={"system": "Be brief."})
+
+
+def test_the_bos_that_the_template_lacks_and_a_token_that_pads(tmp_path):
+    """As TinyLlama: the tokenizer adds <s>, the template has none, and no row is spare."""
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(save_bpe(tmp_path))
+    own.chat_template = TEMPLATE.replace("{{ bos_token }}", "")
+    assert base_tokenizers.prompt_of(own, "a/base", len(own)) == BOS_PROMPT
+
+    class Unused(type(own)):
+        def get_added_vocab(self):
+            return {t: i for t, i in super().get_added_vocab().items() if t != "<pad>"} | {
+                "<unk>": 6
+            }
+
+    own.__class__, own.unk_token = Unused, "<unk>"
+    full, spare = (base_tokenizers.prompt_of(own, "a/base", n) for n in (len(own), len(own) + 1))
+    assert (full.pad_token, spare.pad_token) == ("<unk>", "<|pad|>")
+
+
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
     "{{ '<user>system\nYou help.<end>\n' }}{% endif %}"
@@ -330,7 +383,8 @@ def test_a_templates_own_system_text_is_taken_over(with_bos):
     )
     assert (found.user_prefix, found.user_suffix) == ("<user>user\n", "<end>\n")
     assert (found.model_prefix, found.turn_separator) == ("<user>assistant\n", "\n")
-    assert found.bos_token == "" and found.end_token == "<end>"
+    # The template has no BOS; the tokenizer puts it before every text.
+    assert found.bos_token == "<bos>" and found.end_token == "<end>"
 
 
 @pytest.mark.parametrize(

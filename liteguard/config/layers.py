@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from liteguard import shown, yaml_text
-from liteguard.config.config import Config
+from liteguard.config.config import FROM_BASE, Config
 from liteguard.config.data import SourceSection
 from liteguard.config.measuring import SetSection
 from liteguard.config.training import REFUSED_KEYS
@@ -110,11 +110,18 @@ def _spelled(value: Any) -> Any:
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top; mappings merge, everything else is replaced."""
+    """`base` with `over` laid on top; mappings merge, everything else is replaced.
+
+    Keys of a prompt above `prompt: from_base` stay beside it: they change the base's own.
+    """
     merged = copy.deepcopy(dict(base))
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
+        if key == "prompt" and isinstance(value, Mapping) and old == FROM_BASE:
+            merged[key] = {FROM_BASE: True, **copy.deepcopy(value)}
+        elif key == "prompt" and isinstance(value, Mapping) and value.get(FROM_BASE):
+            merged[key] = copy.deepcopy(value)  # what lies below is not the base's
+        elif isinstance(value, Mapping) and isinstance(old, Mapping):
             merged[key] = deep_merge(old, value)
         elif isinstance(value, Mapping) and isinstance(old, list) and _are_indices(value, old):
             # --set data.domain.0.path=FILE changes one entry of a list.
