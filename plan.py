@@ -63,7 +63,8 @@ def main() -> None:
     print(f"{config.model.name}, {parameters / 1e9:.2f} billion parameters, on {device}")
 
     # 3. Work
-    speeds, measuring, taught = {}, None, {}
+    speeds, measuring = {}, None
+    taught: dict[str, planning_probe.Taught] = {}
     if args.dry_run:
         why.append("--dry_run was given")
     if not why:

@@ -231,11 +231,11 @@ def evaluate_step(
     answers += section.harmful_rows + 2 * section.benign_rows
     texts, ways = section.perplexity_rows, section.as_used.draws + len(as_used.CONDITIONS) - 1
     answers += section.as_used.rows * ways
-    for own in section.sets:  # of as many rows as are wanted, if its file has them
-        rows = sets.wanted(config, own, own.kind)
-        answers += rows if own.kind != "texts" else 0
-        answers += min(section.as_used.rows, rows) * ways if own.kind == "harmful" else 0
-        texts += rows if own.kind in ("questions", "texts") else 0
+    for outside in section.sets:  # of as many rows as are wanted, if its file has them
+        rows, kind = sets.wanted(config, outside, outside.kind), outside.kind
+        answers += rows if kind != "texts" else 0
+        answers += min(section.as_used.rows, rows) * ways if kind == "harmful" else 0
+        texts += rows if kind in ("questions", "texts") else 0
     generated = answers * section.max_new_tokens
     scored = texts * section.max_text_tokens
     seconds = None

@@ -107,9 +107,9 @@ def measured(source: Source, evaluation: Path) -> dict[str, Any]:
     shorter: dict[str, str] = {}
     for each in results.values():
         leaks = each["contamination"]
-        names = {text: _UNCHECKED.sub(r"\1", text, count=1) for text in leaks["unchecked"]}
-        leaks["unchecked"] = [*names.values()]
-        shorter |= names
+        briefly = {text: _UNCHECKED.sub(r"\1", text, count=1) for text in leaks["unchecked"]}
+        leaks["unchecked"] = [*briefly.values()]
+        shorter |= briefly
         # A row may be of somebody's own set.
         leaks["examples"] = [[name, "(not shown)"] for name, _ in leaks["examples"]]
 
