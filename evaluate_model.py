@@ -91,6 +91,7 @@ def main() -> None:
 
     config = models.with_base_prompt(config)
     targets = results.targets_by_label(args.base, records)
+    results.check_places(output, targets)
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
     base = architecture = None
@@ -180,6 +181,7 @@ def compare(args) -> None:
     beside = [
         cli.output_directory(str(Path(file).parent)) for file in (args.markdown, args.json) if file
     ]
+    report.check_places(output, args.markdown, args.json)
     results = comparison.read_results(args.compare, output)
     named = args.config or args.model_type or args.model
     limits = cli.resolve_config(args).evaluate.verdict if named else None
@@ -190,6 +192,7 @@ def compare(args) -> None:
     else:
         for directory in (output, *beside):
             directory.mkdir(parents=True, exist_ok=True)
+        machine.claim(output / ".report.lock", f"{output / 'report.html'}")
         written = report.write_report(results, output, args.markdown, args.json, said)
         print(f"\nwrote {', '.join(map(str, written))}")
     print(f"\n{verdict.verdict_text(said)}")

@@ -18,7 +18,7 @@ from liteguard import checkpoints, failures, models, records, shown, yaml_text
 from liteguard import config as config_layers
 from liteguard.cli import parser, resolve_config
 from liteguard.errors import UserError, WorkError
-from liteguard.evaluation import comparison, results
+from liteguard.evaluation import comparison, report, results
 from liteguard.evaluation.journal import Journal
 from liteguard.export import merge, possible
 
@@ -278,6 +278,51 @@ def result() -> dict:
         "model": {"name": "n", "path": None, "data_dir": "/nowhere"},
         "inputs": {"evaluate": lengths, "rows": {}},
     }
+
+
+@pytest.mark.parametrize("name", ["base.json", "base.partial.jsonl"])
+@pytest.mark.parametrize("content", ['{"my": "settings"}', "[1]", '{"a": 1, // mine', None])
+def test_a_measurement_replaces_no_file_of_others(tmp_path, name, content):
+    """A link is refused before the work as well, wherever it leads."""
+    path = tmp_path / name
+    if content is None:
+        path.symlink_to("nowhere")
+    else:
+        path.write_text(content)
+    results.check_places(tmp_path, ["final"])
+    with pytest.raises(UserError, match=rf"{name} (was not written by|is a symbolic link)"):
+        results.check_places(tmp_path, ["base"])
+
+
+def test_a_measurement_replaces_its_own_files(tmp_path):
+    """Whole, cut by a full disk, or empty; and a journal of other inputs."""
+    path = tmp_path / "final.json"
+    checkpoints.write_json(path, result())
+    whole = path.read_text()
+    for text in (whole, whole[: whole.index("bleu")], ""):
+        path.write_text(text)
+        results.check_places(tmp_path, ["final"])
+    with Journal(tmp_path / "final.partial.jsonl", {"a": 1}):
+        results.check_places(tmp_path, ["final"])
+
+
+@pytest.mark.parametrize("name", ["report.html", "MODEL_CARD.md", "table.md", "table.json"])
+def test_a_comparison_replaces_no_file_of_others(tmp_path, name):
+    """What it wrote itself it knows by a line that all versions have written."""
+    path = tmp_path / name
+    places = (tmp_path, str(tmp_path / "table.md"), str(tmp_path / "table.json"))
+    refusals = dict.fromkeys(("refused_harmful", "refused_benign"), 1)
+    found = result() | refusals | {"n": {"perplexity": 1, **refusals}}
+    found["intervals"] |= dict.fromkeys(refusals, [0.5, 1.0])
+    report.write_report({"final": found}, *places)
+    report.check_places(*places)
+    path.write_text("My notes on LiteGuard")
+    with pytest.raises(UserError, match=f"{name} was not written by"):
+        report.check_places(*places)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        report.check_places(*places)
 
 
 def test_a_whole_result_is_compared(tmp_path):

@@ -67,6 +67,12 @@ class Journal:
     def _header(inputs: dict[str, Any]) -> bytes:
         return json.dumps({"inputs": inputs}, sort_keys=True, default=str).encode() + b"\n"
 
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a file begins as a journal does, of whatever inputs."""
+        with path.open("rb") as file:
+            return file.read(11) == b'{"inputs": '
+
     @classmethod
     def begun_from_others(cls, path: Path, inputs: dict[str, Any]) -> bool:
         """Whether a file holds results of other inputs, which opening it would drop."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints, records, shown
+from liteguard import checkpoints, records, shown, writing
 from liteguard.errors import UserError, first_line
 from liteguard.evaluation import against_base, card
 from liteguard.evaluation.comparison import (
@@ -24,6 +24,34 @@ from liteguard.evaluation.plots import latency_plot, length_plot, loss_plot
 from liteguard.evaluation.verdict import MARKS, Verdict, verdict_markdown
 from liteguard.records import BundleRecord, History, StageRecord
 from liteguard.rows import read_manifest
+
+# What a file of ours has in it, of earlier versions too.
+_MARKS = {
+    "report.html": "<title>LiteGuard report</title>",
+    "MODEL_CARD.md": ", adapted with LiteGuard\n",
+}
+_TABLE = "| Metric | n |"
+
+
+def check_places(
+    directory: Path, markdown: str | None = None, json_file: str | None = None
+) -> None:
+    """Raise UserError, before the work, where `write_report` would replace another's file."""
+    marks = {directory / name: mark for name, mark in _MARKS.items()}
+    if markdown:
+        marks[Path(markdown)] = _TABLE
+    if json_file:
+        marks[Path(json_file)] = '"stages"'
+    for path, mark in marks.items():
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link, and left as it is: name another place.")
+        writing.require_file(path)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if text and mark not in text:
+            raise UserError(
+                f"{path} was not written by evaluate_model.py --compare, and would be replaced. "
+                "Move it away, or name another place."
+            )
 
 
 def write_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,37 @@ def targets_by_label(base: bool, finished: Mapping[str, Made]) -> dict[str, str 
             )
         found[label] = path
     return found
+
+
+def check_places(output: Path, labels: Iterable[str]) -> None:
+    """Raise UserError, before the work, where a result or its journal would replace another's file.
+
+    A link leads to one; a file that is cut or edited is known by what is left in it.
+    """
+    for label in labels:
+        for path in (output / f"{label}.json", output / f"{label}.partial.jsonl"):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a symbolic link, and left as it is: remove it, or choose another "
+                    "--output."
+                )
+            writing.require_file(path)
+            if path.is_file() and not _is_ours(path):
+                raise UserError(
+                    f"{path} was not written by evaluate_model.py, and would be replaced. Move it "
+                    "away, or choose another --output."
+                )
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.stat().st_size:
+        return True
+    if path.suffix == ".jsonl":
+        return Journal.is_one(path)
+    found = checkpoints.read_dict(path)
+    if found is not None:
+        return {"answers", "inputs"} <= {*found}
+    return b'"answers"' in path.read_bytes()
 
 
 def benchmark_files() -> str:
