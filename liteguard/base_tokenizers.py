@@ -55,6 +55,30 @@ def mend(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, rows: int, director
     _forget(tokenizer, past)
 
 
+def begin_without_blank(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
+    """Let no blank stand before a text that begins behind the prompt's BOS.
+
+    Llama's tokenizers (TinyLlama, Mistral) put one before a text that nothing stands before, and
+    behind a BOS they put none. The runtimes encode what follows the BOS by itself: with a blank
+    they would read other ids than in training. Behind the BOS nothing changes by this.
+    """
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not prompt.bos_token or (core["pre_tokenizer"] or {}).get("prepend_scheme") != "first":
+        return
+    from tokenizers import Tokenizer
+
+    core["pre_tokenizer"]["prepend_scheme"] = "never"
+    steps = (core["decoder"] or {}).get("decoders", [])
+    steps[:] = [step for step in steps if step["type"] != "Strip" or not step["start"]]
+    mended = Tokenizer.from_str(json.dumps(core))
+    text = prompt.render_conversation([("a b", " c d"), ("e f", None)])
+    before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if mended.encode(text, add_special_tokens=False).ids == before:
+        tokenizer._tokenizer = mended
+        # Transformers makes the tokenizer of a finished stage anew, from this.
+        tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = False
+
+
 def _forget(tokenizer: Any, tokens: set[str]) -> None:
     """Let no attribute name `tokens`: they would be added again when the tokenizer is loaded."""
     for key, token in tokenizer.special_tokens_map.items():

@@ -92,6 +92,7 @@ def load_tokenizer(
             raise UserError(f"prompt.{role} = {token!r} is not a token of {directory}.")
     _check_bos(tokenizer, prompt, directory)
     base_tokenizers.mend(tokenizer, prompt, embedding_rows, directory)
+    base_tokenizers.begin_without_blank(tokenizer, prompt)
     if prompt.pad_token not in vocabulary and len(tokenizer) >= embedding_rows:
         special = ", ".join(sorted(set(tokenizer.all_special_tokens)))
         raise UserError(

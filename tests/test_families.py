@@ -516,7 +516,7 @@ def test_a_window_that_the_layers_name_can_be_converted(asked):
     assert not found.task and not found.litertlm
 
 
-def save_native(folder: Path, scheme: str = "never"):
+def save_native(folder: Path, scheme: str = "never", chat: tuple[str, ...] = ("<user>", "<model>")):
     """A SentencePiece model as Llama's, and the same tokenizer as transformers has it."""
     import io
 
@@ -534,7 +534,7 @@ def save_native(folder: Path, scheme: str = "never"):
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
+        add_dummy_prefix=scheme != "never",
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
@@ -554,9 +554,10 @@ def save_native(folder: Path, scheme: str = "never"):
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     core.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * (scheme != "never")
     )
     core.add_special_tokens(["<unk>", "<s>", "</s>"])
-    core.add_special_tokens([AddedToken(t, normalized=False) for t in ("<user>", "<model>")])
+    core.add_special_tokens([AddedToken(t, normalized=False) for t in chat])
     PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
@@ -599,14 +600,57 @@ def test_a_bases_own_sentencepiece_model_is_kept(tmp_path, asked):
     assert "own tokenizer.model, and there is none" in found.task and not found.litertlm
 
 
-def test_a_text_that_has_other_ids_behind_the_bos_is_seen_before_training(tmp_path, asked):
-    """The runtime encodes what follows the BOS by itself, and such a tokenizer (TinyLlama's, as
-    transformers has it) begins that with a blank."""
+def test_a_text_behind_the_bos_has_the_ids_that_it_has_by_itself(tmp_path, asked):
+    """TinyLlama, as transformers has it: a blank before a text, none behind <s>, and <|user|> is
+    text. The runtimes encode what follows the BOS by itself."""
+    import sentencepiece
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    save_native(tmp_path, "first", chat=())
+    prompt = build([("t", read_yaml(ROOT / "configs/tinyllama.yaml"))]).prompt
+    base = AutoTokenizer.from_pretrained(tmp_path)
+    assert base.tokenize("dose")[0].startswith("\u2581")
+    own = models.load_tokenizer(str(tmp_path), prompt, 400)
+    texts = [prompt.render_conversation([("A dose?", text), ("And", None)]) for text in SENTENCES]
+    assert models.encode(own, texts[0])[0] == own.bos_token_id
+    for text in texts:
+        assert models.encode(own, text) == models.encode(base, text), "behind the BOS all is as was"
+        rest = models.encode(own, text.removeprefix("<s>"))
+        assert [own.bos_token_id, *rest] == models.encode(own, text)
+    assert own.decode(models.encode(own, " a dose")) == " a dose"
+    found = asked(tmp_path, prompt=prompt)
+    assert not found.task and not found.litertlm, found
+    # What the stage saves says the same to whoever loads it, also to transformers' own class.
+    own.save_pretrained(tmp_path / "stage")
+    (tmp_path / "stage/config.json").write_text(json.dumps({"vocab_size": 400}))
+    ids = models.encode(own, SENTENCES)
+    for again in (AutoTokenizer, LlamaTokenizer):
+        loaded = again.from_pretrained(tmp_path / "stage")
+        assert models.encode(loaded, SENTENCES) == ids
+    native = tmp_path / "tokenizer.model"
+    tokenizer.build_sentencepiece(tmp_path / "stage", tmp_path / "made.model", native=native)
+    device = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
+    assert device.encode(SENTENCES) == ids
+
+
+def test_a_prompt_without_a_bos_keeps_the_blank_before_a_text(tmp_path):
     save_native(tmp_path, "first")
-    assert not asked(tmp_path, prompt=NATIVE_PROMPT).litertlm, "after a token nothing is added"
-    words = NATIVE_PROMPT.model_copy(update={"user_prefix": "Ask: "})
-    with pytest.raises(UserError, match="after <s> a text has other ids in training than by itse"):
-        asked(tmp_path, prompt=words)
+    prompt = NATIVE_PROMPT.model_copy(update={"bos_token": "", "user_prefix": "Ask: "})
+    own = models.load_tokenizer(str(tmp_path), prompt, 400)
+    assert own.tokenize("dose")[0].startswith("\u2581")
+
+
+def test_a_text_that_has_other_ids_behind_the_bos_is_seen_before_training():
+    """The runtime encodes what follows the BOS by itself."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+
+    core = Tokenizer(kinds.BPE({t: i for i, t in enumerate(("<s>", "</s>", "\u2581", "A"))}, []))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.add_special_tokens(["<s>", "</s>"])
+    words = NATIVE_PROMPT.model_copy(update={"user_prefix": "A"})
+    found = possible.as_litertlm(SimpleNamespace(backend_tokenizer=core), words)
+    assert "after <s> a text has other ids in training than by itself" in found
 
 
 def test_another_format_that_is_called_tokenizer_model_is_not_taken(with_bos, tmp_path):

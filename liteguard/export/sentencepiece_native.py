@@ -2,7 +2,8 @@
 
 Pieces, scores and how text is split stay as they are. Added are what the Hugging Face tokenizer has
 beside them (a padding token, a chat's tokens), pieces for spare rows of the embedding, and the
-deletion of the guard character. Tokens like `</s>` become text that matches, as in a prompt.
+deletion of the guard character. Tokens like `</s>` become text that matches, as in a prompt. No
+blank is put before a text where the Hugging Face tokenizer puts none.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def write(model: Any, tokenizer_dir: Path, output: Path, rows: int) -> dict[str,
     spec.vocab_size = len(model.pieces)
     spec.bos_id = spec.eos_id = spec.pad_id = -1
     model.normalizer_spec.precompiled_charsmap = charsmap({GUARD: ""})
+    if not _begins_with_a_blank(tokenizer_dir):
+        model.normalizer_spec.add_dummy_prefix = False
     output.parent.mkdir(parents=True, exist_ok=True)
     writing.write_bytes(output, model.SerializeToString())
     try:
@@ -105,6 +108,14 @@ def _tokens(tokenizer_dir: Path) -> tuple[dict[int, str], dict[int, str]]:
     if isinstance(vocabulary, list):  # of a Unigram model: [piece, score]
         vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
     return added, {index: token for token, index in vocabulary.items()} | added
+
+
+def _begins_with_a_blank(tokenizer_dir: Path) -> bool:
+    """Whether a tokenizer.json puts a blank before texts, as `add_dummy_prefix` does."""
+    path = Path(tokenizer_dir) / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    steps = json.dumps([data.get("normalizer"), data.get("pre_tokenizer")])
+    return any(f'"{word}"' in steps for word in ("Prepend", "first", "always"))
 
 
 def charsmap(replacements: dict[str, str]) -> bytes:
