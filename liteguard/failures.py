@@ -1,7 +1,8 @@
 """From an exception to what a person is told, and the exit code.
 
 One code for each way to fail, wherever it happens: 2 for what was asked for (a configuration, a
-path, an input that cannot be read), 1 for what the machine could not do (disk, memory, rights).
+path, an input that cannot be read), 1 for what the machine could not do (disk, memory, rights,
+limits).
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ _NO_SUCH = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENXIO, errno.EEXIST, errno.ENOTEMPTY),
 )
+_LIMITS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+# Of a file system that went away or is in use; a read that fails names no file.
+_REFUSED = (errno.EBUSY, errno.ESTALE, errno.ENOLCK, errno.EXDEV, errno.ETIMEDOUT)
 # What torch.save says instead of the system's error.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_container.cc")
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory")
+_NO_MORE = ("can't start new thread", "Resource temporarily unavailable", "Too many open files")
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -43,7 +48,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     # Of the error itself only: what is raised while another is handled may be a mistake of ours.
     if wrong := _wrong_name(error):
         return f"error: {wrong}", 2
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"error: {_refusal(f'{error.filename}: {os.strerror(error.errno)}')}", 1
     return None
+
+
+def _refusal(place: str) -> str:
+    return f"the system refused {place}. See to the disk or mount that it is on, {_AGAIN}"
 
 
 def _wrong_name(error: BaseException) -> str | None:
@@ -57,7 +68,7 @@ def _wrong_name(error: BaseException) -> str | None:
 
 
 def _refused_by_the_machine(error: BaseException) -> tuple[str, int] | None:
-    """What to say, and the exit code, where disk, memory or rights were what failed."""
+    """What to say, and the exit code, where disk, memory, rights or a limit failed."""
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"os error (\d+)\)", text):
@@ -68,6 +79,14 @@ def _refused_by_the_machine(error: BaseException) -> tuple[str, int] | None:
         return f"what read the output is gone. Leave it open, {_AGAIN}", 1
     if isinstance(error, MemoryError) or number == errno.ENOMEM or _says(text, _NO_MEMORY):
         return f"not enough memory ({place}). Close other programs, {_AGAIN}", 1
+    if number in _LIMITS or _says(text, _NO_MORE):
+        what = f"the system allows no more processes, threads or open files ({place})"
+        return f"{what}. Raise the limit (ulimit -u, ulimit -n, a container's pids), {_AGAIN}", 1
+    if "failed to map segment" in text:
+        return (
+            f"a library cannot be loaded ({place}). Allow more memory (ulimit -v), or install it "
+            f"where programs may run (no noexec mount), {_AGAIN}"
+        ), 1
     if number in _DISK_FULL:
         kept = "Nothing was left under a final name."
         return f"cannot write, the disk is full: {place}\n{kept} Free some space, {_AGAIN}", 1
@@ -77,6 +96,8 @@ def _refused_by_the_machine(error: BaseException) -> tuple[str, int] | None:
         return f"cannot write: {place}\nFix the permissions (and look for free space), {_AGAIN}", 1
     if number == errno.EIO:
         return f"the disk fails: {place}. Use another one, {_AGAIN}", 1
+    if number in _REFUSED:
+        return _refusal(place), 1
     return None
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from liteguard.errors import LiteGuardError, UserError, first_line
+from liteguard import failures
+from liteguard.errors import UserError, first_line
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -101,20 +102,13 @@ def check_adapter(directory: Path) -> None:
 def reading(path: str | Path, what: str = "cannot be used") -> Iterator[None]:
     """Turn what a library raises for files that it cannot read into one UserError.
 
-    tokenizers raises bare exceptions, safetensors and peft classes of their own. A lack of memory
-    stays what it is, and so does a file that may not be opened (failures.explain).
+    tokenizers raises bare exceptions, safetensors and peft classes of their own. What the machine
+    refused stays what it is: memory, threads, a file that may not be opened.
     """
     try:
         yield
-    except (LiteGuardError, MemoryError):
-        raise
     except Exception as error:
-        import torch
-
-        of_the_system = isinstance(error, OSError) and error.errno is not None
-        if of_the_system or isinstance(error, torch.OutOfMemoryError):
-            raise
-        if "allocate memory" in str(error):
+        if failures.explain(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         detail = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(

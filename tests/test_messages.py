@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from liteguard import checkpoints, failures, models, records, shown, yaml_text
+from liteguard import checkpoints, failures, model_files, models, records, shown, yaml_text
 from liteguard import config as config_layers
 from liteguard.cli import parser, resolve_config
 from liteguard.errors import UserError, WorkError
@@ -152,6 +153,17 @@ def system(number: int, path: str = "/nowhere/x") -> OSError:
         (MemoryError(), 1, "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
         (system(errno.EIO), 1, "the disk fails"),
+        (RuntimeError("can't start new thread"), 1, "no more processes, threads or open files"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), 1, "no more processes"),
+        (RuntimeError("unable to mmap: Too many open files (24)"), 1, "no more processes"),
+        (system(errno.EMFILE), 1, "(/nowhere/x: Too many open files)"),
+        (ImportError("a.so: failed to map segment from shared object"), 1, "ulimit -v"),
+        *(
+            (system(number), 1, f"the system refused /nowhere/x: {os.strerror(number)}")
+            for number in (errno.EBUSY, errno.ESTALE, errno.ENOLCK, errno.EXDEV, errno.ETIMEDOUT)
+        ),
+        (OSError(errno.ESTALE, "Stale file handle"), 1, f"refused [Errno {errno.ESTALE}] Stale"),
+        (system(errno.ETXTBSY), 1, "the system refused /nowhere/x: Text file busy"),
         (system(errno.ENOENT), 2, "/nowhere/x: No such file or directory"),
         (system(errno.ENAMETOOLONG), 2, "File name too long"),
         (system(errno.EISDIR), 2, "Is a directory"),
@@ -162,6 +174,18 @@ def system(number: int, path: str = "/nowhere/x") -> OSError:
 def test_each_way_to_fail_has_one_exit_code(error, code, said):
     told = failures.explain(error)
     assert told is not None and told[1] == code and said in told[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["can't start new thread", "CUDA out of memory. Tried to allocate", "x (os error 24)"],
+)
+def test_what_the_machine_refuses_is_no_damaged_file(text):
+    """A training loop takes smaller batches where it sees the second kind."""
+    with pytest.raises(RuntimeError, match=re.escape(text)), model_files.reading("x"):
+        raise RuntimeError(text)
+    with pytest.raises(UserError, match="x cannot be used"), model_files.reading("x"):
+        raise RuntimeError("invalid header")
 
 
 def test_an_input_that_may_not_be_read_is_no_lack_of_disk(tmp_path, monkeypatch):
@@ -181,6 +205,7 @@ def test_an_input_that_may_not_be_read_is_no_lack_of_disk(tmp_path, monkeypatch)
 
 def test_mistakes_of_the_program_keep_their_traceback():
     assert failures.explain(KeyError("x")) is None
+    assert failures.explain(OSError("no number")) is None
     try:
         try:
             raise system(errno.ENOENT)
