@@ -209,7 +209,8 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(line_buffering=True)
     distributed.quiet_unless_main()
     try:
-        main()
+        with contextlib.redirect_stdout(shown.screen(sys.stdout)):
+            main()
         distributed.leave()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:

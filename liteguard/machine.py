@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from liteguard import limits, writing
+from liteguard import limits, shown, writing
 from liteguard.errors import UserError, WorkError
 
 
@@ -249,6 +249,7 @@ def in_child(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _start_child() -> None:
     quiet_libraries()
+    sys.stdout = shown.screen(sys.stdout)
     end_with_parent()
 
 

@@ -7,7 +7,8 @@ sequences, Markdown obeys brackets, and a log keeps the password of a URL.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TextIO, cast
 
 LONGEST = 2000  # characters of a message
 # Control characters but tab and newline, what turns the direction of writing, and halves of pairs.
@@ -23,6 +24,8 @@ _SECRETS = re.compile(
     r"|github_pat_\w{16,}|AIza[\w-]{16,})",
     re.IGNORECASE,
 )
+# What a progress bar, or a name in bold, writes by itself: start of the line, line up, bold, dim.
+_OWN_CODES = re.compile(r"(?:[\r\n]|\x1b\[(?:A|[012]m))*")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$#])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -30,6 +33,35 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 def visible(text: str) -> str:
     """`text` with every character that a terminal would act on written as an escape (\\x1b)."""
     return _ACTS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class Screen:
+    """A standard output whose texts are `visible`, whatever file, row or record they come from.
+
+    A carriage return at the beginning of what is written, and codes of bars that are written by
+    themselves, stay what they are. `stream`: what it writes to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if not _OWN_CODES.fullmatch(text):
+            start = "\r" * text.startswith("\r")
+            text = start + visible(text[len(start) :])
+        return self.stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def screen(stream: TextIO) -> TextIO:
+    """`Screen`, which has all that a text stream has."""
+    return cast(TextIO, Screen(stream))
 
 
 def without_passwords(text: str) -> str:

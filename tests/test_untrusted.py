@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from argparse import Namespace
 
 import pytest
-from conftest import STAGE_RECORD
+from conftest import STAGE_RECORD, run_script
 
 from liteguard import checkpoints, cli, models, shown
 from liteguard import config as config_layers
@@ -260,6 +261,55 @@ def test_a_file_that_is_no_bundle(tmp_path, name, content):
 def test_a_terminal_gets_no_escape_sequences():
     assert shown.visible("a\x1b[31mb\x9b\r\u202ec\ud800") == "a\\x1b[31mb\\x9b\\r\\u202ec\\ud800"
     assert shown.visible("tab\tline\nå 中 -") == "tab\tline\nå 中 -"
+
+
+PRINTS = """
+import sys
+from pathlib import Path
+from tqdm import tqdm
+from liteguard import cli, machine
+from liteguard.chat import terminal
+from liteguard.config import SourceSection
+from liteguard.data import files
+from liteguard.training import tokens
+
+def main():
+    esc = chr(27)
+    files.files_and_splits(SourceSection(dataset="auto", path=sys.argv[1]))
+    rows = [{"kind": f"kind{esc}[2J", "dataset": "a"}]
+    print(tokens.mixture(rows, rows, {"a": f"source{esc}[1A"}))
+    print(f"LoRA on layer{esc}]0;owned{chr(7)} x2")
+    sys.stdout.writelines([f"area{esc}[31m", chr(10)])
+    terminal._say(f"name{esc}[8m", "1")
+    for _ in tqdm(range(2), file=sys.stdout, desc=f"bar{esc}[2J", ascii=True):
+        pass
+    machine.in_child("a", print, f"child{esc}[2J")
+
+if __name__ == "__main__":
+    cli.run(main)
+"""
+
+
+def test_nothing_of_others_acts_on_a_terminal_whatever_prints_it(tmp_path):
+    """Names of files, kinds, sources, layers and models, in this process and in its children."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / ".file\x1b[2J").write_text("a")
+    done = run_script("-c", PRINTS, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout and "\x07" not in done.stdout
+    for said in ("file", "kind", "source", "layer", "area", "name", "bar", "child"):
+        assert f"{said}\\x1b" in done.stdout, said
+
+
+def test_codes_of_bars_and_names_in_bold_stay_what_they_are():
+    sink = io.StringIO()
+    screen = shown.screen(sink)
+    for own in ("\r", "\n\n", "\x1b[A\x1b[A", "\x1b[1m", "\x1b[0m"):
+        assert screen.write(own) == len(own)
+    assert sink.getvalue() == "\r\n\n\x1b[A\x1b[A\x1b[1m\x1b[0m"
+    assert screen.getvalue() == sink.getvalue() and not screen.isatty()
+    print("\rbar\x1b[A", "a\rb", end="", file=screen)
+    assert sink.getvalue().endswith("\rbar\\x1b[A a\\rb")
 
 
 def test_the_first_sequence_of_a_stage_is_shown_escaped(capsys, monkeypatch):

@@ -116,11 +116,11 @@ class Terminal:
         for conversation in self.conversations:
             if self.single:
                 conversation.reset()
-            print(f"\n{_styled(conversation.speaker.name, '1')}")
+            _say(conversation.speaker.name, "1")
             with contextlib.closing(conversation.ask(question)) as pieces:
                 for piece in pieces:
                     print(shown.visible(piece), end="", flush=True)
-            print(f"\n{_styled(ending(conversation.exchanges[-1]), '2')}")
+            _say(ending(conversation.exchanges[-1]), "2")
         print()
 
     def _system(self, text: str) -> None:
@@ -165,7 +165,12 @@ def ending(exchange: Exchange) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def _styled(text: str, code: str) -> str:
-    """Text in bold (1) or dim (2) on a terminal that is not asked to be plain."""
+def _say(text: str, code: str) -> None:
+    """A new line, in bold (1) or dim (2) on a terminal that is not asked to be plain.
+
+    The codes are written by themselves: in a text they would be shown (`shown.Screen`).
+    """
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+    for part in ["\n", text] if plain else ["\n", f"\x1b[{code}m", text, "\x1b[0m"]:
+        print(part, end="")
+    print()

@@ -6,7 +6,9 @@ Transformers' own callbacks log other keys to each; here all get `train_loss`, `
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,13 +29,16 @@ class _Runs:
 
     def __init__(self, library: Any, name: str, config: Mapping[str, Any]) -> None:
         self._library = library
-        library.init(project="liteguard", name=name, config=dict(config))
+        # They write in colours, which are shown as escapes otherwise.
+        with contextlib.redirect_stdout(getattr(sys.stdout, "stream", sys.stdout)):
+            library.init(project="liteguard", name=name, config=dict(config))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._library.log(dict(values), step=step)
 
     def finish(self) -> None:
-        self._library.finish()
+        with contextlib.redirect_stdout(getattr(sys.stdout, "stream", sys.stdout)):
+            self._library.finish()
 
 
 class _TensorBoard:
