@@ -31,6 +31,16 @@ def test_no_file_is_a_warehouse_or_a_cupboard():
     assert len([path for path, count in lines.items() if count < 50]) <= 3
 
 
+def test_the_tour_is_as_long_as_it_says():
+    """What a newcomer reads in an hour."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tour = text.split("## Read it in an hour")[1].split("Then by question")[0]
+    said = int(re.search(r"About ([\d,]+) lines", tour)[1].replace(",", ""))
+    files = re.findall(r"`([\w/]+\.py)`", tour)
+    lines = sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files)
+    assert len(files) > 10 and abs(lines - said) <= 100 and said <= 3000, lines
+
+
 def test_what_embedded_data_may_import_is_what_their_contract_says():
     """It forbids by name: a new module is allowed until it stands there."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
