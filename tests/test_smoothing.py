@@ -135,8 +135,11 @@ def config(**compress) -> Config:
     return Config.model_validate(wanted)
 
 
-def test_recipes_of_4_bits_have_their_own_way():
+def test_recipes_of_4_bits_have_their_own_way(capsys):
     assert smoothing.wanted(config(smooth=True), ["int8_mixed", "fp16"])
+    assert capsys.readouterr().out == ""
+    assert not smoothing.wanted(config(smooth=True), ["int8_mixed", "mixed"])
+    assert "left out, for all recipes: mixed has" in capsys.readouterr().out
     assert not smoothing.wanted(config(), ["int8"])
     for recipes in (["int4_block32"], ["int8", "mixed"]):
         assert not smoothing.wanted(config(smooth=True), recipes)

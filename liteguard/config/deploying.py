@@ -121,7 +121,8 @@ class CompressSection(Section):
         False,
         description="Recipes of 8 bits: move outliers of activations into the weights behind them, "
         "by powers of two, so that the function stays what it is to the last bit. It pays together "
-        "with calibrate: all (docs/experiments.md).",
+        "with calibrate: all (docs/experiments.md). Left out, for all, where quantize names a "
+        "recipe of 4 bits.",
     )
     prefill_lengths: list[PositiveInt] = Field(
         default_factory=lambda: [1024],

@@ -43,8 +43,17 @@ _LEAST = 1e-5
 
 
 def wanted(config: Config, recipes: Sequence[str]) -> bool:
-    """Whether a merged model is smoothed: 4-bit recipes have their own way (`calibration`)."""
-    return config.compress.smooth and not quantization.BLOCKS.keys() & {*recipes}
+    """Whether a merged model is smoothed; says it where it was asked for and is not.
+
+    4-bit recipes have their own way (`calibration`), and all recipes are made of one model.
+    """
+    four_bits = [recipe for recipe in recipes if recipe in quantization.BLOCKS]
+    if config.compress.smooth and four_bits:
+        print(
+            f"  compress.smooth is left out, for all recipes: {', '.join(four_bits)} has weights "
+            "of 4 bits"
+        )
+    return config.compress.smooth and not four_bits
 
 
 def of_checkpoint(
