@@ -10,10 +10,11 @@ import contextlib
 import http.client
 import importlib
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 _YES = ("1", "ON", "YES", "TRUE")
 _WAYS = "--set model.path=DIR and path: in sources, or --model_type smollm2, which needs no hub"
@@ -52,17 +53,22 @@ def is_offline() -> bool:
 def ask(url: str, seconds: float, secret: str = "") -> int:
     """The HTTP status of a request that follows no redirect: a token goes to nobody else.
 
-    Raises OSError or http.client.HTTPException when there is no answer in time.
+    It goes through the proxy that the environment names, as the hub's library does. Raises OSError
+    or http.client.HTTPException when there is no answer in time.
     """
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=seconds)
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+    request = urllib.request.Request(url, headers={"User-Agent": "doctor", **headers})
     try:
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        connection.request("GET", parts.path or "/", headers={"User-Agent": "doctor", **headers})
-        return connection.getresponse().status
-    finally:
-        connection.close()
+        with urllib.request.build_opener(_Stays).open(request, timeout=seconds) as answered:
+            return answered.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        """None: the redirect itself is the answer."""
 
 
 def look(offline: bool, seconds: float) -> Iterator[Line]:
@@ -86,7 +92,8 @@ def look(offline: bool, seconds: float) -> Iterator[Line]:
             else:
                 yield ("ok", "hub", f"{hub} answers", "")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "strerror", None) or type(error).__name__
+            inner = getattr(error, "reason", error)  # of a URLError
+            reason = getattr(inner, "strerror", None) or str(inner)[:100] or type(inner).__name__
             yield ("note", "hub", f"{hub} cannot be reached ({reason}); offline works", _WAYS)
     if found is None:
         yield ("ok", "hub token", none, "" if not reached else log_in)

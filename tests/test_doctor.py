@@ -24,6 +24,9 @@ TORCH |= {"cpu_bfloat16": True, "said": []}
 def own_environment(monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere/token")
 
 
@@ -192,6 +195,22 @@ def test_a_token_is_named_and_never_shown(hub, monkeypatch):
     lines += [line, *doctor.hub(False, 3)]
     assert not any("secret" in str(line) for line in lines)
     assert not any(path == "/elsewhere" for path, _ in asked)
+
+
+def test_the_hub_is_asked_through_the_proxy(hub, monkeypatch):
+    """The machine itself may reach nothing else. A proxy that refuses is no answer of a hub."""
+    answers, asked = hub
+    proxy = doctor_hub.endpoint()
+    monkeypatch.setattr(doctor_hub, "endpoint", lambda: "http://hub.invalid")
+    answers |= {f"http://hub.invalid{path}": code for path, code in [*answers.items()]}
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert [line.state for line in doctor.hub(False, 3)] == ["ok", "ok"]
+    assert asked[-1] == ("http://hub.invalid/api/whoami-v2", "Bearer hf_secret")
+    monkeypatch.setattr(doctor_hub, "endpoint", lambda: "https://hub.invalid")
+    first, _ = doctor.hub(False, 3)
+    assert first.state == "note" and "cannot be reached (Tunnel" in first.found
 
 
 def test_offline_is_no_failure(monkeypatch):
