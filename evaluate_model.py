@@ -129,6 +129,8 @@ def main() -> None:
         )
         less = "; a smaller evaluate.batch_size needs less for a checkpoint."
         machine.require_memory(needed, "evaluating", less)
+        if architecture is not None:
+            answerers.require_gpu_memory(architecture, longest)
     if args.dry_run:
         print(f"would measure: {', '.join(targets)}\ndry run: nothing written")
         return

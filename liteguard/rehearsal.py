@@ -65,6 +65,7 @@ def answer(config: Config) -> None:
     _, _, architecture = models.model_config(config)
     needed, _ = answerers.expected_memory(config, architecture, None)
     machine.require_memory(needed, "self_answers", "; or take that source out of the YAML.")
+    answerers.require_gpu_memory(architecture, answerers.row_tokens(config.evaluate))
     with answerers.open_answerer(config, None) as model:
         for source in todo:
             _answer(config, source, model)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from liteguard import limits, machine, merged, models, records
 from liteguard.config import Config, EvaluateSection
+from liteguard.errors import UserError
 from liteguard.prompts import Prompt
 from liteguard.records import BundleRecord
 from liteguard.runtime.workers import bundle_memory
@@ -106,7 +107,7 @@ class Checkpoint:
         lanes = min(self.lanes, len(batches))
         if lanes < 2:
             for batch in batches:
-                yield from work(batch)
+                yield from in_halves(batch, work)
             return
         todo: deque[list[int]] = deque([*batches, *([] for _ in range(lanes))])
         results: SimpleQueue[Any] = SimpleQueue()
@@ -146,8 +147,7 @@ class Checkpoint:
         # In equal batches, so that no core idles, but for long prompts.
         rounds = -(-len(encoded) // (self.batch_size * self.lanes))
         size = max(1, -(-len(encoded) // max(1, rounds * self.lanes)))
-        room = self.batch_size * self.row_tokens
-        batches = grouped([len(ids) + max_new_tokens for ids in encoded], size, room)
+        batches = grouped([len(ids) + max_new_tokens for ids in encoded], size, self._room())
 
         def work(batch: list[int]) -> Iterator[tuple[int, Generated]]:
             begin = time.monotonic()
@@ -160,6 +160,18 @@ class Checkpoint:
                 yield batch[row], Generated(text.strip(), len(ids), stopped, seconds)
 
         return self._side_by_side(batches, work)
+
+    def _room(self) -> int:
+        """Tokens of keys and values that a batch may have: on a GPU in half of what is free, since
+        the activations of the prompts come beside them."""
+        import torch
+
+        room = self.batch_size * self.row_tokens
+        if self.model.device.type != "cuda":
+            return room
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        return min(room, free // 2 // cache_bytes(self.model.config, self.model.dtype.itemsize))
 
     def _generate_batch(
         self,
@@ -227,7 +239,6 @@ class Checkpoint:
         encoded = [[models.encode(self.tokenizer, part) for part in pair] for pair in pairs]
         lengths = [len(before) + len(after) for before, after in encoded]
         batches = self._of_one_context(encoded)
-        shared = {tuple(batch) for batch in batches}
         alone = set(range(len(encoded))).difference(*batches)
         order = sorted(alone, key=lambda i: -lengths[i])
         while order:
@@ -238,7 +249,7 @@ class Checkpoint:
             order = order[len(batch) :]
 
         def work(batch: list[int]) -> Iterator[tuple[int, tuple[float, int]]]:
-            if tuple(batch) in shared:
+            if batch[0] not in alone:
                 yield from self._score_options(batch, encoded)
                 return
             length = lengths[batch[0]]
@@ -320,6 +331,57 @@ def grouped(lengths: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
         batches.append(order[:most])
         order = order[most:]
     return batches
+
+
+def in_halves(
+    batch: list[int], work: Callable[[list[int]], Iterator[tuple[int, Any]]]
+) -> Iterator[tuple[int, Any]]:
+    """What `work` yields for a batch; in halves where a GPU's memory does not suffice for it.
+
+    Rows that were done before it ran out are not done again. Raises OutOfMemoryError where one row
+    is too much.
+    """
+    import torch
+
+    todo = [batch]
+    while todo:
+        part = todo.pop()
+        done: set[int] = set()
+        try:
+            for place, result in work(part):
+                done.add(place)
+                yield place, result
+            continue
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+        # Out here nothing refers to what the batch took any more.
+        torch.cuda.empty_cache()
+        left = [place for place in part if place not in done]
+        half = -(-len(left) // 2)
+        todo += filter(None, (left[half:], left[:half]))
+
+
+def require_gpu_memory(architecture: Any, longest: int) -> None:
+    """Raise UserError where a GPU will be used and has no room for the model and its longest row.
+
+    Larger batches are cut to what is free once the model is there (`Checkpoint`).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    size = models.choose_dtype("auto", architecture.model_type)[0].itemsize
+    weights = size * models.count_parameters(architecture)
+    # Logits, in float32, and what their softmax takes.
+    needed = weights + longest * cache_bytes(architecture, size) + 3 * 4 * LOGITS_PER_BATCH
+    free = torch.cuda.mem_get_info()[0]
+    if free < needed:
+        raise UserError(
+            f"evaluating needs about {needed / 1e9:.1f} GB of the GPU's memory, and "
+            f"{free / 1e9:.1f} GB is free. Close other programs on it, or measure on the CPU, with "
+            "CUDA_VISIBLE_DEVICES= before the same command."
+        )
 
 
 def cache_bytes(architecture: Any, itemsize: int = 4) -> int:
