@@ -249,7 +249,7 @@ class LlmJudge(BaseModel):
     unparsed: int
     agreement: float | None
     kappa: float | None
-    verdicts: dict[Literal["harmful", "ordinary", "borderline"], dict[str, int]]
+    verdicts: dict[str, dict[str, int]]  # by kind of the project's own requests, and outside set
     pairs: dict[str, int]
 
 

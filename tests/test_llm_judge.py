@@ -12,6 +12,7 @@ from liteguard.config import build
 from liteguard.errors import UserError, WorkError
 from liteguard.evaluation import comparison, held_out, llm_judge, metrics, refusals, run
 from liteguard.evaluation.journal import Journal
+from liteguard.records import LlmJudge
 
 KEY = "sk-not-to-be-written"
 
@@ -113,6 +114,7 @@ def test_outside_requests_are_judged_too_and_outside_questions_are_not(service, 
     assert {*journal.found["judged"]} == {1, 2, 3, 4, 5, 7, 8}
     answers = [{"set": "daño", "verdict": "answered", "llm_verdict": "refused"}]
     own = llm_judge.summarise(answers)
+    assert LlmJudge.model_validate(own).verdicts == {"daño": {"refused": 1}}
     (note,) = comparison._judge_notes({"final": {"llm_judge": own}})
     assert note.endswith("Refused/answered/unclear by it: daño 1 / 0 / 0.")
 
