@@ -897,6 +897,34 @@ def test_a_planted_row_of_an_outside_set_is_named(outside, tmp_path):
     }
 
 
+def test_a_short_reference_answer_is_no_ones_own(tmp_path):
+    """Other questions have the answer "Yes.", too: it must not take their rows with it."""
+    said = ["Yes.", "It depends on dose.", "It comes from crystals in a joint."]
+    asked = [
+        {"question": f"Is {n} a thing that hurts?", "answer": a}
+        for n, a in zip(NAMES, said, strict=False)
+    ]
+    config = configured(
+        {
+            "name": "nih",
+            "path": str(lines(tmp_path / "a.jsonl", asked)),
+            "kind": "questions",
+        }
+    )
+    kept_apart = [text for _, text in exams.evaluation_texts(config)]
+    assert sorted(kept_apart) == sorted([*(row["question"] for row in asked), said[2]])
+    others = [
+        {"prompt": "Is gout caused by uric acid?", "completion": "Yes."},
+        {"prompt": "It depends on dose.", "completion": "What does?"},
+    ]
+    found = sets.outside(config, everything=True)
+    data = prepared(tmp_path / "data", others, ["Yes."])
+    assert contamination.contamination(found, found, [data])["found"] == 0
+    planted = [*others, {"prompt": "Why gout?", "completion": f"Well: {said[2]}"}]
+    data = prepared(tmp_path / "planted", planted, ["A text."])
+    assert contamination.contamination(found, found, [data])["by_set"] == {"nih": 1}
+
+
 @pytest.mark.parametrize("length", [8, 20])
 def test_a_question_that_stands_five_times_in_a_set_is_no_set_phrase(length, tmp_path):
     """One row an answer, as some sets have them. All five are contaminated by one training row."""

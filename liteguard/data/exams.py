@@ -14,13 +14,14 @@ from liteguard.config import SourceSection
 from liteguard.data import sets
 from liteguard.data.conversations import is_conversation, turns
 from liteguard.data.files import kind, open_data, unreadable
-from liteguard.data.overlap import OverlapIndex
+from liteguard.data.overlap import SHORTEST_WINDOW, OverlapIndex
 from liteguard.data.readers import Broken, read_rows
 from liteguard.data.shards import code_version, file_hashes
 from liteguard.data.values import given, is_unicode, mended
 from liteguard.errors import UserError
 from liteguard.progress import ticking
 from liteguard.rows import Row, questions
+from liteguard.text import text_key
 from liteguard.wheels import WHEELS
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def evaluation_texts(
     config: Config, report: dict[str, str] | None = None
 ) -> Iterator[tuple[str, str]]:
     """(name, question) of every set that `data.decontaminate` names or that `evaluate.sets` has;
-    of the latter the reference answers and texts, too.
+    of the latter the reference answers and texts, too, from 6 words on: "Yes." is the answer to
+    many a question.
 
     `report` gets what was found, by name: how many questions, in which field, and the first.
     Raises UserError for a file without questions.
@@ -139,9 +141,10 @@ def evaluation_texts(
         rows = sets.read(section, Path(config.data.cache_dir))
         report[SET.format(section.name)] = f"{len(rows):,} rows of {section.file}"
         for row in rows:
-            for text in (*(questions(row) if "prompt" in row else ()), *map(row.get, _ANSWERS)):
-                if text:
-                    yield SET.format(section.name), text
+            said = filter(None, map(row.get, _ANSWERS))
+            long = (text for text in said if len(text_key(text).split()) >= SHORTEST_WINDOW)
+            for text in (*(questions(row) if "prompt" in row else ()), *long):
+                yield SET.format(section.name), text
 
 
 def evaluation_inputs(config: Config) -> dict[str, str]:

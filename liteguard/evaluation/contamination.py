@@ -133,6 +133,7 @@ def contamination(
     they are not compared). A question of a public benchmark or of an outside set also when a
     training row holds the whole of it, from 6 words on, or 13 words of the abstract or the
     reference answer that goes with it; an outside text when any training row has 13 words of it.
+    Reference answers and outside texts of fewer than 6 words are looked for nowhere.
     The overlap rule is that of the GPT-3 paper, without set phrases.
 
     Args:
@@ -153,11 +154,13 @@ def contamination(
         of_others = name == "knowledge" or "measured_as" in row
         shortest = overlap.SHORTEST_WINDOW if of_others else overlap.OVERLAP_WORDS
         parts = [_named(row), row.get("context")]
-        parts += [row.get("completion")] if "measured_as" in row else []
-        for text in filter(None, parts):
+        said = [row.get("completion"), row.get("text")] if "measured_as" in row else []
+        for text in filter(None, [*parts, *said[:1]]):
             key = text_key(text)
-            exact.setdefault(key, []).append(number)
             words = key.split()
+            if text in said and len(words) < shortest:
+                continue
+            exact.setdefault(key, []).append(number)
             size = min(len(words), overlap.OVERLAP_WORDS)
             if size >= shortest:
                 own = overlap.windows(overlap.word_numbers(words), size)
