@@ -15,7 +15,7 @@ from liteguard import base_tokenizers, models
 from liteguard.config import build, read_yaml
 from liteguard.errors import UserError
 from liteguard.evaluation import held_out, knowledge
-from liteguard.export import bundle, possible, tokenizer
+from liteguard.export import bundle, possible, tokenizer, windows
 from liteguard.prompts import Prompt
 from liteguard.training import isolation, loop, packing, patches, tokens
 
@@ -493,7 +493,7 @@ def test_a_text_or_two_at_the_limit_is_left_to_the_proof():
         ({"num_key_value_heads": None}, "no num_key_value_heads"),
         ({"layer_types": ["conv", "full_attention"]}, "layers of kind conv"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
-        ({"sliding_window": 2047}, "looks back 2,047 tokens in all of its layers"),
+        ({"sliding_window": 1279}, "looks back 1,279 tokens in all of its layers"),
         ({"wrapped": True}, "holds a text model among others"),
     ],
 )
@@ -507,6 +507,34 @@ def test_what_cannot_be_converted_is_refused_before_training(asked, shape, why, 
         asked(shape=given)
     free = build([("test", {"compress": {"required": False}})]).compress
     assert why in asked(shape=given, compress=free).task
+
+
+def test_a_window_that_the_cache_never_reaches_is_no_reason():
+    """Phi-3-mini looks back 2,047 tokens; in 1,280 places nothing is that far back."""
+    for window, room, refused in ((2047, 1280, False), (2047, 2047, False), (2047, 2048, True)):
+        shape = SimpleNamespace(
+            model_type="phi3", num_key_value_heads=2, vocab_size=9, sliding_window=window
+        )
+        shape.get_text_config = lambda own=shape: own
+        found = possible.wrong_shape(shape, "v2", room)
+        assert ("looks back 2,047 tokens" in found) == refused, (room, found)
+
+
+def test_the_converter_reads_no_window_that_the_cache_never_reaches(tmp_path):
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    own = {"model_type": "phi3", "sliding_window": 2047, "vocab_size": 9}
+    (merged / "config.json").write_text(json.dumps(own))
+    (merged / "model.safetensors").write_bytes(b"weights")
+    given = windows.without_unreachable(merged, tmp_path / "given", 1280)
+    assert json.loads((given / "config.json").read_text()) == {**own, "sliding_window": None}
+    assert (given / "model.safetensors").read_bytes() == b"weights"
+    assert json.loads((merged / "config.json").read_text()) == own, "the model itself keeps it"
+    # One that is reached, or that the converter has a mask for, is left to it.
+    assert windows.without_unreachable(merged, tmp_path / "b", 2048) == merged
+    for masked in ({"model_type": "mistral"}, {"layer_types": ["sliding_attention"]}):
+        (merged / "config.json").write_text(json.dumps(own | masked))
+        assert windows.without_unreachable(merged, tmp_path / "c", 1280) == merged
 
 
 def test_a_window_that_the_layers_name_can_be_converted(asked):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from liteguard import checkpoints, distributed
 from liteguard.config import Config
 from liteguard.errors import LiteGuardError, UserError
-from liteguard.export import quantization, tflite, tokenizer
+from liteguard.export import quantization, tflite, tokenizer, windows
 from liteguard.prompts import Prompt
 from liteguard.rows import FIELDS, iterate_split, read_manifest
 
@@ -95,9 +95,9 @@ def possible(
         base: its directory, for a SentencePiece model of its own.
         data_dir: prepared data, for texts to compare on.
     """
-    if shape := wrong_shape(
-        architecture, tflite.choose_converter(config.compress.converter, config.compress.python)
-    ):
+    section = config.compress
+    converter = tflite.choose_converter(section.converter, section.python)
+    if shape := wrong_shape(architecture, converter, section.kv_cache_length):
         return Possible(shape, shape, "")
     texts, questions = sample(data_dir)
     core = own.backend_tokenizer.to_str()
@@ -130,8 +130,11 @@ def possible(
     return found
 
 
-def wrong_shape(architecture: Any, converter: str) -> str:
-    """Why litert-torch cannot convert a transformers config's model, or an empty string."""
+def wrong_shape(architecture: Any, converter: str, room: int) -> str:
+    """Why litert-torch cannot convert a transformers config's model, or an empty string.
+
+    `room`: tokens of the KV cache, further than which no token looks back (windows.py).
+    """
     text = architecture.get_text_config()
     kind = architecture.model_type
     if text is not architecture:
@@ -149,18 +152,20 @@ def wrong_shape(architecture: Any, converter: str) -> str:
             f"the {kind!r} architecture has layers of kind {', '.join(other)}, and neither the "
             "proof nor the runtime's cache knows them"
         )
-    window = getattr(text, "sliding_window", None) if kind != "mistral" else None
-    if window and not getattr(text, "layer_types", None):
+    names = "model_type", "layer_types", "sliding_window"
+    window = windows.everywhere({name: getattr(text, name, None) for name in names})
+    if 0 < window < room:
         return (
             f"the {kind!r} architecture looks back {window:,} tokens in all of its layers, for "
-            "which the converter has no mask"
+            f"which the converter has no mask; a cache of at most {window:,} tokens never reaches "
+            f"that far back (compress.kv_cache_length is {room:,})"
         )
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     if converter == "v2" and any(part.get("rope_type") == "longrope" for part in kinds):
         return (
-            "its positions are of kind longrope, which converter v2 cannot write (try --set "
-            "compress.converter=v1)"
+            "its positions are of kind longrope, which converter v2 cannot write (of v1, --set "
+            "compress.converter=v1, it is not known)"
         )
     return ""
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from liteguard import machine, shown, writing
 from liteguard.config import RECIPES
 from liteguard.errors import UserError, WorkError
-from liteguard.export import quantization
+from liteguard.export import quantization, windows
 
 # Peak resident memory in GB, each pair (fixed, GB per billion parameters); the smaller line counts.
 # v2 (benchmarks/bench_convert.py): 2.6, 10.5 and 14.4 GB with 0.135, 1.42 and 2.78 billion; it
@@ -442,8 +442,10 @@ def _export_child(arguments: dict[str, Any]) -> str:
     from litert_torch.generative.export_hf.export import export as export_model
 
     _plain_layer_norm()
+    given, output = Path(arguments["model"]), Path(arguments["output_dir"])
+    model = windows.without_unreachable(given, output / "model", arguments["cache_length"])
     export_model(
-        model=arguments["model"],
+        model=str(model),
         output_dir=arguments["output_dir"],
         keep_temporary_files=True,
         prefill_lengths=arguments["prefill_lengths"],
