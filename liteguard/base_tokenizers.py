@@ -6,6 +6,7 @@ Nothing is taken over that would not be the same on the device: what cannot be e
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,37 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None = 
         if ours != (theirs := missing + rendered(turns)):
             raise refuse(f"{turns} turns would become {ours!r} instead of {theirs!r}")
     return prompt
+
+
+def rendered_chats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer's own chat template makes of one and of two exchanges; nothing where it
+    has none, or none that renders them."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        return [_render(tokenizer, _messages(turns, system=False)) for turns in (1, 2)]
+    except UserError:
+        return []
+
+
+def beside_template(chats: list[str], prompt: Prompt) -> str:
+    """A sentence on whether `prompt` renders what the base's template does (`rendered_chats`).
+
+    Empty where there is nothing to compare. A BOS that only one of them has is left aside: what
+    the tokenizer adds by itself is looked at elsewhere.
+    """
+    for turns, theirs in enumerate(chats, 1):
+        pairs = [(_Q.format(i), _A.format(i)) for i in range(turns)]
+        ours = prompt.render_conversation([*pairs[:-1], (pairs[-1][0], None)])
+        ours, theirs = (text.removeprefix(prompt.bos_token) for text in (ours, theirs))
+        if ours != theirs:
+            at = len(os.path.commonprefix([ours, theirs]))
+            near, instead = (text[max(0, at - 20) : at + 40] for text in (theirs, ours))
+            return (
+                f"prompt: differs from the base's chat template, near {near!r}, where it has "
+                f"{instead!r}. `prompt: from_base` takes the base's, where prefixes can express it."
+            )
+    return "prompt: as the base's chat template" if chats else ""
 
 
 def _messages(turns: int, system: bool) -> list[dict[str, str]]:

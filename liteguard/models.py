@@ -100,6 +100,8 @@ def load_tokenizer(
             f"embedding has no spare row ({embedding_rows} rows, all used). "
             f"Name an existing token that no text contains, e.g. one of: {special}"
         )
+    # With its own tokens, which the next lines replace: a stage says whether the prompt is that.
+    tokenizer.base_chats = base_tokenizers.rendered_chats(tokenizer)
     named = {"pad_token": prompt.pad_token, "eos_token": prompt.end_token}
     if prompt.bos_token:
         named["bos_token"] = prompt.bos_token

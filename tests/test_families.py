@@ -363,6 +363,27 @@ def test_the_bos_that_the_template_lacks_and_a_token_that_pads(tmp_path):
     assert (full.pad_token, spare.pad_token) == ("<unk>", "<|pad|>")
 
 
+def test_a_prompt_that_is_not_the_bases_own_is_said(with_bos, asked, capsys, tmp_path):
+    """Another base below `extends: phi-2.yaml`, and its prompt forgotten: it trained on Phi's."""
+    asked()
+    assert "prompt: as the base's chat template\n" in capsys.readouterr().out
+    forgotten = Prompt(
+        bos_token="<bos>", **{t: "<eos>" for t in ("end_token", "document_end_token")}
+    )
+    asked(prompt=forgotten)
+    said = capsys.readouterr().out
+    assert "prompt: differs from the base's chat template, near '<user>\\nQUESTION" in said
+    assert "where it has 'Instruct: QUESTION" in said and "`prompt: from_base`" in said
+    # A base without a template has nothing to differ from.
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(with_bos)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    asked(tmp_path / "bare", prompt=forgotten)
+    assert "chat template" not in capsys.readouterr().out
+
+
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
     "{{ '<user>system\nYou help.<end>\n' }}{% endif %}"

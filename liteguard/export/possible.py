@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from liteguard import checkpoints, distributed
+from liteguard import base_tokenizers, checkpoints, distributed
 from liteguard.config import Config
 from liteguard.errors import LiteGuardError, UserError
 from liteguard.export import quantization, tflite, tokenizer, windows
@@ -63,7 +63,7 @@ class Planned(Protocol):
 
 
 def require(stage: Planned, own: Any) -> Possible:
-    """What `possible` finds, said on the screen.
+    """What `possible` finds, said on the screen, and whether the prompt is the base's own.
 
     Raises UserError where neither container can be made of what stage 1 is going to train, or none
     as small as `compress.size_gb`, unless `compress.required` is off.
@@ -79,6 +79,8 @@ def require(stage: Planned, own: Any) -> Possible:
             "--set compress.required=false"
         )
     print(found)
+    if said := base_tokenizers.beside_template(getattr(own, "base_chats", []), config.prompt):
+        print(said)
     return found
 
 
