@@ -94,16 +94,43 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path, told: bool = True) -> Iterator[None]:
     """One process after the other, so that what the first one makes is there for the others.
 
-    The system drops the lock of a process that is killed; the file stays. Raises UserError for a
-    pipe in its place, which cannot be locked.
+    The system drops the lock of a process that is killed; the file stays. Where a file system knows
+    no locks nothing is held. Raises UserError for a pipe in its place, which cannot be locked.
+
+    told: who has to wait says so, and for whom; it may be for hours.
     """
     writing.require_file(lock)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with _open_lock(lock) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if told:
+                print(f"waiting for {shown.visible(_owner(handle))}: it holds {lock}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        _sign(handle)
         yield
+
+
+def _open_lock(lock: Path) -> IO[str]:
+    # No link is followed: the file that it names would be emptied.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    return os.fdopen(os.open(lock, flags, 0o644), "r+", encoding="utf-8", errors="replace")
+
+
+def _owner(handle: IO[str]) -> str:
+    return handle.read(200).strip() or "another process"
+
+
+def _sign(handle: IO[str]) -> None:
+    handle.seek(0)
+    handle.truncate()
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+    handle.flush()
 
 
 # Lock files that this process holds.
@@ -121,13 +148,11 @@ def claim(lock: Path, what: str) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     writing.require_file(lock)
     while True:
-        # No link is followed: the file that it names would be emptied.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        handle = os.fdopen(os.open(lock, flags, 0o644), "r+", encoding="utf-8")
+        handle = _open_lock(lock)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = handle.read(200).strip() or "another process"
+            owner = _owner(handle)
             handle.close()
             raise UserError(
                 f"{what} is being made by {owner}. Wait for it or stop it, or choose another "
@@ -141,9 +166,7 @@ def claim(lock: Path, what: str) -> None:
             if lock.stat().st_ino == os.fstat(handle.fileno()).st_ino:
                 break
         handle.close()
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
-    handle.flush()
+    _sign(handle)
     _claims[lock] = handle
     atexit.register(release, lock)
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -240,3 +242,31 @@ def test_links_in_the_place_of_work_and_lock_are_not_followed(tmp_path):
         checkpoints.open_work(tmp_path / "other", {"stage": "domain"})
     assert (victim / "thesis.txt").read_text() == "mine"
     assert [path.name for path in victim.iterdir()] == ["thesis.txt"]
+
+
+def test_who_waits_says_for_whom(tmp_path, capsys):
+    lock, entered = tmp_path / "x.lock", threading.Event()
+
+    def second() -> None:
+        with machine.one_at_a_time(lock):
+            entered.set()
+
+    with machine.one_at_a_time(lock):
+        thread = threading.Thread(target=second)
+        thread.start()
+        said, begin = "", time.monotonic()
+        while "\n" not in said and time.monotonic() - begin < 20:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+        assert not entered.is_set()
+    thread.join(20)
+    assert entered.is_set()
+    assert said.startswith(f"waiting for process {os.getpid()} on ") and f"holds {lock}\n" in said
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "x.lock").symlink_to("victim")
+    with pytest.raises(OSError, match="symbolic link"), machine.one_at_a_time(tmp_path / "x.lock"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -29,7 +29,6 @@ ALLOWED = {
     },
     "checkpoints": {"replace": (1, WORK), "rmdir": (1, WORK)},
     "machine": {
-        "open": (1, "a lock: its content is a note"),
         "fdopen": (1, "a lock: its content is a note"),
         "truncate": (1, "a lock: its content is a note"),
         "unlink": (1, "a lock that this process holds"),

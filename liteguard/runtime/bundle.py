@@ -64,7 +64,7 @@ class Bundle:
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
         quiet_stderr_at_exit()
         try:
-            with one_at_a_time(self.unpacked / "lock"):
+            with one_at_a_time(self.unpacked / "lock", told=False):
                 self._engine = litert_lm.Engine(
                     str(self.path),
                     backend=litert_lm.Backend.CPU(thread_count=self.threads),
@@ -298,7 +298,7 @@ class Bundle:
 
     def _scores(self) -> Scorer:
         if self._scorer is None:
-            with one_at_a_time(self.unpacked / "lock"):
+            with one_at_a_time(self.unpacked / "lock", told=False):
                 self._scorer = Scorer(self.path, self.threads, self.unpacked)
         return self._scorer
 
