@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liteguard import checkpoints, machine, models
+from liteguard import checkpoints, machine, models, writing
 from liteguard.data import self_answers
 from liteguard.evaluation import answerers, metrics
 from liteguard.evaluation.journal import Journal, journalled
@@ -45,7 +45,12 @@ def plan(config: Config) -> list[str]:
         questions = self_answers.questions(source, Path(config.data.cache_dir))
         file = _file(config, source, base, questions)
         source.answers = str(file)
-        if not file.is_file():
+        if not writing.is_sealed(file):
+            if file.is_file():
+                sentences.append(
+                    f"self_answers: {file} is not as it was written (edited, damaged, or kept by "
+                    "an earlier version), so the questions are asked again"
+                )
             sentences.append(
                 f"self_answers: {config.model.name} will answer {len(questions):,} questions with "
                 f"at most {source.max_new_tokens} tokens each"
@@ -58,7 +63,7 @@ def answer(config: Config) -> None:
 
     Raises UserError when the model does not fit into memory, before it is loaded.
     """
-    todo = [s for s in self_answers.sources(config) if not Path(str(s.answers)).is_file()]
+    todo = [s for s in self_answers.sources(config) if not writing.is_sealed(Path(str(s.answers)))]
     if not todo:
         return
     config = models.with_base_prompt(config)
@@ -90,7 +95,7 @@ def _answer(config: Config, source: SourceSection, model: answerers.Answerer) ->
     file = Path(str(source.answers))
     file.parent.mkdir(parents=True, exist_ok=True)
     with machine.one_at_a_time(file.with_suffix(".lock")):
-        if file.is_file():  # another run has written it
+        if writing.is_sealed(file):  # another run has written it
             return
         with Journal(file.with_suffix(".partial.jsonl"), {"file": file.name}) as journal:
             todo = [i for i in range(len(questions)) if i not in journal.found["answers"]]
@@ -102,6 +107,7 @@ def _answer(config: Config, source: SourceSection, model: answerers.Answerer) ->
             rows = [row(q, journal.found["answers"][i]) for i, q in enumerate(questions)]
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
             checkpoints.write_text(file, lines)
+            writing.seal(file)
             journal.remove()
 
 

@@ -254,3 +254,21 @@ def is_whole(directory: Path, expected: Any) -> bool:
         )
     except (OSError, AttributeError, TypeError):
         return False
+
+
+def seal(path: Path) -> None:
+    """Keep the fingerprint of a file of a cache beside it, in NAME.sum, once it is written."""
+    write_text(_seal(path), fingerprint(path), shared=True)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file of a cache is there as `seal` saw it; one that is not is made again."""
+    try:
+        whole = path.is_file() and _seal(path).is_file()
+        return whole and _seal(path).read_text(encoding="utf-8") == fingerprint(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sum")

@@ -132,6 +132,23 @@ def test_answers_are_kept_and_an_interrupted_run_goes_on(project, capsys):
     assert len(third.asked) == len(QUESTIONS)
 
 
+def test_edited_answers_are_asked_again(project, capsys):
+    """They are hours of work: it is said. Training rows are never silently others."""
+    run, output, config = project
+    run(Model())
+    rows = prepared(output)
+    (file,) = (config.parent / "cache/self_answers").glob("*.jsonl")
+    whole = file.read_text()
+    for content in (whole.replace("airways", "kidneys"), whole[:100], ""):
+        file.write_text(content)
+        again = Model()
+        capsys.readouterr()
+        run(again, "--overwrite")
+        assert f"{file} is not as it was written" in capsys.readouterr().out
+        assert len(again.asked) == len(QUESTIONS)
+        assert prepared(output) == rows and file.read_text() == whole
+
+
 def test_a_dry_run_says_what_it_would_ask_and_asks_nothing(project, capsys):
     run, output, _ = project
     model = Model()

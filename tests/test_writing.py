@@ -24,7 +24,7 @@ ALLOWED = {
     "writing": {
         **{"rmtree": (1, "it is the one"), "unlink": (1, "it is the one")},
         **{"replace": (4, "it is the one"), "open": (1, "it is the one")},
-        **{"write_bytes": (1, "it is the one"), "write_text": (1, "it is the one")},
+        **{"write_bytes": (1, "it is the one"), "write_text": (2, "it is the one")},
         "rmdir": (1, "it is the one"),
     },
     "checkpoints": {"replace": (1, WORK), "rmdir": (1, WORK)},

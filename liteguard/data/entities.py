@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from liteguard import checkpoints, registry
+from liteguard import checkpoints, registry, writing
 from liteguard.config import DataSection
 from liteguard.data.cleaning import NAMED, NAMELESS, OWN, draw_split, entity_names
 from liteguard.data.splits import Lines, Part
@@ -45,9 +45,10 @@ def names_file(cache_dir: Path, wheels: dict[str, str], code: dict[str, str]) ->
         return None
     key = checkpoints.sha256_json({"wheels": wheels, "code": code})
     path = cache_dir / "entities" / f"{key[:32]}.json"
-    if not path.exists():
+    if not writing.is_sealed(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(path, registry.ENTITIES[1](cache_dir), shared=True)
+        writing.seal(path)
     return path
 
 

@@ -181,7 +181,7 @@ def evaluation_index(config: Config, inputs: dict[str, str]) -> Path | None:
     key = checkpoints.sha256_json({"sets": inputs, "code": code_version()})
     path = Path(config.data.cache_dir) / "evaluation" / f"{key[:32]}.npz"
     report = path.with_suffix(".json")
-    if not path.exists() or not report.exists():
+    if not (writing.is_sealed(path) and writing.is_sealed(report)):
         path.parent.mkdir(parents=True, exist_ok=True)
         found: dict[str, str] = {}
         with ticking("reading evaluation sets"):
@@ -191,6 +191,8 @@ def evaluation_index(config: Config, inputs: dict[str, str]) -> Path | None:
         checkpoints.write_json(report, found, shared=True)
         with writing.replacing(path, shared=True) as beside:
             index.save(beside)
+        for file in (report, path):
+            writing.seal(file)
     for name, what in evaluation_report(path).items():
         print(f"  kept apart from {name}: {what}")
     return path

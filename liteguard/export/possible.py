@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from liteguard import base_tokenizers, checkpoints, distributed
+from liteguard import base_tokenizers, checkpoints, distributed, writing
 from liteguard.config import Config
 from liteguard.errors import LiteGuardError, UserError
 from liteguard.export import quantization, tflite, tokenizer, windows
@@ -117,9 +117,8 @@ def possible(
         }
     )
     kept = Path(config.data.cache_dir) / "bundles" / f"{key[:32]}.json"
-    known = checkpoints.read_dict(kept) or {}
-    if [*known] == [*Possible.__annotations__] and all(isinstance(v, str) for v in known.values()):
-        return Possible(**known)
+    if writing.is_sealed(kept):
+        return Possible(**json.loads(kept.read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "tokenizer.json").write_text(core, encoding="utf-8")
@@ -128,7 +127,8 @@ def possible(
         task, compared = as_task(work, native, config.prompt, texts, questions, identical)
     found = Possible(task, as_litertlm(own, config.prompt), compared)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(kept, asdict(found))
+    checkpoints.write_json(kept, asdict(found), shared=True)
+    writing.seal(kept)
     return found
 
 
