@@ -87,10 +87,12 @@ def check_work(output: Path) -> None:
         raise UserError(
             f"{work} is a file, and left as it is: remove it, or choose another --output."
         )
-    made = (INPUTS, PUBLISHING, RESULT)
-    for directory, known in ((work, made), (aside, (RECORD, "manifest.json"))):
-        ours = writing.is_marked(directory) or any((directory / n).exists() for n in known)
-        if writing.is_full(directory) and not ours:
+    known = {work: (INPUTS, PUBLISHING, RESULT), aside: (RECORD, "manifest.json")}
+    for directory, names in known.items():
+        # Full before it is looked into, and still so after: another process may be at work there.
+        full = writing.is_full(directory)
+        ours = writing.is_marked(directory) or any((directory / name).exists() for name in names)
+        if full and not ours and writing.is_full(directory):
             raise UserError(
                 f"{directory} was not made by LiteGuard, and what is in it would be deleted. Move "
                 "it away, or choose another --output."
