@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -15,7 +16,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from liteguard import checkpoints, failures, model_files, models, records, shown, yaml_text
+import evaluate_model
+from liteguard import (
+    checkpoints,
+    failures,
+    machine,
+    model_files,
+    models,
+    records,
+    shown,
+    yaml_text,
+)
 from liteguard import config as config_layers
 from liteguard.cli import parser, resolve_config
 from liteguard.errors import UserError, WorkError
@@ -331,15 +342,20 @@ def test_a_measurement_replaces_its_own_files(tmp_path):
         results.check_places(tmp_path, ["final"])
 
 
+def compared() -> dict:
+    """A result with the numbers that a model card shows."""
+    refusals = dict.fromkeys(("refused_harmful", "refused_benign"), 1)
+    found = result() | refusals | {"n": {"perplexity": 1, **refusals}}
+    found["intervals"] |= dict.fromkeys(refusals, [0.5, 1.0])
+    return found
+
+
 @pytest.mark.parametrize("name", ["report.html", "MODEL_CARD.md", "table.md", "table.json"])
 def test_a_comparison_replaces_no_file_of_others(tmp_path, name):
     """What it wrote itself it knows by a line that all versions have written."""
     path = tmp_path / name
     places = (tmp_path, str(tmp_path / "table.md"), str(tmp_path / "table.json"))
-    refusals = dict.fromkeys(("refused_harmful", "refused_benign"), 1)
-    found = result() | refusals | {"n": {"perplexity": 1, **refusals}}
-    found["intervals"] |= dict.fromkeys(refusals, [0.5, 1.0])
-    report.write_report({"final": found}, *places)
+    report.write_report({"final": compared()}, *places)
     report.check_places(*places)
     path.write_text("My notes on LiteGuard")
     with pytest.raises(UserError, match=f"{name} was not written by"):
@@ -348,6 +364,21 @@ def test_a_comparison_replaces_no_file_of_others(tmp_path, name):
     path.symlink_to("nowhere")
     with pytest.raises(UserError, match=f"{name} is a symbolic link"):
         report.check_places(*places)
+
+
+def test_two_comparisons_do_not_write_one_report(tmp_path):
+    checkpoints.write_json(tmp_path / "final.json", compared())
+    names = ("config", "model_type", "model", "markdown", "json", "dry_run", "require_ship")
+    args = argparse.Namespace(**dict.fromkeys(names), settings=[], sets=[])
+    args.output, args.compare = str(tmp_path), ["final"]
+    with (
+        machine.one_at_a_time(tmp_path / ".report.lock"),
+        pytest.raises(UserError, match=r"report\.html is being made by process"),
+    ):
+        evaluate_model.compare(args)
+    assert not (tmp_path / "report.html").exists()
+    evaluate_model.compare(args)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_whole_result_is_compared(tmp_path):
