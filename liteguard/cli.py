@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from liteguard import distributed, failures, hub, machine, shown, writing
+from liteguard import checkpoints, distributed, failures, hub, machine, shown, writing
 from liteguard.config import (
     OWN,
     Config,
@@ -81,6 +81,10 @@ def resolve_config(
     if parent is not None and not args.config:
         described, own = of_a_record(parent.config)
         layers.append(("the parent's stage.json", described))
+        # Where a stage reported to says nothing once it is trained.
+        stages = [*checkpoints.STAGES]
+        trained = stages[: stages.index(parent.stage) + 1 if parent.stage in stages else None]
+        own = [name for name in own if name not in [f"{stage}.report_to" for stage in trained]]
         if own:
             print(
                 f"not taken from the parent's record: {', '.join(own)} (of the machine that it was "

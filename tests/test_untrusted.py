@@ -20,6 +20,7 @@ from liteguard.runtime.container import tflite_model
 
 RECORD = {**STAGE_RECORD, "inputs": {}, "files": {}}
 JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "AWS_SECRET_ACCESS_KEY"}
+SET = {"name": "a", "path": "/etc/passwd", "kind": "texts"}
 NASTY = "<img src=x onerror=f()> [go](javascript:f()) | *b* `c` $x_1$\n\n# Title \x1b]0;owned\x07"
 
 
@@ -32,17 +33,23 @@ def test_a_record_names_no_service_no_place_and_gives_no_permission(capsys):
     theirs = {
         "model": {"name": "a/base", "trust_remote_code": True, "compute_dtype": "float32"},
         "data": {"cache_dir": "/somewhere/else", "seed": 3},
-        "evaluate": {"llm_judge": JUDGE, "question_rows": 5},
+        "evaluate": {"llm_judge": JUDGE, "question_rows": 5, "sets": [SET]},
+        "compress": {"python": "/somewhere/python"},
+        **{stage: {"report_to": ["wandb"], "seed": 4} for stage in ("domain", "instruction")},
     }
     parent = StageRecord(**{**RECORD, "config": theirs})
     config = cli.resolve_config(flags(), parent=parent)
     assert config.evaluate.llm_judge is None and not config.model.trust_remote_code
-    assert config.data.cache_dir == ".cache"
+    assert config.data.cache_dir == ".cache" and config.compress.python is None
+    assert config.evaluate.sets == [] and config.domain.report_to == []
+    assert (config.instruction.report_to, config.instruction.seed) == ([], 4)
     # What describes the artifact is taken.
     assert (config.data.seed, config.evaluate.question_rows) == (3, 5)
     assert (config.model.name, config.model.compute_dtype) == ("a/base", "float32")
     told = capsys.readouterr().out
-    assert "data.cache_dir, evaluate.llm_judge, model.trust_remote_code" in told
+    left = "data.cache_dir, evaluate.llm_judge, evaluate.sets, model.trust_remote_code"
+    assert f"{left}, compress.python, instruction.report_to (" in told
+    assert "domain.report_to" not in told, "the stage is trained"
     assert "--set" in told and "AWS" not in told
     mine = flags("model.trust_remote_code=true", "data.cache_dir=mine")
     config = cli.resolve_config(mine, parent=parent)
@@ -52,6 +59,7 @@ def test_a_record_names_no_service_no_place_and_gives_no_permission(capsys):
 def test_every_setting_that_names_a_place_or_a_service_is_the_users_own():
     """A new one has to be added to OWN, or this fails."""
     words = ("url", "env", "trust", "_dir", "token_file", "api", "endpoint", "python")
+    words += ("report_to", "sets", "file", "folder", "output", "command")
     found = [n for n in config_layers.valid_names() if any(w in n.split(".")[-1] for w in words)]
     assert found and set(found) <= set(config_layers.OWN)
 

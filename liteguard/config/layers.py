@@ -45,9 +45,13 @@ OTHER_NAMES = {
 # Keys joined by dots: no section lies deeper.
 _SETTING = re.compile(r"[A-Za-z0-9_-]{1,60}(\.[A-Za-z0-9_-]{1,60}){0,5}")
 MOST_PROBLEMS = 12  # that a message names
-# What of a record's configuration is no description of what was made, but of its maker's machine
-# and services, or a permission: it is taken from the user's own YAML and flags only.
-OWN = ("data.cache_dir", "evaluate.llm_judge", "model.trust_remote_code", "compress.python")
+# What of a record's configuration is no description of what was made, but of its maker's machine,
+# files and services, or a permission: it is taken from the user's own YAML and flags only.
+OWN = (
+    *("data.cache_dir", "evaluate.llm_judge", "evaluate.sets"),
+    *("model.trust_remote_code", "compress.python"),
+    *("domain.report_to", "instruction.report_to", "safety.report_to"),
+)
 
 
 def available_configs() -> dict[str, Path]:
