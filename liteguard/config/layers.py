@@ -7,7 +7,8 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -39,8 +40,19 @@ OTHER_NAMES = {
     "lora_targets": ("target_modules", "lora_target", "lora_target_modules"),
     "kv_cache_length": ("kv_cache_max_len", "cache_length", "max_cache_length"),
     "prefill_lengths": ("prefill_seq_len", "prefill_seq_lens", "prefill_lens"),
+    "quantize": ("recipe", "quantization_recipe"),
+    "preference_loss": ("loss_type",),
+    "beta": ("dpo_beta",),
+    "sft_weight": ("rpo_alpha",),
 }
-
+# What other tools call our sections.
+SECTION_NAMES = {
+    **dict.fromkeys(("stage1", "pretrain", "pretraining", "cpt"), ("domain",)),
+    **dict.fromkeys(("stage2", "sft", "instruct"), ("instruction",)),
+    **dict.fromkeys(("stage3", "dpo", "preference"), ("safety",)),
+    **dict.fromkeys(("train", "training", "trainer"), ("domain", "instruction", "safety")),
+    **dict.fromkeys(("export", "convert"), ("compress",)),
+}
 
 # Keys joined by dots: no section lies deeper.
 _SETTING = re.compile(r"[A-Za-z0-9_-]{1,60}(\.[A-Za-z0-9_-]{1,60}){0,5}")
@@ -182,36 +194,50 @@ def valid_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every 'section.key' that a YAML may hold."""
     names = []
     for key, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names.append(f"{prefix}{key}")
-            names += valid_names(kind, f"{prefix}{key}.")
-        else:
-            names.append(f"{prefix}{key}")
+        names.append(f"{prefix}{key}")
+        if section := _section(field.annotation):
+            names += valid_names(section, f"{prefix}{key}.")
     return names
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold; entries of a list are none."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return next(
+        (own for own in kinds if isinstance(own, type) and issubclass(own, BaseModel)), None
+    )
 
 
 def _nearest(path: tuple[Any, ...]) -> str:
     """A hint naming the valid key closest to an unknown one."""
-    key = str(path[-1])
-    inside_set = len(path) > 2 and path[:2] == ("evaluate", "sets")
-    inside_source = len(path) > 2 and path[0] == "data"
-    entry: type[BaseModel] = SetSection if inside_set else SourceSection
-    siblings = (
-        list(entry.model_fields)
-        if inside_set or inside_source
-        else [
-            n.rsplit(".", 1)[-1]
-            for n in valid_names()
-            if n.split(".")[:-1] == [str(p) for p in path[:-1]]
-        ]
-    )
-    same = [name for name in siblings if key in OTHER_NAMES.get(name, ())]
-    alike = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    elsewhere = [name for name in valid_names() if name.rsplit(".", 1)[-1] == key]
-    # A key without its section is more likely than a misspelt section.
-    near = same or (alike or elsewhere if len(path) > 1 else elsewhere or alike)
-    return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
+    key = str(path[-1]).lower().replace("-", "_")
+    siblings = _siblings(path)
+
+    def called(name: str) -> bool:
+        own = name.rsplit(".", 1)[-1]
+        return key == own or key in OTHER_NAMES.get(own, ())
+
+    here = [name for name in siblings if called(name)]
+    if len(path) == 1:
+        here = here or [*SECTION_NAMES.get(key, ())]
+    here = here or [name for name in siblings if key in name.split("_")]
+    # A key without its section is more likely than a misspelt one.
+    elsewhere = [name for name in valid_names() if called(name)]
+    alike = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    near = here[:3] or elsewhere[:3] or alike
+    if not near:
+        return f"valid here: {', '.join(siblings)}"
+    return f"did you mean {' or '.join(repr(name) for name in near)}?"
+
+
+def _siblings(path: tuple[Any, ...]) -> list[str]:
+    """The keys that are valid where an unknown one stands."""
+    if len(path) > 2 and path[:2] == ("evaluate", "sets"):
+        return [*SetSection.model_fields]
+    if len(path) > 2 and path[0] == "data":
+        return [*SourceSection.model_fields]
+    section = [str(part) for part in path[:-1]]
+    return [n.rsplit(".", 1)[-1] for n in valid_names() if n.split(".")[:-1] == section]
 
 
 def validate(values: Mapping[str, Any], where: str) -> Config:
