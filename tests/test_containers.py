@@ -105,9 +105,11 @@ def test_an_app_is_promised_what_a_conversation_can_hold():
     assert "1280 tokens" in facts["notes"]["end_of_cache"]
     older = Export(kv_cache_length=1280, prefill_lengths=[64, 256])
     assert apps.deployment(record_of("x.task", export=older))["conversation_tokens"] == 1217
-    # What is said of system messages is about a .task.
-    assert "system_message" in facts["notes"]
-    assert "system_message" not in apps.deployment(record_of("x.litertlm"))["notes"]
+    # What is said of system messages and of restored histories is about a .task.
+    assert {"system_message", "restored_history"} <= {*facts["notes"]}
+    assert "end token after each old answer" in facts["notes"]["restored_history"]
+    other = apps.deployment(record_of("x.litertlm"))["notes"]
+    assert not {"system_message", "restored_history"} & {*other}
 
 
 def test_the_gallery_gets_one_greedy_model():

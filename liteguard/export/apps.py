@@ -75,6 +75,12 @@ def _notes(record: BundleRecord) -> dict[str, str]:
             "was never trained; the prompt's own system text is there already. Send none, or use "
             "the .litertlm, whose template knows system messages."
         )
+        notes["restored_history"] = (
+            "A .task that is given an earlier conversation again (LiteRT-LM's initialMessages) "
+            "leaves out the end token after each old answer, so that the model sees a text it was "
+            "never trained on. Keep the conversation open instead, begin a new one, or use the "
+            ".litertlm."
+        )
     return notes
 
 
