@@ -112,12 +112,16 @@ def torch_and_gpu() -> Iterator[Finding]:
 
 
 def gpus(torch: dict[str, Any]) -> Iterator[Finding]:
-    """Memory and bfloat16 of every GPU that torch sees."""
+    """Memory and bfloat16 of every GPU that torch sees, and whether it can compute there."""
     for number, device in enumerate(torch["devices"]):
         free, total = device["free"] / 1e9, device["total"] / 1e9
         bfloat16 = tuple(device["capability"]) >= doctor_gpu.BFLOAT16
         has = "bfloat16" if bfloat16 else "no bfloat16"
         text = f"{device['name']}, {free:.1f} of {total:.1f} GB free, {has}"
+        built_for = torch.get("built_for", [])
+        if lacks := doctor_gpu.without_code(device["capability"], built_for, torch["cuda"]):
+            yield Finding("missing", f"GPU {number}", f"{device['name']}: {lacks[0]}", lacks[1])
+            continue
         remedy = ""
         if not bfloat16:
             remedy = "expect float32 for Phi and float16 for others; Ampere or newer is faster"

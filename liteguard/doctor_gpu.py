@@ -11,8 +11,10 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ PCI = Path("/sys/bus/pci/devices")
 FIRST_DRIVER = {11: 450, 12: 525, 13: 580}
 # Compute capability from which a GPU multiplies bfloat16 (Ampere).
 BFLOAT16 = (8, 0)
+
+_KIND = re.compile(r"(?P<what>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<only>[af]?)")
 
 _PROBE = """
 import json, warnings
@@ -41,6 +45,7 @@ with warnings.catch_warnings(record=True) as said:
     units = bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
                   "hip": torch.version.hip, "available": available, "devices": devices,
+                  "built_for": torch.cuda.get_arch_list() if available else [],
                   "cpu_bfloat16": units, "said": [str(s.message)[:300] for s in said]}))
 """
 
@@ -96,7 +101,8 @@ def probe_torch(python: str = sys.executable, seconds: float = 300) -> dict[str,
     """What torch says of itself in a process of its own.
 
     version, cuda (of the build; None for a CPU build), hip, available, devices (name, capability,
-    free and total bytes), cpu_bfloat16, said (its warnings); or only error, in a line.
+    free and total bytes), built_for (kinds of GPU, as `sm_80`), cpu_bfloat16, said (its warnings);
+    or only error, in a line.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
@@ -116,6 +122,35 @@ def probe_torch(python: str = sys.executable, seconds: float = 300) -> dict[str,
         return {"error": f"not imported after {seconds:.0f} s: is the machine busy?"}
     except (OSError, ValueError, IndexError) as error:
         return {"error": f"{type(error).__name__}: {error}"[:200]}
+
+
+def without_code(
+    capability: Sequence[int], built_for: Sequence[str], cuda: str | None
+) -> tuple[str, str] | None:
+    """(that a build of torch has no code for a GPU, the remedy); None where it has, or may have.
+
+    Code of `sm_XY` runs on GPUs of the same major number from that minor one on, with `a` behind it
+    on that GPU alone; `compute_XY` is compiled for every later one, with `f` behind it for those of
+    its major number (NVIDIA's rules).
+    """
+    own = capability[0], capability[1]
+    kinds = [found for name in built_for if (found := _KIND.fullmatch(name))]
+    for kind in kinds:
+        of = int(kind["major"]), int(kind["minor"])
+        later = of[0] == own[0] or (kind["what"] == "compute" and kind["only"] != "f")
+        if of == own or (of < own and later and kind["only"] != "a"):
+            return None
+    if not kinds:  # ROCm names its GPUs otherwise
+        return None
+    name = f"sm_{own[0]}{own[1]}"
+    newest = max((int(kind["major"]), int(kind["minor"])) for kind in kinds)
+    which = "a newer" if own > newest else "an older"
+    return (
+        f"the installed torch (CUDA {cuda}) has no code for a GPU of kind {name} (it has "
+        f"{', '.join(built_for)}): the first computation fails",
+        f"install torch built for {which} CUDA, from PyTorch's index for it, or leave the card out "
+        "with CUDA_VISIBLE_DEVICES",
+    )
 
 
 def why_unused(cuda: str | None, driver: Driver | None, said: str = "") -> tuple[str, str] | None:
@@ -147,6 +182,11 @@ def why_unused(cuda: str | None, driver: Driver | None, said: str = "") -> tuple
             f"update the driver ({_first(cuda)}), or install the same version of torch built for "
             f"CUDA {driver.cuda[0]}, from PyTorch's index for it",
         )
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return (
+            f"CUDA_VISIBLE_DEVICES={named[:80]!r} names no card that torch (CUDA {cuda}) can use",
+            "unset it, or name one that nvidia-smi -L lists",
+        )
     return (
         f"torch (CUDA {cuda}) finds no GPU, though {driver} is here{': ' + said if said else ''}",
         "look at nvidia-smi; in a container, start it with --gpus all",
@@ -159,9 +199,17 @@ def _first(cuda: str | None) -> str:
 
 
 def warning_of_unused() -> str | None:
-    """One line for a script that is about to train without the GPU that is here; else None."""
+    """One line for a script that is about to train without the GPU that is here, or on one that
+    torch has no code for; else None."""
     import torch
 
-    if torch.cuda.is_available() or not (found := why_unused(torch.version.cuda, find_driver())):
+    cuda = torch.version.cuda
+    if torch.cuda.is_available():
+        kinds = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        lacking = (without_code(kind, torch.cuda.get_arch_list(), cuda) for kind in kinds)
+        found = next(filter(None, lacking), None)
+    else:
+        found = why_unused(cuda, find_driver())
+    if found is None:
         return None
     return f"warning: {found[0]}. To use it: {found[1]}. More: python doctor.py"

@@ -80,6 +80,62 @@ def test_every_gpu_has_a_line_with_its_memory_and_bfloat16(monkeypatch):
     assert "no bfloat16" in lines[2].found and "nvidia-smi" in lines[3].remedy
 
 
+# As builds of torch have them: the newest kind with PTX, or kinds of a family and of one GPU.
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "lacks"),
+    [
+        ([8, 0], BUILT, ""),
+        ([8, 9], BUILT, ""),  # by sm_86
+        ([6, 1], BUILT, "an older CUDA"),
+        ([7, 0], BUILT, "an older CUDA"),
+        ([12, 0], BUILT[:4], "a newer CUDA"),
+        ([12, 0], ["sm_90", "compute_90"], ""),
+        ([8, 0], ["sm_90", "compute_90"], "an older CUDA"),
+        ([9, 0], ["sm_90a"], ""),
+        ([10, 3], ["sm_100a", "compute_100a"], "a newer CUDA"),
+        ([10, 3], ["sm_100f"], ""),
+        ([12, 0], ["compute_100f"], "a newer CUDA"),
+        ([9, 0], ["gfx90a", "gfx942"], ""),
+        ([9, 0], [], ""),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_missing(monkeypatch, capability, built_for, lacks):
+    """torch finds it and counts its memory; the first product ends the run."""
+    card = CARD | {"capability": capability}
+    lines = torch_lines(monkeypatch, TORCH | {"devices": [card], "built_for": built_for}, NEW)
+    assert lines[0].state == "ok"
+    assert (lines[1].state == "missing") == bool(lacks) and lacks in lines[1].remedy
+    if lacks:
+        assert f"sm_{capability[0]}{capability[1]}" in lines[1].found
+
+
+def test_a_stage_says_that_its_gpu_cannot_compute(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: BUILT)
+    stage.check_gpus("domain")
+    assert "no code for a GPU of kind sm_61" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 9))
+    stage.check_gpus("domain")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("named", ["7", "GPU-of-another-machine"])
+def test_a_card_that_is_asked_for_and_not_there_is_named(monkeypatch, named):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    first = torch_lines(monkeypatch, TORCH | NO_GPU, NEW)[0]
+    assert first.state == "missing" and f"CUDA_VISIBLE_DEVICES='{named}' names no" in first.found
+    assert "nvidia-smi -L" in first.remedy
+    # What is wrong for every card comes first.
+    assert "is older" in torch_lines(monkeypatch, TORCH | NO_GPU, OLD)[0].found
+
+
 def test_torch_that_cannot_be_imported(monkeypatch):
     first, second = torch_lines(monkeypatch, {"error": "ImportError: libcudart.so.13"}, NEW)
     assert first.state == "missing" and "libcudart" in first.found
