@@ -25,7 +25,7 @@ from pathlib import Path
 
 from liteguard import checkpoints, cli, machine
 from liteguard.errors import UserError
-from liteguard.records import Made
+from liteguard.records import BundleRecord, Made
 
 BASE = "base"
 
@@ -73,6 +73,7 @@ def main() -> None:
     # 2. Inputs
     from liteguard import models
     from liteguard.chat import speakers
+    from liteguard.runtime import container
 
     targets, needed = [], 0
     for name in args.models:
@@ -90,6 +91,8 @@ def main() -> None:
             if record is not None and path is not None:
                 identity = models.base_identity(directory, commit)
                 checkpoints.require_same(path, record, config.prompt, identity, config.model.name)
+        if isinstance(record, BundleRecord):
+            container.require_disk(Path(name), record.quantize.get("recipe", ""), scores=False)
         targets.append(target)
         needed += speakers.expected_memory(target, architecture)
     limit = args.max_new_tokens or targets[0].config.evaluate.max_new_tokens

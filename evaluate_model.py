@@ -71,7 +71,7 @@ def main() -> None:
         raise UserError("--markdown, --json and --require_ship need --compare RESULT ...")
     records: dict[str, Made] = {p: checkpoints.read_stage(Path(p)) for p in args.checkpoint}
     if args.bundle:
-        records[args.bundle] = checkpoints.read_bundle(Path(args.bundle))
+        records[args.bundle] = bundled = checkpoints.read_bundle(Path(args.bundle))
     if not records and not args.base:
         raise UserError("Say what to measure: --checkpoint DIR ..., --bundle FILE, or --base.")
     parent = next(iter(records.values()), None)
@@ -88,6 +88,7 @@ def main() -> None:
     from liteguard import models
     from liteguard.data import preparation
     from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run
+    from liteguard.runtime import container
 
     config = models.with_base_prompt(config)
     targets = results.targets_by_label(args.base, records)
@@ -131,6 +132,8 @@ def main() -> None:
         machine.require_memory(needed, "evaluating", less)
         if architecture is not None:
             answerers.require_gpu_memory(architecture, longest)
+        if bundle is not None:
+            container.require_disk(bundle, bundled.quantize.get("recipe", ""))
     if args.dry_run:
         print(f"would measure: {', '.join(targets)}\ndry run: nothing written")
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
 
 from liteguard import machine, merged, models
 from liteguard.config import build, read_yaml
-from liteguard.errors import WorkError
+from liteguard.errors import UserError, WorkError
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,6 @@ def test_work_that_the_kernel_kills_is_named_by_its_step():
 
 
 def test_too_little_memory_is_said_before_the_work(monkeypatch):
-    from liteguard.errors import UserError
-
     monkeypatch.setattr(machine, "available_memory", lambda: 2 * 10**9)
     machine.require_memory(10**9, "evaluating", ".")
     with pytest.raises(UserError, match="evaluating needs about 3.0 GB of memory, and 2.0 GB is"):
@@ -195,6 +194,34 @@ def test_unpacked_weights_are_removed_also_those_of_a_killed_process(tmp_path):
         assert folder.is_dir() and folder.parent == tmp_path
         assert not left[0].exists() and left[1].exists() and other.exists()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scores", "needed"),
+    [("int8", True, 2000), ("int8", False, 1000), ("int8_weight_only", True, 5000)],
+)
+def test_a_disk_without_room_for_the_unpacked_weights_is_named(
+    recipe, scores, needed, tmp_path, monkeypatch
+):
+    """Phi-2 in int8 wrote 5.5 GB beside its bundle, and ended in the middle of the measurement."""
+    from liteguard.runtime import container
+
+    bundle = tmp_path / "x.task"
+    bundle.write_bytes(bytes(1000))
+    asked = []
+
+    def usage(place):
+        asked.append(place)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(container.shutil, "disk_usage", usage)
+    free = needed
+    container.require_disk(bundle, recipe, scores)
+    free = needed - 1
+    with pytest.raises(UserError, match=f"x.task is unpacked in .*about {needed // 1000} KB"):
+        container.require_disk(bundle, recipe, scores)
+    with container.unpacked_weights(bundle) as folder:
+        assert set(asked) == {folder.parent}, "the place that is used"
 
 
 def test_a_log_file_gets_no_bars():

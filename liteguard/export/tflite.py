@@ -25,6 +25,7 @@ from liteguard import machine, shown, writing
 from liteguard.config import RECIPES
 from liteguard.errors import UserError, WorkError
 from liteguard.export import quantization, windows
+from liteguard.runtime import container
 
 # Peak resident memory in GB, each pair (fixed, GB per billion parameters); the smaller line counts.
 # v2 (benchmarks/bench_convert.py): 2.6, 10.5 and 14.4 GB with 0.135, 1.42 and 2.78 billion; it
@@ -133,7 +134,7 @@ def bundle_disk(parameters: int, recipe: str, containers: int = 2) -> int:
     latter reads a copy of the TFLite file (Phi-2 in int8: 13.8 GB, benchmarks/full_size.py).
     """
     stored = max(quantization.BITS[recipe]) / 8
-    unpacked = 4 if recipe in ("int8_weight_only", "fp16", "none") else stored
+    unpacked = container.unpacked_size(stored, recipe)
     return int(parameters * ((2 + containers) * stored + 2 * unpacked))
 
 

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from liteguard import shown
 from liteguard.errors import UserError, first_line
 from liteguard.machine import is_alive
 
@@ -96,6 +97,32 @@ def _litertlm_section(bundle: Path) -> tuple[int | None, int | None]:
     return None, None
 
 
+def unpacked_size(stored: float, recipe: str) -> float:
+    """Bytes of weights that take `stored` bytes in a recipe's file, as the runtime unpacks them:
+    of those in 4 and 8 bits as many, unless they are multiplied in float32."""
+    return stored * {"int8_weight_only": 4, "fp16": 2}.get(recipe, 1)
+
+
+def require_disk(bundle: Path, recipe: str, scores: bool = True) -> None:
+    """Raise UserError where the disk has no room for what `unpacked_weights` will hold.
+
+    `scores`: whether texts are scored, too: that reads a copy of the model (`scorer.Scorer`).
+    """
+    size, place = bundle.stat().st_size, _place(bundle)
+    needed, free = unpacked_size(size, recipe) + scores * size, shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{bundle.name} is unpacked in {place}, which needs about {shown.size(needed)} of "
+            f"disk, and {shown.size(free)} is free. Free some space, or copy the bundle and its record "
+            "to a disk that has it."
+        )
+
+
+def _place(bundle: Path) -> Path:
+    """Where weights are unpacked: beside the bundle, where that can be written to."""
+    return bundle.parent if os.access(bundle.parent, os.W_OK) else Path(tempfile.gettempdir())
+
+
 @contextlib.contextmanager
 def unpacked_weights(bundle: Path) -> Iterator[Path]:
     """A folder for the weights of a bundle as this processor reads them; removed at the end.
@@ -105,7 +132,7 @@ def unpacked_weights(bundle: Path) -> Iterator[Path]:
     20 seconds to open instead of 7. It lies beside the bundle, where its space was planned for, or
     in the system's temporary folder where that cannot be written to.
     """
-    place = bundle.parent if os.access(bundle.parent, os.W_OK) else Path(tempfile.gettempdir())
+    place = _place(bundle)
     prefix, suffix = f".{bundle.name}.", ".unpacked"
     for left in place.glob(f"{glob.escape(prefix)}*{suffix}"):
         process = left.name.removeprefix(prefix).split("-")[0]
