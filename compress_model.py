@@ -157,7 +157,7 @@ def main() -> None:
         return
     tflite.require_resources(*needed)
     output.parent.mkdir(parents=True, exist_ok=True)
-    work = outputs.start_work(output, inputs)
+    work = outputs.start_work(output, inputs, args.overwrite)
 
     # 3. Work
     conversion = Conversion(

@@ -597,6 +597,35 @@ def test_auto_tries_the_next_recipe_and_reports_all(tmp_path):
         Steps(tmp_path).first_that_passes(broken, ("c", "d"), {"texts": 9})
 
 
+def test_a_proof_that_failed_is_made_again_with_other_rows(monkeypatch, tmp_path):
+    """Its message says "prepare more data": whoever does so at the same path must get a new one."""
+    from liteguard.export import outputs
+    from liteguard.export.conversion import Conversion
+
+    asked: list[str] = []
+
+    def attempt(recipe: str) -> dict:
+        asked.append(recipe)
+        raise verify.TooCoarse("the 4 texts that there are do not tell more exactly")
+
+    def convert(**rows) -> None:
+        own, samples = samples_of(monkeypatch, **{**PLAIN, **rows})
+        parts = own, tmp_path, "base", None, 1, "v2", ["int8", "fp16"], []
+        settings = Conversion(*parts, samples, work).proof
+        with pytest.raises(WorkError, match="the 4 texts"):
+            outputs.Steps(work).first_that_passes(attempt, ["int8", "fp16"], settings)
+
+    work = outputs.start_work(tmp_path / "x.task", {"base": "b"})
+    convert()
+    convert()
+    assert asked == ["int8", "fp16"]
+    convert(domain=PLAIN["domain"] * 2)
+    assert asked == ["int8", "fp16"] * 2
+    assert outputs.start_work(tmp_path / "x.task", {"base": "b"}, overwrite=True) == work
+    convert(domain=PLAIN["domain"] * 2)
+    assert asked == ["int8", "fp16"] * 3
+
+
 def test_a_bundle_that_fails_its_proof_gets_no_name(pipeline, tmp_path):
     """A tolerance that nothing meets: exit code 1, the step's name, and the work is kept."""
     command = (

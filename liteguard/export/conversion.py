@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liteguard import machine, writing
+from liteguard import checkpoints, machine, writing
 from liteguard.config import Config
 from liteguard.export import (
     bundle,
@@ -80,13 +80,18 @@ class Conversion:
             converter=self.converter,
             python=section.python,
         )
-        tolerances = section.verify.model_dump()
         for recipe in self.recipes:
             step = f"calibrate_{recipe}"
             folder = calibration.folder(self.work, recipe, self.config)
             if folder and self.steps.kept(step) is None:
                 self.steps.forget(f"failed_{recipe}")  # with other weights than there will be
-        return facts | self.steps.first_that_passes(self._attempt, self.recipes, tolerances)
+        return facts | self.steps.first_that_passes(self._attempt, self.recipes, self.proof)
+
+    @property
+    def proof(self) -> dict[str, Any]:
+        """What a proof's outcome hangs on beside the bundle: tolerances and the rows compared."""
+        rows = self.samples and checkpoints.sha256_json(self.samples.to_dict())
+        return {**self.config.compress.verify.model_dump(), "samples": rows}
 
     def _merge(self) -> dict[str, Any]:
         writing.remove(self.merged)

@@ -121,10 +121,11 @@ def reuse(bundles: list[Path], inputs: dict[str, Any]) -> bool:
     return True
 
 
-def start_work(output: Path, inputs: dict[str, Any]) -> Path:
+def start_work(output: Path, inputs: dict[str, Any], overwrite: bool = False) -> Path:
     """The work directory; what an interrupted run left there is kept if its inputs were these.
 
-    Other tolerances of the proof change no file, so they do not count.
+    Other tolerances of the proof change no file, so they do not count. `overwrite`: recipes that
+    did not pass are tried again.
     """
     claim(output)
     work = checkpoints.work_directory(output)
@@ -133,6 +134,8 @@ def start_work(output: Path, inputs: dict[str, Any]) -> Path:
     if checkpoints.begun_from(work) != inputs:
         checkpoints.forget_work(work)
         checkpoints.begin_work(work, inputs)
+    if overwrite:
+        Steps(work).forget("failed_*")
     return work
 
 
@@ -216,7 +219,8 @@ class Steps:
     ) -> dict[str, Any]:
         """The facts of the first recipe that passes its proof, with `tries`: what came before it.
 
-        A try that failed under the same `settings` of the proof is not repeated by a rerun.
+        A try that failed under the same `settings` of the proof, its rows among them, is not
+        repeated by a rerun.
 
         Raises:
             WorkError: none passed, or one failed for another reason than its rounding.

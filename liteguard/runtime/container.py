@@ -112,8 +112,8 @@ def require_disk(bundle: Path, recipe: str, scores: bool = True) -> None:
     needed, free = unpacked_size(size, recipe) + scores * size, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{bundle.name} is unpacked in {place}, which needs about {shown.size(needed)} of "
-            f"disk, and {shown.size(free)} is free. Free some space, or copy the bundle and its record "
+            f"{bundle.name} is unpacked in {place}: about {shown.size(needed)} of disk, "
+            f"and {shown.size(free)} is free.\nFree some space, or copy the bundle and its record "
             "to a disk that has it."
         )
 
