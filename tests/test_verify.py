@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -449,6 +450,17 @@ def test_what_leaves_its_tolerance_is_named(answers, named, tmp_path):
         with pytest.raises(WorkError, match=f"step '{named}' left"):
             run()
         assert [row["step"] for row in table.rows if not row["passed"]] == [named]
+
+
+@pytest.mark.parametrize(("error", "passes"), [(0.0025, True), (0.007, True), (0.0076, False)])
+def test_the_row_of_the_perplexity_says_what_is_allowed(error, passes, tmp_path):
+    table = verify.Table(tmp_path / "x.task", say=lambda line: None)
+    both = given("Rest.", *REST)
+    parts = both, both, measured.Change(0.0, error, 9, 45), SAMPLES, ["<|end|>"]
+    with contextlib.nullcontext() if passes else pytest.raises(WorkError, match="prepare more"):
+        verify.compare(*parts, list, None, table, VerifySection(), tolerance=0.01)
+    assert table.rows[0]["passed"] is passes
+    assert table.rows[0]["tolerance"].endswith("+- 1.0%, with 2 s.e. 1.5%")
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,13 @@ class Change:
         """Within the tolerance, and not for lack of text: with a standard error of a quarter of it
         both conditions say the same; with a larger one the second asks for more."""
         far = abs(self.change) + 2 * self.error
-        return math.isfinite(far) and abs(self.change) <= tolerance and far <= 1.5 * tolerance
+        within = abs(self.change) <= tolerance and far <= self.farthest(tolerance)
+        return math.isfinite(far) and within
+
+    @staticmethod
+    def farthest(tolerance: float) -> float:
+        """What the change and two standard errors may be together."""
+        return 1.5 * tolerance
 
 
 def perplexity_change(

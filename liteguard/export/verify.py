@@ -231,7 +231,7 @@ def compare(
         f"perplexity{label}",
         f"{merged.perplexity * (1 + change.change):.3f} ({change.change:+.2%} +- "
         f"{change.error:.2%})",
-        f"{merged.perplexity:.3f} +- {tolerance:.1%}, s.e. <= {tolerance / 4:.2%}",
+        f"{merged.perplexity:.3f} +- {tolerance:.1%}, with 2 s.e. {change.farthest(tolerance):.1%}",
         change.passes(tolerance),
         _why_not(change, tolerance),
     )
