@@ -136,7 +136,7 @@ def main() -> None:
         f"expected peak memory: {tflite.peak_memory(parameters, converter) / 1e9:.1f} GB; "
         f"{memory / 1e9:.1f} GB must be free, and {shown.size(disk)} of disk"
     )
-    needed = parameters, converter, output.parent, disk - outputs.left_over(output)
+    needed = parameters, converter, output.parent, disk - checkpoints.left_over(output)
     if args.dry_run:
         tflite.require_resources(*needed)
         files = [*bundles, gguf] if gguf else bundles

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, machine
+from liteguard import checkpoints, cli
 from liteguard.export import possible
 from liteguard.training import arguments, callbacks, loop, tokens
-from liteguard.training.feed import describe_feed, make_feed, needed_rows
+from liteguard.training.feed import describe_feed, make_feed, needed_rows, require_disk
 from liteguard.training.stage import finish, load_model, load_tokenizer, plan
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         )
     )
     describe_feed(stage, tokenizer, train_set, eval_set, args.dry_run)
-    machine.check_disk(stage.output, 1.0)
+    require_disk(stage, args.overwrite)
     if args.dry_run:
         load_model(stage)
         print("dry run: nothing written")

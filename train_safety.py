@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liteguard import checkpoints, cli, machine
+from liteguard import checkpoints, cli
 from liteguard.export import possible
 from liteguard.rows import load_split, read_manifest, source_titles
 from liteguard.training import arguments, callbacks, feed, loop, tokens
@@ -65,7 +65,7 @@ def main() -> None:
     sample = train_set[0]["prompt"] + train_set[0]["chosen"]
     largest = longest_pairs(tokenizer, train_set, config.safety.batch_size)
     feed.describe(stage, sample, pairs, len(rows), passes, largest, args.dry_run)
-    machine.check_disk(stage.output, 1.0)
+    feed.require_disk(stage, args.overwrite)
     if args.dry_run:
         load_model(stage)
         print("dry run: nothing written")

@@ -64,6 +64,12 @@ def work_directory(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+def left_over(output: Path) -> int:
+    """Bytes that an interrupted run left for the next one, or for it to replace."""
+    files = work_directory(output).rglob("*")
+    return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
+
+
 def claim(output: Path) -> None:
     """Keep other processes from making `output` until it is published or this one ends.
 

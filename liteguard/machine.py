@@ -213,6 +213,14 @@ def peak_rss_gb() -> float:
     return round(limits.peak_memory(usage) / 1e9, 3)
 
 
+def require_disk(directory: Path, needed: float) -> None:
+    """`check_disk` of so many bytes before the work: UserError."""
+    try:
+        check_disk(directory, needed / 1e9)
+    except WorkError as error:
+        raise UserError(str(error)) from None
+
+
 def check_disk(directory: Path, needed_gb: float) -> None:
     """Raise WorkError when the file system of `directory` has less than `needed_gb` free."""
     existing = directory.absolute()

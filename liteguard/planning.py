@@ -137,10 +137,7 @@ def training_step(
     expected = memory_estimate.estimate(config, stage, architecture, most)
     parameters = models.count_parameters(architecture)
     host = memory_estimate.host_memory(expected, parameters)
-    adapter = expected.always["adapter, float32"]
-    # A trainer's checkpoint holds the adapter and the optimizer's states; the stage the adapter.
-    states = next(v for k, v in expected.always.items() if k.startswith("optimizer"))
-    disk = (section.save_total_limit + 1) * (adapter + states) + 2 * adapter
+    disk = memory_estimate.stage_disk(section, expected)
     seconds = None
     if speed is not None and lengths is not None:
         seconds = speed.seconds(sum(lengths), evaluations(config, stage))

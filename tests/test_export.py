@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from liteguard import checkpoints, machine
 from liteguard.errors import UserError, WorkError
-from liteguard.export import bundle, merge, outputs, silence, tflite, tokenizer
+from liteguard.export import bundle, merge, silence, tflite, tokenizer
 from liteguard.prompts import Prompt
 
 PROMPT = Prompt(
@@ -385,11 +385,11 @@ def test_conversion_refuses_what_cannot_work(phi_base, tmp_path, monkeypatch) ->
 
 def test_disk_counts_what_a_rerun_finds_and_what_a_recipe_unpacks(tmp_path) -> None:
     output = tmp_path / "x.task"
-    assert outputs.left_over(output) == 0
+    assert checkpoints.left_over(output) == 0
     work = checkpoints.work_directory(output) / "merged"
     work.mkdir(parents=True)
     (work / "model.safetensors").write_bytes(b"x" * 1_000_000)
-    assert 1_000_000 <= outputs.left_over(output) < 1_010_000
+    assert 1_000_000 <= checkpoints.left_over(output) < 1_010_000
     # Unpacked to float32 twice, for LiteRT-LM and for the scores.
     assert tflite.bundle_disk(100, "int8_weight_only") - tflite.bundle_disk(100, "int8") == 600
     # The second container is a file of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from types import SimpleNamespace
 
@@ -482,3 +483,30 @@ def test_memory_of_the_process_as_phi_2_showed_it():
     assert host.training / 1e9 == pytest.approx(7.4, rel=0.15)
     assert host.peak / 1e9 == pytest.approx(13.8, rel=0.15)
     assert host.needed == host.training
+
+
+@pytest.mark.parametrize(("rank", "needed"), [(32, 2.1e9), (128, 8.4e9)])
+def test_a_stages_disk_is_checked_before_the_work(rank, needed, tmp_path, monkeypatch):
+    """Checkpoints with the optimizer's states; what an interrupted run left is not asked for."""
+    from liteguard import checkpoints, machine
+    from liteguard.memory import phi_architecture
+    from liteguard.training import feed
+
+    own = {"domain": {"lora_rank": rank}}
+    config = build([("phi", read_yaml(ROOT / "configs/phi-2.yaml")), ("t", own)])
+    stage = SimpleNamespace(name="domain", config=config, section=config.domain)
+    stage.architecture, stage.output = phi_architecture("phi-2"), tmp_path / "out"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    free = 1.5e9
+    with pytest.raises(UserError, match="has 1.5 GB free") as raised:
+        feed.require_disk(stage, False)
+    said = float(re.search(r"about ([\d.]+) GB are needed", str(raised.value))[1]) * 1e9
+    assert said == pytest.approx(needed, rel=0.1)
+    monkeypatch.setattr(checkpoints, "left_over", lambda output: said - 1e9)
+    feed.require_disk(stage, False)
+    free = 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/stage.json").write_text("{}")
+    feed.require_disk(stage, False)
+    with pytest.raises(UserError, match="has 0.0 GB free"):
+        feed.require_disk(stage, True)

@@ -139,12 +139,6 @@ def start_work(output: Path, inputs: dict[str, Any], overwrite: bool = False) ->
     return work
 
 
-def left_over(output: Path) -> int:
-    """Bytes that an interrupted run left for the next one, or for it to replace."""
-    files = checkpoints.work_directory(output).rglob("*")
-    return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
-
-
 # Seconds, and seconds per billion parameters, on two cores (benchmarks/full_size_report.json).
 SECONDS = {
     "merge": (5.0, 22.0),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from liteguard import distributed, machine, models, shown
+from liteguard import checkpoints, distributed, machine, models, shown
 from liteguard.config import TrainSection
 from liteguard.errors import UserError
 from liteguard.training import memory_estimate, micro_batch, packing, teacher
@@ -214,6 +215,20 @@ def describe(
             print(f"  should it run out, micro-batches are halved; {advice} needs less")
     print(f"expected peak memory: {host}")
     machine.require_memory(host.needed, f"stage {stage.name}", f"; or set {advice}.")
+
+
+def require_disk(stage: Stage, overwrite: bool) -> None:
+    """Raise UserError where the disk has no room for a stage's checkpoints and its adapter.
+
+    What an interrupted run left is gone on with or replaced. A stage that is finished is reused.
+    """
+    if (stage.output / checkpoints.RECORD).is_file() and not overwrite:
+        return
+    needed = 1e9  # for an architecture without a formula
+    with contextlib.suppress(UserError):
+        expected = memory_estimate.estimate(stage.config, stage.name, stage.architecture)
+        needed = memory_estimate.stage_disk(stage.section, expected)
+    machine.require_disk(stage.output, needed - checkpoints.left_over(stage.output))
 
 
 def describe_feed(

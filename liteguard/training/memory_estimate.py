@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from liteguard import models
-from liteguard.config import Config
+from liteguard.config import Config, TrainSection
 from liteguard.errors import UserError
 from liteguard.training.memory_terms import (
     CUBLAS_WORKSPACE,
@@ -259,6 +259,14 @@ def host_memory(estimate: MemoryEstimate, parameters: int) -> HostMemory:
         scoring=scoring + kept,
         mapped=file,
     )
+
+
+def stage_disk(section: TrainSection, estimate: MemoryEstimate) -> float:
+    """Bytes that a stage writes at most: a trainer's checkpoint holds the adapter and the
+    optimizer's states, the finished stage the adapter. estimate: of the stage."""
+    adapter = estimate.always["adapter, float32"]
+    states = next(size for name, size in estimate.always.items() if name.startswith("optimizer"))
+    return (section.save_total_limit + 1) * (adapter + states) + 2 * adapter
 
 
 # Memory of common cards in GiB, and the least that each size is sold as.
