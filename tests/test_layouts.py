@@ -324,6 +324,57 @@ def test_flags_are_obeyed_and_labels_that_say_something_else_are_named(tmp_path)
     assert found["prompt"] == pair(1)["prompt"] and len(notes) == 2
 
 
+@pytest.mark.parametrize(
+    ("column", "yes", "no"),
+    [
+        ("train", "t", "f"),
+        ("Trainable", True, False),
+        ("train", "on", "OFF"),
+        ("Label", True, False),
+        ("label", "good", "Bad"),
+        ("label", 1, -1),
+        ("weight", 0.5, -1.5),
+        ("loss", "y", "n"),
+    ],
+)
+def test_every_spelling_of_not_for_training_is_obeyed(tmp_path, column, yes, no):
+    rows = [pair(n, **{column: (no, yes)[n % 2]}) for n in range(6)]
+    found, _ = loaded(jsonl(tmp_path / "x.jsonl", rows), "prompt_completion")
+    assert [isinstance(row, LeftOut) for row in found] == [True, False] * 3
+    assert found[0].reason == f"{column} is {no}: not for training"
+
+
+def test_a_flag_that_is_neither_yes_nor_no_is_refused(tmp_path):
+    with pytest.raises(UserError, match="the column 'Train' holds 'maybe', which is neither yes"):
+        one(tmp_path, "prompt_completion", pair(1, Train="maybe"))
+    rows = [pair(n, label=("mine", "theirs")[n % 2]) for n in range(6)]
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    with pytest.raises(UserError, match="'label' holds 'mine' and 'theirs', and does not say"):
+        loaded(path, "prompt_completion")
+    # What the message proposes works; of more values it is a class, 0 and 1 among them as well.
+    found, _ = loaded(path, "prompt_completion", columns={"kind": "label"})
+    assert [row["kind"] for row in found] == ["mine", "theirs"] * 3
+    rows = [pair(n, label=n % 3) for n in range(6)]
+    found, notes = loaded(jsonl(tmp_path / "x.jsonl", rows), "prompt_completion")
+    assert len(found) == 6 and not any(isinstance(row, Broken) for row in found)
+    assert notes == {"rows with a column 'label', which is not used": 6}
+
+
+def test_what_is_inside_of_a_column_is_obeyed_or_named(tmp_path):
+    row = {"data": {"q": "What helps?", "a": {"text": "Rest."}, "label": False, "id": 7}}
+    options = {"columns": {"prompt": "data.q", "completion": "data.a.text"}}
+    found, notes = one(tmp_path, "prompt_completion", row, **options)
+    assert found.reason == "data.label is False: not for training"
+    assert notes == {"rows with a column 'data.id', which is not used": 1}
+    row["data"] |= {"label": True, "split": "test"}
+    found, _ = one(tmp_path, "prompt_completion", row, **options)
+    assert (found["prompt"], found["completion"], found["split"]) == (
+        "What helps?",
+        "Rest.",
+        "test",
+    )
+
+
 def test_columns_that_are_not_used_are_on_the_screen_and_in_the_manifest(tmp_path, capsys):
     rows = [pair(n, id=n, source="web" if n % 2 else None) for n in range(80)]
     path = jsonl(tmp_path / "x.jsonl", rows)
@@ -363,6 +414,9 @@ def own_splits(path: Path, **options) -> dict:
         ("train/a.jsonl", "test/a.jsonl"),
         ("medqa_train.jsonl", "medqa_test.jsonl"),
         ("train.jsonl", "eval.jsonl"),
+        ("trainset.jsonl", "testset.jsonl"),
+        ("train.jsonl", "holdout.jsonl"),
+        ("train.jsonl", "medqa_held-out.jsonl"),
     ],
 )
 def test_files_of_a_test_split_are_never_trained_on(tmp_path, names):
@@ -393,6 +447,36 @@ def test_a_file_named_test_is_a_test_split_even_alone_and_a_part_of_a_name_is_no
     for name in ("blood_test.jsonl", "latest.jsonl", "training.jsonl"):
         (found,) = read(jsonl(tmp_path / "x" / name, [pair(1)]), "prompt_completion")
         assert "split" not in found
+
+
+@pytest.mark.parametrize("other", ["medqa.jsonl", "medqa_train.jsonl", "more.jsonl"])
+def test_a_test_file_beside_others_is_never_trained_on(tmp_path, other):
+    jsonl(tmp_path / "d" / other, [pair(n) for n in range(60)])
+    exam = jsonl(tmp_path / "d/medqa_test.jsonl", [exam_row(n) for n in range(60)])
+    assert where(own_splits(tmp_path / "d"), "Exam") == {"test": 60}
+    # As two sources, too, where the names go together.
+    alone = [row.get("split") for row in read(exam, "prompt_completion")]
+    assert set(alone) == ({None} if other == "more.jsonl" else {"test"})
+    if other != "medqa_train.jsonl":
+        with pytest.raises(UserError, match="no file of the split 'train'"):
+            own_splits(tmp_path / "d", split="train")
+
+
+@pytest.mark.parametrize("column", ["Split", "subset", "fold", "Partition"])
+def test_splits_in_columns_of_other_names_are_honoured(tmp_path, column):
+    rows = [pair(n, **{column: "Train"}) for n in range(60)]
+    rows += [exam_row(n, **{column: "test"}) for n in range(20)]
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    assert where(own_splits(path), "Exam") == {"test": 20}
+    assert where(own_splits(path, split="train"), "Exam") == {}
+    if column != "Split":
+        _, notes = one(tmp_path, "prompt_completion", pair(1, **{column: "cardiology"}))
+        assert notes == {f"rows with a column {column!r}, which is not used": 1}
+
+
+def test_a_train_split_that_nothing_names_is_refused(tmp_path):
+    with pytest.raises(UserError, match="split 'train' was asked for, but no name"):
+        read(jsonl(tmp_path / "x.jsonl", [pair(1)]), "prompt_completion", split="train")
 
 
 def test_a_split_column_is_honoured(tmp_path):

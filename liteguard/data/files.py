@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import gzip
 import io
@@ -29,14 +30,22 @@ _NOT_DATA = re.compile(
 )
 # What others call our three splits, as the hub's library reads them in names of files.
 SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "valset", "devset"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "testset"), "test"),
+    **dict.fromkeys(("holdout", "hold_out", "hold-out", "heldout", "held_out", "held-out"), "test"),
 }
 _ANY = "|".join(sorted(SPLIT_NAMES, key=len, reverse=True))
 _IN_NAME = re.compile(rf"(?<![a-z])({_ANY})(?![a-z])")
 # A whole name, maybe with the numbers of shards: test.jsonl, test-00000-of-00001.parquet.
-_WHOLE_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?:[-_.]?\d+(?:-of-\d+)?)?")
+_SHARD = r"(?:[-_.]?\d+(?:-of-\d+)?)?"
+_WHOLE_NAME = re.compile(
+    rf"(train|validation|valid|val|dev|test|(?:train|val|dev|test)set|h[eo]ld[-_]?out){_SHARD}"
+)
+# The end of a name that says it beside files whose names do not: medqa.jsonl, medqa_test.jsonl.
+_AT_END = re.compile(
+    rf"[-_. ](test|testset|h[eo]ld[-_]?out|validation|valid|val|valset|dev|devset|eval){_SHARD}$"
+)
 _SAMPLE = 1 << 20
 _LATIN = ["cp1252", "cp1250", "cp1254", "cp1257"]
 _OTHER_SCRIPTS = ["gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp866"]
@@ -149,12 +158,17 @@ def _of_configuration(files: list[Path], path: Path, name: str) -> list[Path]:
 
 
 def _splits_by_name(files: list[Path], path: Path) -> dict[Path, str | None]:
-    """What the names say. A part of a name ('blood_test') counts only beside a 'train' one."""
+    """What the names say.
+
+    A part of a name ('blood_test') counts beside a 'train' one, at its end beside names that say
+    nothing, and where the folder has the same name with another split, or with none ('medqa_train'
+    or 'medqa' for 'medqa_test'): that may be a source of its own.
+    """
     whole: dict[Path, str | None] = {}
     parts: dict[Path, str | None] = {}
     for file in files:
         names = [*file.relative_to(path).parts[:-1], file.name] if file != path else [file.name]
-        stem = names[-1].lower().removesuffix("".join(kind(file)))
+        stem = _stem(file)
         folders = [path.name.lower()] if file != path else []
         folders += [name.lower() for name in names[:-1]]
         said = [m[1] for name in (*folders, stem) if (m := _WHOLE_NAME.fullmatch(name))]
@@ -162,7 +176,36 @@ def _splits_by_name(files: list[Path], path: Path) -> dict[Path, str | None]:
         said = [name for part in (*folders[1:], stem) for name in _IN_NAME.findall(part)]
         parts[file] = SPLIT_NAMES[said[-1]] if said else None
     named = set(parts.values())
-    return parts if "train" in named and named & {"test", "validation"} else whole
+    if "train" in named and named & {"test", "validation"}:
+        return parts
+    unsaid = any(said is None for said in parts.values())
+    return {
+        file: said
+        or (parts[file] if unsaid and _AT_END.search(_stem(file)) else None)
+        or (parts[file] if _has_sibling(file) else None)
+        for file, said in whole.items()
+    }
+
+
+def _stem(file: Path) -> str:
+    return file.name.lower().removesuffix("".join(kind(file)))
+
+
+def _has_sibling(file: Path) -> bool:
+    """Whether a file beside this one differs from it in the split that the name says."""
+
+    def parted(name: str) -> tuple[str, list[str]]:
+        rest = re.sub(rf"{_SHARD}$", "", _IN_NAME.sub("", name)).strip("-_. ")
+        return rest, [SPLIT_NAMES[said] for said in _IN_NAME.findall(name)][-1:]
+
+    rest, said = parted(_stem(file))
+    others: list[Path] = []
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        others += file.parent.iterdir() if said else []
+    return any(
+        name == rest and split != said
+        for name, split in (parted(_stem(other)) for other in others if is_data(other))
+    )
 
 
 def expected_rows(source: SourceSection) -> int | None:

@@ -14,31 +14,23 @@ from typing import Any
 
 from liteguard.config import SourceSection
 from liteguard.data.conversations import SYSTEM, NotForTraining
-from liteguard.data.files import SPLIT_NAMES, files_and_splits
 from liteguard.data.layouts import FORMATS, Format
+from liteguard.data.marks import OwnSplits, renamed, says_split
 from liteguard.data.readers import (
     Broken,
     LeftOut,
     broken,
     hints,
-    hub_splits,
     read_rows,
     rows_and_splits,
 )
-from liteguard.data.values import NO_TEXT, given, is_unicode, mended, says_yes
+from liteguard.data.values import NO_TEXT, given, is_unicode, mended
 from liteguard.errors import UserError
-from liteguard.rows import FIELDS, SPLITS, Row
+from liteguard.rows import FIELDS, Row
 
 CONVERSATIONS = "conversations of several turns"
 # Beside the columns of a format, rows may have these; `columns:` of a source can name them too.
 _LABELS = ("entity", "kind", "area", "split")
-# Columns whose false value says: not for training. `label` says it in rows with one answer each
-# (KTO); of texts it is a class.
-_FLAGS = {
-    "domain": ("weight", "train"),
-    "instruction": ("weight", "train", "label", "kto_tag"),
-    "preference": ("weight", "train"),
-}
 
 
 def formatted(source: SourceSection, cache_dir: Path) -> Formatted:
@@ -70,12 +62,12 @@ class Formatted:
             if splits is None:
                 _check_columns(source, layout, place, found, row)
                 known = _known_columns(source, layout, row)
-                splits = OwnSplits(source, row)
+                splits = OwnSplits(source, row, layout.part)
             flag = None
             for name in row.keys() - known:
-                if given(row[name]) is None:
+                if given(row[name]) is None or says_split(name, row[name]):
                     continue
-                said = says_yes(row[name]) if name in _FLAGS[layout.part] else None
+                said = splits.flags.says(name, row[name], place)
                 if said is None:
                     notes[_unused(name)] += 1
                 elif not said:
@@ -98,86 +90,9 @@ def _known_columns(source: SourceSection, layout: Format, first: Row) -> set[str
     """Columns that are read, by the first row: of two that say the same only one is."""
     read = layout.used(first)
     passed_over = {name for name in layout.optional if name in first and name not in read}
-    named = {
-        theirs if theirs in first else theirs.split(".")[0] for theirs in source.columns.values()
+    return ({*layout.columns, *layout.optional, *_LABELS} - passed_over) | {
+        *source.columns.values()
     }
-    return ({*layout.columns, *layout.optional, *_LABELS} - passed_over) | named
-
-
-class OwnSplits:
-    """The splits that a source comes with: in the names of its files, or in a column `split`.
-
-    Rows of its test and validation splits become ours. Of its training rows some are held out only
-    for a split that it does not have itself; a row without a split is drawn like any other.
-    """
-
-    def __init__(self, source: SourceSection, first: Row) -> None:
-        names, column = _named_splits(source), "split" in first
-        if source.path and (column or _may_differ(source)):
-            said = _said_splits(source)
-            column = column or bool(said)
-            names |= {SPLIT_NAMES[text] for text in said if text in SPLIT_NAMES}
-        self.any = bool(names) or column or bool(source.hub and not source.path)
-        self.wanted = SPLIT_NAMES.get(source.split or "") if source.path else None
-        if self.wanted and not names and self.wanted != "train":
-            raise UserError(
-                f"{source.path}: split {source.split!r} was asked for, but no name of a file or "
-                "folder and no column 'split' says which rows those are.\nLeave `split:` out."
-            )
-        if self.wanted:
-            names = {self.wanted}
-        # How a row of the training split is marked: see cleaning.clean.
-        self._train: str | None = None
-        if {"test", "validation"} <= names:
-            self._train = "train"
-        elif "test" in names:
-            self._train = "train or validation"
-        elif "validation" in names:
-            self._train = "train or test"
-
-    def mark(
-        self, made: Row, row: Row, place: str, named: str | None, notes: Counter[str]
-    ) -> Row | Broken:
-        """The row with its `split`, the most held-out one of those that its file and column say."""
-        said = {named} - {None}
-        if text := _split_text(row):
-            if text not in SPLIT_NAMES:
-                reason = f"unknown split {text[:40]!r}"
-                return broken(place, reason, f"allowed: {', '.join(SPLIT_NAMES)}; in {row}")
-            said.add(SPLIT_NAMES[text])
-        if not said:
-            return made
-        split = min(said, key=SPLITS.index)
-        if self.wanted not in (None, split):
-            return broken(place, f"of the split {split}, not {self.wanted}", row, LeftOut)
-        if split != "train":
-            notes[f"rows of its own {split} split, which stay there"] += 1
-            return {**made, "split": split}
-        return {**made, "split": self._train} if self._train else made
-
-
-def _named_splits(source: SourceSection) -> set[str]:
-    """The splits that files' names, or the names of a hub dataset's splits, speak of."""
-    if source.path:
-        return {split for split in files_and_splits(source).values() if split}
-    return {split for _, split in hub_splits(source) if split}
-
-
-def _may_differ(source: SourceSection) -> bool:
-    """Whether later rows may have a column that the first lacks: those of JSON, or other files."""
-    files = list(files_and_splits(source))
-    return len(files) > 1 or any({".json", ".jsonl", ".ndjson"} & {*f.suffixes} for f in files)
-
-
-def _said_splits(source: SourceSection) -> set[str]:
-    """What the column `split` of any row says, in lower case."""
-    rows = (row for _, row in read_rows(source) if not isinstance(row, Broken))
-    return {_split_text(renamed(source, row)) for row in rows} - {""}
-
-
-def _split_text(row: Row) -> str:
-    value = given(row.get("split"))
-    return "" if value is None else str(value).strip().lower()
 
 
 def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | Broken:
@@ -217,31 +132,6 @@ def _is_text(value: Any) -> bool:
 def _texts(made: Row) -> Iterator[str]:
     yield from (value for value in made.values() if isinstance(value, str))
     yield from (text for pair in made.get("history", ()) for text in pair)
-
-
-def renamed(source: SourceSection, row: Row) -> Row:
-    """The row under our column names, by the source's `columns:`; 'a.b' is b inside of a."""
-    if not source.columns:
-        return row
-    kept = {name: value for name, value in row.items() if name not in source.columns}
-    for ours, theirs in source.columns.items():
-        if theirs in row:
-            kept[ours] = row[theirs]
-        elif "." in theirs and theirs.split(".")[0] in row:
-            kept[ours] = _inside(row, theirs)
-    return kept
-
-
-def _inside(row: Any, path: str) -> Any:
-    """The value at 'data.answers.0.text', or None."""
-    for step in path.split("."):
-        if isinstance(row, dict):
-            row = row.get(step)
-        elif isinstance(row, list) and step.isdigit() and int(step) < len(row):
-            row = row[int(step)]
-        else:
-            return None
-    return row
 
 
 # What columns are called elsewhere, for the line that an error proposes.

@@ -37,11 +37,11 @@ def is_unicode(text: str) -> bool:
 
 
 def says_yes(value: Any) -> bool | None:
-    """What a cell says that is true or false (1, "yes", "False", 0.0); None when it is neither."""
+    """What a cell says that is true or false (1, "yes", "f", -1); None when it is neither."""
     text = str(value).strip().lower()
-    if text in ("true", "1", "1.0", "yes"):
+    if text in ("true", "t", "1", "1.0", "yes", "y", "on"):
         return True
-    return False if text in ("false", "0", "0.0", "no") else None
+    return False if text in ("false", "f", "0", "0.0", "-1", "-1.0", "no", "n", "off") else None
 
 
 # --- what is no plain text ------------------------------------------------------------------------
