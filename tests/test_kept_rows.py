@@ -147,6 +147,46 @@ def test_pairs_that_are_near_in_both_sides_are_dropped_and_others_not(tmp_path):
     assert found == [("near duplicate", planted["near in both"][0])]
 
 
+def test_one_word_or_sign_of_a_long_question_is_a_fact(tmp_path):
+    case = (
+        "A {}-year-old patient comes to the clinic because of chest pain that began two hours ago "
+        "while climbing stairs. He has had high blood pressure for ten years and takes a tablet "
+        "every day. His pulse is 88 per minute and the examination shows nothing else of note. His "
+        "potassium is {} 5.5 and he asks whether he may take {} with this. What do you tell him?"
+    )
+    answer = (
+        "No. Stop it and see your doctor today, who has to look at your heart and your kidneys."
+    )
+    drugs = ["ibuprofen", "naproxen", "diclofenac", "amiloride", "heparin", "digoxin"]
+    rows = [{"prompt": case.format(55, s, d), "completion": answer} for d in drugs for s in "<>"]
+    rows.append({"prompt": case.format(55, "<", "ibuprofen tablets"), "completion": answer})
+    others = [{"prompt": words(n), "completion": words(n + 500)} for n in range(60)]
+    prepared = Prepared(tmp_path, instruction=others + rows).run(question_similarity=None)
+    lost = [d["row"]["prompt"] for d in prepared.dropped() if d["reason"] == "near duplicate"]
+    assert lost == [rows[-1]["prompt"]]
+
+
+def test_answers_that_differ_in_a_number_or_in_yes_and_no_are_two(tmp_path):
+    dose = (
+        "{}The usual dose for an adult is {} mg twice a day with a meal. Patients with disease of "
+        "the kidneys need less of it, and children under twelve years should not take it at all. "
+        "Common side effects are nausea, headache, dizziness and a dry mouth, which go away."
+    )
+    asked = "May I take this when I am pregnant, and how much of it?"
+    said = [("", 5), ("", 50), ("No. ", 5), ("Yes. ", 5)]
+    rows = [{"prompt": asked, "completion": dose.format(*values)} for values in said]
+    rows.append({"prompt": asked, "completion": rows[0]["completion"] + " Ask a doctor."})
+    pairs = [{"prompt": asked, "chosen": r["completion"], "rejected": words(7, 9)} for r in rows]
+    pairs.append(pairs[0] | {"rejected": f"Not {words(7, 9)}"})
+    others = [{"prompt": words(n), "completion": words(n + 500)} for n in range(60)]
+    more = [{"prompt": words(n), "chosen": words(n + 9), "rejected": words(n)} for n in range(60)]
+    prepared = Prepared(tmp_path, instruction=others + rows, preference=more + pairs)
+    prepared.run(question_similarity=None)
+    for part, learnt in (("instruction", "completion"), ("preference", "chosen")):
+        near = [d["row"] for d in prepared.dropped(part) if d["reason"] == "near duplicate"]
+        assert [row[learnt] for row in near] == [rows[-1]["completion"]]
+
+
 def test_pairs_with_another_rejected_answer_are_kept(tmp_path):
     rows = [
         {"prompt": f"Is it {words(n // 3 + 5000)}", "chosen": words(n // 3 + 6000, 30)}

@@ -22,7 +22,7 @@ from liteguard.data import near_questions
 from liteguard.data.layouts import FORMATS
 from liteguard.data.near_duplicates import PERMUTATIONS, sign_pairs, sign_texts
 from liteguard.data.overlap import OVERLAP_WORDS, SHORTEST_WINDOW, index_texts
-from liteguard.data.words import key_number, windows, word_numbers
+from liteguard.data.words import fact_numbers, key_number, windows, word_numbers
 from liteguard.rows import FIELDS, SPLITS, Row, questions
 from liteguard.text import has_words, match_key, normalise, pieces, text_key, unit
 
@@ -73,7 +73,8 @@ OWN = 4
 # per window of 13 words instead of one per row, `asked` one per word of a question of up to 40
 # words. The questions of a conversation count as one there, and so do its answers. `turns` is how
 # many it has, 0 of a single exchange; `turn_keys` has its opening (`opening`), then each of its
-# questions; `turn_words` and `turn_asked` are `asked`, question by question.
+# questions; `turn_words` and `turn_asked` are `asked`, question by question. `facts` are those of
+# the question (of a text: of all) and of what answers it, see `fact_numbers`.
 ARRAYS: dict[str, tuple[type, int]] = {
     "bytes": (np.int64, 1),
     "exact": (np.uint64, 2),
@@ -85,6 +86,7 @@ ARRAYS: dict[str, tuple[type, int]] = {
     "question_words": (np.int32, 1),
     "overlap": (np.uint8, 1),
     "naming": (np.uint8, 1),
+    "facts": (np.uint64, 2),
     "digest": (np.uint32, PERMUTATIONS),
     "ngrams": (np.uint64, 1),
     "asked": (np.uint64, 1),
@@ -335,6 +337,7 @@ class _Columns:
             if values or name in RAGGED
         }
         first = [words[0] for words in self._words]
+        fields = FIELDS[self._rules.part]
         if self._rules.part == "domain":
             asked: list[np.ndarray] = []
             found["digest"] = sign_texts(first)
@@ -346,6 +349,9 @@ class _Columns:
                 for words in self._words
             ]
             found["digest"] = sign_pairs(first, answers)
+        facts = [fact_numbers([words[n] for words in self._words]) for n in range(len(fields))]
+        told = sum((own * np.uint64(2 * n + 1) for n, own in enumerate(facts[1:])), np.uint64(0))
+        found["facts"] = np.stack([facts[0], np.broadcast_to(told, facts[0].shape)], axis=1)
         found["asked"] = np.concatenate([np.empty(0, np.uint64), *asked])
         return found | self._overlaps(found["words"].astype(np.int64))
 

@@ -15,7 +15,8 @@ import numpy as np
 from liteguard import checkpoints, registry, writing
 from liteguard.config import DataSection
 from liteguard.data.cleaning import NAMED, NAMELESS, OWN, draw_split, entity_names
-from liteguard.data.splits import Lines, Part
+from liteguard.data.shards import Lines
+from liteguard.data.splits import Part
 from liteguard.data.words import key_number
 from liteguard.rows import FIELDS, SPLITS, questions
 from liteguard.text import match_key

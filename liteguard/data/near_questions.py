@@ -145,6 +145,11 @@ class HeldOut:
         return row[similar], held[similar]
 
 
+def weights_of(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weight of each of some words, by `weigh`."""
+    return weights[_bucket(words)]
+
+
 def weigh(seen: np.ndarray, questions: int) -> np.ndarray:
     """The weight of each word by `count_words` over so many questions, float64 (2^22,)."""
     # Words that are in every question still count for something.

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import heapq
 import importlib.metadata
+import mmap
 import multiprocessing
 import os
 import time
@@ -66,6 +67,19 @@ class Shard:
     def offsets(self) -> np.ndarray:
         """Where each row's line begins in rows.jsonl, and where the last one ends."""
         return np.concatenate([[0], np.cumsum(self.array("bytes"))])
+
+
+class Lines:
+    """Random access to the lines of a shard's rows.jsonl."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._offsets = shard.offsets
+        with (shard.directory / "rows.jsonl").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._text[self._offsets[row] : self._offsets[row + 1]]
 
 
 class Cleaner:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 import re
 import shutil
 from collections import Counter
@@ -25,7 +23,7 @@ from liteguard.data.overlap import (
     ngram_counts,
     row_overlaps,
 )
-from liteguard.data.shards import Shard
+from liteguard.data.shards import Lines, Shard
 from liteguard.errors import UserError
 from liteguard.rows import SPLITS
 from liteguard.text import unit
@@ -409,16 +407,3 @@ def _check_splits(part: Part, counts: dict[str, Any]) -> None:
         + (f"What is dropped is set by {by}.\n" if by else "")
         + "Check the sources, or raise data.validation_share and data.test_share."
     )
-
-
-class Lines:
-    """Random access to the lines of a shard's rows.jsonl."""
-
-    def __init__(self, shard: Shard) -> None:
-        self._offsets = shard.offsets
-        with (shard.directory / "rows.jsonl").open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-
-    def __getitem__(self, row: int) -> bytes:
-        return self._text[self._offsets[row] : self._offsets[row + 1]]

@@ -39,6 +39,24 @@ def is_exact(numbers: np.ndarray) -> np.ndarray:
     return (numbers & np.uint64(1)).astype(bool)
 
 
+# Words that turn an answer round. A lone "t" is the end of "isn't".
+_TURNING = ("no", "not", "yes", "never", "none", "without", "cannot", "t", "\u4e0d", "\u65e0")
+_TURNING += ("\u6ca1", "\u5426", "nein", "nicht", "kein", "keine", "ja", "sin", "non", "pas")
+
+
+def fact_numbers(texts: Sequence[np.ndarray]) -> np.ndarray:
+    """uint64 of shape (len(texts),): the same for texts with the same numbers, signs and negations.
+
+    In whatever order, and each as often. `texts` are word numbers.
+    """
+    words = np.concatenate([np.empty(0, np.uint64), *texts])
+    told = is_exact(words) | np.isin(words, word_numbers(_TURNING))
+    sums = np.cumsum(np.where(told, mix_bits(words), np.uint64(0)), dtype=np.uint64)
+    sums = np.concatenate([np.zeros(1, np.uint64), sums])
+    ends = np.cumsum([len(text) for text in texts])
+    return sums[ends] - sums[ends - [len(text) for text in texts]]
+
+
 def windows(numbers: np.ndarray, size: int) -> np.ndarray:
     """Hash of every window of `size` numbers, shape (len(numbers) - size + 1,), 64 mixed bits."""
     count = len(numbers) - size + 1
