@@ -72,32 +72,49 @@ _CONTROL = re.compile(
 )
 # Signs that change what a medical text says, as the words they become in a `text_key`.
 _SIGNS = {
-    **{sign: f" {sign} " for sign in "<>\u2264\u2265\u00b1\u00b0%+=\u2191\u2193"},
-    **{">=": " \u2265 ", "<=": " \u2264 ", "+/-": " \u00b1 "},
-    **{"-": " \u2212 ", "/": " \u2044 ", ".": "\u00b7"},
+    **{sign: f" {sign} " for sign in "<>%+=~\u00b0"},
+    **{">=": " \u2265 ", "<=": " \u2264 ", "=<": " \u2264 ", "+/-": " \u00b1 "},
+    **{"-": " \u2212 ", "/": " \u2044 ", "\u2044": " \u2044 ", ".": "\u00b7"},
 }
-# A hyphen is a minus before a number and at the end of a word ("Rh-"), not inside of one; a point
-# and a slash are parts of numbers between digits ("120/80", not "and/or").
+# A hyphen is a minus before a number, at the end of a word ("Rh-"), alone at the end of a phrase
+# ("HBsAg (-)") and raised, not inside of a word; a point and a slash are parts of numbers between
+# digits ("120/80", not "and/or").
 _SIGN = re.compile(
-    r">=|<=|\+/-|[<>\u2264\u2265\u00b1\u00b0%+=\u2191\u2193]"
-    r"|-(?<=\w-)(?!\w)|-(?<!\w-)(?=\.?\d)|[./](?<=\d[./])(?=\d)"
+    r">=|<=|=<|\+/-|[<>%+=~\u00b0]"
+    r"|-(?<=\w-)(?!\w)|-(?<!\w-)(?=\.?\d)|-(?<=[\s(]-)(?=\s*(?:[),.;:?!]|$))|-(?<=\^-)"
+    r"|[./\u2044](?<=\d[./\u2044])(?=\d)"
 )
-_NOT_WORD_OR_SIGN = re.compile(
-    r"(?:[^\w<>\u2264\u2265\u00b1\u00b0%+=\u2191\u2193\u2212\u2044\u00b7]|_)+"
+_NOT_WORD_OR_SIGN = re.compile(r"(?:[^\w<>\u2264\u2265\u00b1\u00b0%+=~\u2212\u2044\u00b7]|_)+")
+# Raised: 10\u2079 is not 109.
+_RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u207f]+")
+# Other shapes of one sign, once full-width and raised ones are plain (NFKC).
+_ONE_SHAPE = str.maketrans(
+    {
+        **dict.fromkeys("\u2a7e\u2267\u2273", "\u2265"),
+        **dict.fromkeys("\u2a7d\u2266\u2272", "\u2264"),
+        **{"\u2212": "-", "\u223c": "~", "\u2795": "+", "\u2796": "-"},
+    }
 )
+# Beside the characters of mathematics: female, male; arrows and triangles, up or down.
+_MORE_SIGNS = "\u2640\u2642\u26a5\u2797"
+_MORE_SIGNS += "".join(map(chr, [*range(0x2190, 0x2200), *range(0x25B2, 0x25C6)]))
+_MORE_SIGNS += "".join(map(chr, [*range(0x27F0, 0x2800), *range(0x2B00, 0x2B12)]))
 _NOT_WORD = re.compile(r"[\W_]+")
 
 
 @functools.cache
-def _unicode_patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """(not a word, not a word or a sign, a character of a script that is written without blanks).
+def _unicode_patterns() -> tuple[re.Pattern[str], ...]:
+    """(not a word, a sign, not a word or a sign, a character of a script without blanks).
 
     Vowel signs and the like (category M) belong to the letter before them; Python's \\w does not
     hold them.
     """
     codes = (c for c in range(0x300, 0x1F000) if not 0xFE00 <= c <= 0xFE0F)  # variation selectors
     marks = "".join(chr(c) for c in codes if unicodedata.category(chr(c))[0] == "M")
-    kept = _NOT_WORD_OR_SIGN.pattern.replace("^", f"^{marks}")
+    # The characters of mathematics; not those that _SIGN makes of others.
+    signs = {chr(c) for c in range(0xA1, 0x3000) if unicodedata.category(chr(c)) == "Sm"}
+    signs = re.escape("".join(sorted({*signs, *_MORE_SIGNS} - {"\u2044", "\u2212"})))
+    kept = _NOT_WORD_OR_SIGN.pattern.replace("^", f"^{marks}{signs}")
     # Thai, Lao, Burmese, Khmer, kana, Chinese characters.
     unspaced = (
         "\u0e01-\u0e4e\u0e81-\u0edf\u1000-\u103f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff"
@@ -105,6 +122,7 @@ def _unicode_patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[st
     )
     return (
         re.compile(f"(?:[^\\w{marks}]|_)+"),
+        re.compile(f"([{signs}])"),
         re.compile(kept),
         re.compile(f"([{unspaced}][{marks}]*)"),
     )
@@ -119,14 +137,19 @@ def match_key(name: str) -> str:
 def text_key(text: str) -> str:
     """Words and medical signs of a text in lower case, with one blank between them.
 
-    Equal for texts that say the same: "K > 5", "K < 5" and "K 5" are three, "Rh+" and "Rh-" two. A
-    script that is written without blanks has a word for every character.
+    Equal for texts that say the same: "K > 5", "K < 5" and "K 5" are three, "Rh+" and "Rh-" two,
+    full-width characters are as others. A script that is written without blanks has a word for
+    every character.
     """
+    if not text.isascii():
+        text = _RAISED.sub(r"^\g<0>", text)
+        text = unicodedata.normalize("NFKC", text).translate(_ONE_SHAPE)
     text = _SIGN.sub(lambda found: _SIGNS[found[0]], text.casefold())
     if text.isascii():
         return " ".join(_NOT_WORD_OR_SIGN.sub(" ", text).split())
-    _, not_kept, unspaced = _unicode_patterns()
-    return " ".join(unspaced.sub(r" \1 ", not_kept.sub(" ", text)).split())
+    _, sign, not_kept, unspaced = _unicode_patterns()
+    text = not_kept.sub(" ", sign.sub(r" \1 ", text))
+    return " ".join(unspaced.sub(r" \1 ", text).split())
 
 
 def is_latin(text: str) -> bool:
@@ -142,7 +165,7 @@ def is_unspaced(text: str) -> bool:
     """Whether at least half of the letters are of scripts that are written without blanks."""
     if text.isascii():
         return False
-    return 2 * len(_unicode_patterns()[2].findall(text)) > sum(map(str.isalpha, text))
+    return 2 * len(_unicode_patterns()[3].findall(text)) > sum(map(str.isalpha, text))
 
 
 def has_words(text: str) -> bool:

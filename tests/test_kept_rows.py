@@ -425,6 +425,26 @@ DIFFERENT = [
     ("1/2", "12"),
     ("K \u2265 5", "K > 5"),
     ("\u0915\u093f", "\u0915\u0941"),  # Devanagari: the vowel is a mark
+    ("\u8840\u94be\uff1e5", "\u8840\u94be\uff1c5"),  # full-width > and <
+    ("Rh\uff0b\u306e", "Rh\uff0d\u306e"),
+    ("potassium \u2a7e 5", "potassium \u2a7d 5"),
+    ("potassium \u2267 5", "potassium \u2266 5"),
+    ("K \u226b 5", "K \u226a 5"),
+    ("HBsAg (-)", "HBsAg"),
+    ("HBsAg (+)", "HBsAg (-)"),
+    ("Is he Rh (D) -?", "Is he Rh (D)?"),
+    ("\u2640 of 45", "\u2642 of 45"),
+    ("Na\u207a", "Na\u207b"),
+    ("Ca\u00b2\u207a", "Ca\u00b2\u207b"),
+    ("10\u2079 cells", "109 cells"),
+    ("grade \u2192 3", "grade \u2190 3"),
+    ("T \u25b2", "T \u25bc"),
+    ("pressure \u2b06", "pressure \u2b07"),
+    ("CK \u00d7 10", "CK \u00f7 10"),
+    ("G \u2248 5", "G \u2260 5"),
+    ("p \u226e 5", "p \u226f 5"),
+    ("pain \u2795", "pain \u2796"),
+    ("~ 5", "5"),
 ]
 EQUAL = [
     ("K>5", "k > 5."),
@@ -433,6 +453,12 @@ EQUAL = [
     ("beta-blocker and/or", "Beta blocker, and or"),
     ("Sj\u00f6gren's", "sj\u00f6gren s"),
     ("That is it. 5 are.", "That is it 5 are"),
+    ("K\uff1e\uff15 \uff05", "k > 5%"),  # full-width
+    ("K \u2a7e 5", "K >= 5"),
+    ("10\u2079 cells", "10^9 cells"),
+    ("\u00bd", "1/2"),
+    ("Asthma - a disease", "Asthma, a disease"),
+    ("- one - two", "One, two"),
 ]
 
 
@@ -456,6 +482,11 @@ def test_questions_that_differ_in_a_sign_are_two(tmp_path):
         for k, form in enumerate(
             ("What means potassium > {}?", "What means potassium < {}?", "Rh+ {}?", "Rh- {}?")
         )
+    ]
+    rows += [
+        {"question": f"\u8840\u94be{sign}{n}mmol/L\uff1f", "answer": words(7)}
+        for n in range(3, 33)
+        for sign in "\uff1e\uff1c"
     ]
     same = [{"question": "what means potassium >7", "answer": rows[28]["answer"].upper()}]
     prepared = Prepared(tmp_path, instruction=rows + same).run(
