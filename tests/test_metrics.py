@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 
 import pytest
 
@@ -125,6 +126,11 @@ def test_bleu_interval_is_of_the_corpus_score():
         ("Rest well today. Rest well today. Drink some water.", False),
         ("Yes. Yes. Yes. Yes.", False),
         ("", False),
+        ("这是一种病。这是一种病。这是一种病。", True),
+        ("这是一种病。那是一种药。请多喝水。", False),
+        ("是的。是的。是的。是的。", False),
+        ("यह एक रोग है। यह एक रोग है। यह एक रोग है।", True),
+        ("ما هو هذا المرض؟ ما هو هذا المرض؟ ما هو هذا المرض؟", True),
     ],
 )
 def test_repetition(answer, expected):
@@ -161,6 +167,34 @@ def test_english_is_scored_as_before_with_a_greek_letter_in_it():
     assert metrics.rouge(texts[:1], texts[1:])["rouge1"] == [usual]
     assert metrics.bleu_signature(["a b"]).split("|")[3] == "tok:13a"
     assert metrics.bleu_signature(["糖尿病"]).split("|")[3] == "tok:zh"
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("Ağrı kesici ilaç", "Ateş düşürücü şurup"),
+        ("Ciąża i łożysko są ważne", "Źródło bólu"),
+        ("Az őssejt és a vér", "Gyógyszer gyűjtő"),
+        ("Bệnh tiểu đường", "Thuốc giảm đau"),
+    ],
+)
+def test_words_with_other_latin_letters_are_whole(text, other):
+    assert metrics.rouge([f"({text})!"], [text])["rouge1"] == [1.0]
+    assert metrics.rouge([unicodedata.normalize("NFD", text)], [text])["rouge2"] == [1.0]
+    assert metrics.rouge([other], [text])["rouge1"] == [0.0], "no letter is a word of its own"
+    half = " ".join(text.split()[:1])
+    assert 0 < metrics.rouge([half], [text])["rouge1"][0] < 1
+
+
+def test_an_english_text_is_scored_as_before_beside_a_name_with_other_letters():
+    scores = metrics.rouge(["Sjögren's treatments"], ["the treatment of Sjögren"])["rouge1"]
+    # sjögren, s, treatment beside the, treatment, of, sjögren
+    assert scores == [pytest.approx(4 / 7)]
+
+
+def test_words_are_counted_in_every_script():
+    assert metrics.word_count("Drink water, K > 5.") == 5
+    assert metrics.word_count("多喝水。") == 3
 
 
 def test_texts_without_blanks_have_something_to_score():

@@ -322,6 +322,21 @@ def test_sets_on_the_command_line(tmp_path):
         ("Is gout a disease?", "Gout is not a disease.", False),
         ("How many people have gout?", "41 of 1000 people have gout.", False),
         ("What is gout?", "", False),
+        # Other languages, where no list of words that say nothing is known.
+        ("什么是糖尿病？", "糖尿病是一种糖尿病。", True),
+        ("什么是糖尿病？", "糖尿病是一种慢性代谢疾病。", False),
+        ("什么是糖尿病？", "糖尿病分为一型糖尿病和二型糖尿病。", False),
+        ("โรคเบาหวานคืออะไร", "โรคเบาหวานคือโรคเบาหวาน", True),
+        ("โรคเบาหวานคืออะไร", "โรคเบาหวานเป็นโรคเรื้อรัง", False),
+        ("Что такое гипертония?", "Гипертония это гипертония.", True),
+        ("Что такое гипертония?", "Гипертония это повышенное давление.", False),
+        ("¿Qué es la diabetes?", "La diabetes es una forma de diabetes.", True),
+        ("¿Qué es la diabetes?", "La diabetes es una enfermedad del páncreas.", False),
+        ("Was ist Diabetes?", "Diabetes ist eine Form von Diabetes.", True),
+        ("Was ist Diabetes?", "Diabetes ist ein Mangel an Insulin.", False),
+        # In English, two names of two words are an answer.
+        ("What does insulin do?", "Insulin lowers insulin resistance.", False),
+        ("What kinds of diabetes are there?", "Diabetes insipidus and diabetes mellitus.", False),
     ],
 )
 def test_circles(question, answer, circle):

@@ -133,7 +133,8 @@ def _means(
 def shorter(base: dict[str, Any], result: dict[str, Any], name: str) -> tuple[int, int]:
     """(answers with less than half the base's words, answers) to the questions of a set."""
     lengths = [
-        [len(a["answer"].split()) for a in r["answers"] if a["set"] == name] for r in (base, result)
+        [metrics.word_count(a["answer"]) for a in r["answers"] if a["set"] == name]
+        for r in (base, result)
     ]
     pairs = list(zip(*lengths, strict=True))
     return sum(now < SHORT * before for before, now in pairs), len(pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,11 +28,16 @@ def bits_per_byte(sum_log_likelihood: float, utf8_bytes: int) -> float:
     return -sum_log_likelihood / math.log(2) / utf8_bytes
 
 
+# A to z and digits, as rouge-score has them, with the letters of other languages.
+_LATIN_WORD = re.compile("[a-z0-9\u00df-\u00f6\u00f8-\u024f\u1e00-\u1eff]+")
+
+
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each row (rouge-score).
 
-    English words are stemmed. rouge-score's own tokenizer knows a to z and digits only, so texts in
-    other scripts are compared by the words of `text_key`.
+    English words are stemmed. rouge-score's own tokenizer knows a to z and digits only, so words
+    with other Latin letters are compared as they are, and texts in other scripts by the words of
+    `text_key`.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
@@ -40,7 +46,16 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
 
     class AnyScript:
         def tokenize(self, text: str) -> list[str]:
-            return english.tokenize(text) if is_latin(text) else text_key(text).split()
+            if text.isascii():
+                return english.tokenize(text)
+            if not is_latin(text):
+                return text_key(text).split()
+            # A dot above is what is left of the Turkish capital I.
+            plain = unicodedata.normalize("NFC", text).lower().replace("\u0307", "")
+            stems: list[str] = []
+            for word in _LATIN_WORD.findall(plain):
+                stems += english.tokenize(word) if word.isascii() else [word]
+            return stems
 
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds, tokenizer=AnyScript())
@@ -151,16 +166,23 @@ def bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> Inte
     return bootstrap(score, range(len(rows)))
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+def word_count(text: str) -> int:
+    """Words of a text; its characters, where words are not told apart by blanks."""
+    return len(text_key(text).split() if is_unspaced(text) else text.split())
+
+
+# The marks of other scripts end a sentence without a blank after them.
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+|(?<=[\u3002\uff01\uff1f\u0964\u061f\u06d4])\s*")
 
 
 def repeats_itself(answer: str, times: int = 3) -> bool:
-    """Whether the same sentence (of at least three words) stands in an answer `times` times.
+    """Whether the same sentence (of at least three words, or characters where words are not told
+    apart by blanks) stands in an answer `times` times.
 
     A last sentence that the length limit cut counts when it begins like the one repeated: what
     loops until it is cut has repeated itself.
     """
-    sentences = [" ".join(re.findall(r"\w+", s.lower())) for s in _SENTENCE_END.split(answer)]
+    sentences = [_words_of(sentence) for sentence in _SENTENCE_END.split(answer)]
     counts = Counter(s for s in sentences if s.count(" ") >= 2)
     if not counts:
         return False
@@ -168,6 +190,12 @@ def repeats_itself(answer: str, times: int = 3) -> bool:
     last = sentences[-1]
     cut = last != repeated and last.count(" ") >= 2 and repeated.startswith(last)
     return most + cut >= times
+
+
+def _words_of(sentence: str) -> str:
+    if is_unspaced(sentence):
+        return text_key(sentence)
+    return " ".join(re.findall(r"\w+", sentence.lower()))
 
 
 # Words that every answer about a disease may have, whatever it says: they add nothing to a name.
@@ -193,13 +221,43 @@ def is_circle(question: str, answer: str) -> bool:
 
     Words that would fit any answer (a form of, a disease that affects people) add nothing; yes, no,
     not and numbers do. Inflected forms are the same word: stems are equal (Porter, by rouge-score)
-    or begin with one another, from five letters on. False of an answer without words.
+    or begin with one another, from five letters on. False of an answer without words. Questions
+    that are not plainly English also have a rule that knows no language: `_names_twice`.
     """
     stems, empty = _stemmer()
     asked, given = set(stems(question)), set(stems(answer))
-    return bool(given) and all(
-        any(_same_word(stem, other) for other in asked) for stem in given - empty
-    )
+    if given and all(any(_same_word(stem, other) for other in asked) for stem in given - empty):
+        return True
+    return _ENGLISH.isdisjoint(text_key(question).split()) and _names_twice(question, answer)
+
+
+# No other language that is written in Latin letters has these words.
+_ENGLISH = {"what", "which", "how", "why", "when", "where", "does", "are", "the"}
+_MOST_OTHERS = 3
+
+
+def _names_twice(question: str, answer: str) -> bool:
+    """Whether an answer says a word of the question at least twice, and hardly anything else.
+
+    A word has four letters or more (in a script without blanks: two Chinese characters, or four
+    others in a row); three other words (or characters) are what "is a form of" takes.
+    """
+    asked, given = text_key(question).split(), text_key(answer).split()
+    others = [word for word in given if word not in asked]
+    twice = {name for name, count in Counter(_names(given)).items() if count >= 2}
+    return len(others) <= _MOST_OTHERS and not twice.isdisjoint(_names(asked))
+
+
+def _names(words: list[str]) -> list[str]:
+    """What may be the name of something among the words of a `text_key`."""
+    found = [word for word in words if len(word) >= 4]
+    for size in (2, 4):
+        for run in zip(*(words[start:] for start in range(size)), strict=False):
+            name = "".join(run)
+            # From here on, a character is a syllable with a meaning, not a letter.
+            if is_unspaced(name) and (size == 4 or min(name) >= "\u3400"):
+                found.append(name)
+    return found
 
 
 @functools.cache
