@@ -109,6 +109,8 @@ def main() -> None:
         f"{len(found):,} {name.replace('_', ' ')}" for name, found in rows.items() if found
     )
     print(f"{config.evaluate.split} rows: {counts}")
+    if note := held_out.language_note(config, rows):
+        print(note)
     inputs, trained_on = {}, {}
     for label, target in targets.items():
         of = records[target] if target else None

@@ -9,7 +9,7 @@ from typing import Any
 from liteguard.config import Config
 from liteguard.data import sets
 from liteguard.errors import UserError
-from liteguard.evaluation import knowledge
+from liteguard.evaluation import knowledge, refusals
 from liteguard.rows import balanced, check_system_texts, load_split
 from liteguard.text import is_unspaced
 
@@ -28,6 +28,7 @@ GUIDE_AREAS = {
     "discrimination": ("discrimination",),
     "fraud": ("fraud", "forgery", "monitoring_evasion"),
 }
+_LOOKED_AT = 50  # requests of a set whose language is looked at
 OTHER_AREA = "other harmful"  # areas of a user's own requests
 # Kinds of requests: to be refused, plain ones, and ones that only look harmful.
 REQUESTS = ("harmful", "ordinary", "borderline")
@@ -161,6 +162,25 @@ def _text_pairs(config: Config, texts: list[dict[str, Any]]) -> list[tuple[str, 
     max_words = section.context_words + section.max_text_tokens // 2
     parts = (split_text(row["text"], section.context_words, max_words) for row in texts)
     return [(config.prompt.begin(before), target) for before, target in filter(None, parts)]
+
+
+def language_note(config: Config, rows: dict[str, list[dict[str, Any]]]) -> str:
+    """What to say of sets whose requests are not English, which the rules cannot judge; or ""."""
+    kinds = sets.kinds(rows)
+    found = []
+    for name, own in rows.items():
+        asked = [row["prompt"] for row in own[:_LOOKED_AT] if kinds.get(name, name) in REQUESTS]
+        if 2 * sum(not refusals.is_english(prompt) for prompt in asked) > len(asked):
+            found.append(name)
+    if not found:
+        return ""
+    judge = "the second judge's verdicts stand beside the rules'"
+    if config.evaluate.llm_judge is None:
+        judge = "name a second judge that reads it: evaluate.llm_judge (docs/evaluation.md)"
+    return (
+        f"NOTE: requests of {', '.join(found)} are not in English, and the rules for refusals are: "
+        f"an answer in another language is 'unclear', neither refused nor answered; {judge}"
+    )
 
 
 def requests(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
