@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liteguard import checkpoints, machine, models, writing
 from liteguard.data import self_answers
-from liteguard.evaluation import answerers, metrics
+from liteguard.evaluation import answerers, metrics, refusals
 from liteguard.evaluation.journal import Journal, journalled
 from liteguard.evaluation.refusals import JUDGE_VERSION
 
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     from liteguard.config import Config, SourceSection
 
 # To be raised by whoever changes which answers are kept, or how.
-VERSION = 2
+VERSION = 3
 FEWEST_WORDS = 8
-_LAST_SENTENCE = re.compile(r"^(.*[.!?][\"')\]]?)(?=\s|$)", re.DOTALL)
+# The marks of other scripts end a sentence without a blank after them.
+_LAST_SENTENCE = re.compile(
+    r"^(.*(?:[.!?][\"')\]]?(?=\s|$)|[\u3002\uff01\uff1f\u0964\u061f\u06d4][\"')\u201d\u300d\u300f]?))",
+    re.DOTALL,
+)
 # A list of which the next item was cut, or only begun.
 _OPEN_ITEM = re.compile(r"\s+(?:\d{1,2}[.)]|[-*•])$")
 
@@ -109,6 +114,20 @@ def _answer(config: Config, source: SourceSection, model: answerers.Answerer) ->
             checkpoints.write_text(file, lines)
             writing.seal(file)
             journal.remove()
+    if warning := too_many_left_out(rows):
+        print(warning)
+
+
+def too_many_left_out(rows: list[dict[str, Any]]) -> str:
+    """What to say when more than half of a source's answers will not be trained on; or ""."""
+    reasons = Counter(row["left_out"] for row in rows if row["left_out"])
+    if 2 * reasons.total() <= len(rows):
+        return ""
+    shown = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return (
+        f"  WARNING: self_answers: {reasons.total():,} of {len(rows):,} answers of the base model "
+        f"are left out: {shown}. What is left may be too little to keep how it answers"
+    )
 
 
 def row(question: str, answer: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +150,14 @@ def row(question: str, answer: dict[str, Any]) -> dict[str, Any]:
 
 def _fault(question: str, text: str) -> str:
     """What an answer would teach that it should not; empty for a sound one."""
-    if len(text.split()) < FEWEST_WORDS:
+    if metrics.word_count(text) < FEWEST_WORDS:
         return f"fewer than {FEWEST_WORDS} words in whole sentences"
     said = metrics.judge(text)
-    if said != "answered":
-        return "refused" if said == "refused" else "mostly repetition"
+    if said == "refused":
+        return "refused"
+    # What the judge cannot read (another language) is kept, a refusal in it, too.
+    if said == "unclear" and (refusals.is_english(text) or refusals.says_too_little(text)):
+        return "mostly repetition"
     if metrics.repeats_itself(text, times=2):
         return "a sentence twice"
     if metrics.is_circle(question, text):

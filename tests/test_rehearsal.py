@@ -187,3 +187,35 @@ def test_questions_are_limited_by_their_text_not_their_order(project, tmp_path):
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     again = self_answers.questions(source, tmp_path)
     assert len(drawn) == 3 and [text_key(q) for q in drawn] == [text_key(q) for q in again]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "left_out"),
+    [
+        (
+            "Что такое астма?",
+            "Астма — это хроническое заболевание дыхательных путей, при котором бронхи сужаются.",
+            "",
+        ),
+        ("什么是哮喘？", "哮喘是一种慢性气道疾病，患者的气道会变窄和肿胀，引起咳嗽。", ""),
+        ("ぜんそくとは？", "喘息は気道が慢性的に炎症を起こし、狭くなって咳が出る病気です。", ""),
+        ("¿Qué es el asma?", "El asma es una enfermedad crónica de las vías respiratorias.", ""),
+        ("什么是哮喘？", "一种病。", "fewer than 8 words in whole sentences"),
+        ("糖尿病是什么？", "糖尿病就是糖尿病了。", "nothing beyond the question's words"),
+        ("Что это?", "да да да да да да да да да да да.", "mostly repetition"),
+        ("什么是哮喘？", "这是一种病。这是一种病。不要担心。", "a sentence twice"),
+    ],
+)
+def test_answers_in_other_languages_are_kept_by_the_same_rules(question, answer, left_out):
+    assert rehearsal.row(question, {"text": answer, "stopped": True})["left_out"] == left_out
+    # A cut answer ends with its last whole sentence, which no blank follows in some scripts.
+    blank = "" if answer.endswith("。") else " "
+    cut = rehearsal.row(question, {"text": f"{answer}{blank}Foo bar", "stopped": False})
+    assert cut["completion"] == answer
+
+
+def test_it_is_said_when_most_answers_are_left_out():
+    few = [{"left_out": ""}] * 2 + [{"left_out": "refused"}] * 2
+    assert rehearsal.too_many_left_out(few) == ""
+    said = rehearsal.too_many_left_out([*few, {"left_out": "mostly repetition"}])
+    assert "3 of 5 answers" in said and "2 refused, 1 mostly repetition" in said
