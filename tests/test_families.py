@@ -467,7 +467,7 @@ def asked(with_bos, tmp_path):
     data, config = with_data(tmp_path, "instruction", rows, BOS_PROMPT, "validation")
 
     def ask(folder=with_bos, shape=None, prompt=BOS_PROMPT, **over):
-        shape = shape or SimpleNamespace(model_type="tiny", num_key_value_heads=2, vocab_size=400)
+        shape = shape or SimpleNamespace(model_type="llama", num_key_value_heads=2, vocab_size=400)
         if not hasattr(shape, "get_text_config"):
             shape.get_text_config = lambda: shape
         changed = config.model_copy(update={"prompt": prompt, **over})
@@ -514,6 +514,9 @@ def test_a_text_or_two_at_the_limit_is_left_to_the_proof():
         ({"num_key_value_heads": None}, "no num_key_value_heads"),
         ({"layer_types": ["conv", "full_attention"]}, "layers of kind conv"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "of kind dynamic"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, "latent attention"),
+        ({"model_type": "gpt_oss"}, "attention sinks"),
         ({"sliding_window": 1279}, "looks back 1,279 tokens in all of its layers"),
         ({"wrapped": True}, "holds a text model among others"),
     ],
@@ -528,6 +531,32 @@ def test_what_cannot_be_converted_is_refused_before_training(asked, shape, why, 
         asked(shape=given)
     free = build([("test", {"compress": {"required": False}})]).compress
     assert why in asked(shape=given, compress=free).task
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [
+        ({"model_type": "odd"}, "the 'odd' architecture was"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "models with experts were"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "models with longrope positions were"),
+    ],
+)
+def test_what_was_never_converted_is_not_promised(asked, capsys, monkeypatch, shape, what):
+    monkeypatch.setattr(possible.tflite, "choose_converter", lambda *_: "v1")
+    plain = {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 400}
+    found = asked(shape=SimpleNamespace(**plain | shape))
+    assert not found.task and not found.litertlm
+    said = capsys.readouterr().out
+    assert f"bundles: not known whether it converts ({what} never tried); its tokenizer" in said
+    assert "can be made" not in said
+    # The kept answer of the same tokenizer says nothing of another architecture.
+    assert "can be made" in str(asked(shape=SimpleNamespace(**plain)))
+
+
+def test_every_family_of_the_support_table_that_converts_is_known():
+    report = json.loads((ROOT / "benchmarks/support_report.json").read_text())["families"]
+    made = {f["architecture"] for f in report.values() if "yes" in (f.get("task"), f["litertlm"])}
+    assert made <= {*possible._CONVERTED}
 
 
 def test_a_window_that_the_cache_never_reaches_is_no_reason():

@@ -27,6 +27,10 @@ TEXTS = 300  # rows of each part whose ids are compared
 ROOM = 512  # characters of a text
 # Layers that a converted model's cache of keys and values can stand for.
 _LAYERS = ("full_attention", "sliding_attention")
+# Families whose models were converted and proven (benchmarks/support_table.py).
+_CONVERTED = ("gemma3_text", "llama", "mistral", "phi", "qwen2", "qwen3")
+# Their attention has a share that goes to no token.
+_SINKS = ("gpt_oss",)
 ENDINGS = (".task", ".litertlm")
 
 
@@ -37,19 +41,25 @@ class Possible:
     task: str
     litertlm: str
     compared: str
+    unknown: str = ""  # what was never converted, where nothing is known against it
 
     def why_not(self, ending: str) -> str:
         """The reason against `.task` or `.litertlm`, or an empty string."""
         return self.task if ending == ".task" else self.litertlm
 
     def __str__(self) -> str:
-        if not (self.task or self.litertlm):
-            return f"bundles: .task and .litertlm can be made ({self.compared})"
         if self.task and self.litertlm:
             why = self.task if self.task == self.litertlm else f"{self.task}; and {self.litertlm}"
             return f"bundles: neither .task nor .litertlm can be made: {why}"
+        doubt = (
+            f"not known whether it converts ({self.unknown} never tried)" if self.unknown else ""
+        )
+        if not (self.task or self.litertlm):
+            can = f"{doubt}; its tokenizer fits .task and .litertlm" if doubt else ""
+            return f"bundles: {can or '.task and .litertlm can be made'} ({self.compared})"
         made, other = ENDINGS if self.litertlm else reversed(ENDINGS)
-        return f"bundles: {made} only; no {other} can be made: {self.why_not(other)}"
+        found = f"bundles: {made} only; no {other} can be made: {self.why_not(other)}"
+        return f"{found}; {doubt}" if doubt else found
 
 
 class Planned(Protocol):
@@ -117,15 +127,16 @@ def possible(
         }
     )
     kept = Path(config.data.cache_dir) / "bundles" / f"{key[:32]}.json"
+    unknown = not_known(architecture)
     if writing.is_sealed(kept):
-        return Possible(**json.loads(kept.read_text(encoding="utf-8")))
+        return Possible(**json.loads(kept.read_text(encoding="utf-8")) | {"unknown": unknown})
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "tokenizer.json").write_text(core, encoding="utf-8")
         (work / "config.json").write_text(json.dumps({"vocab_size": rows}))
         identical = config.compress.verify.identical_ids
         task, compared = as_task(work, native, config.prompt, texts, questions, identical)
-    found = Possible(task, as_litertlm(own, config.prompt), compared)
+    found = Possible(task, as_litertlm(own, config.prompt), compared, unknown)
     kept.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(kept, asdict(found), shared=True)
     writing.seal(kept)
@@ -154,22 +165,53 @@ def wrong_shape(architecture: Any, converter: str, room: int) -> str:
             f"the {kind!r} architecture has layers of kind {', '.join(other)}, and neither the "
             "proof nor the runtime's cache knows them"
         )
+    if kind in _SINKS or getattr(text, "kv_lora_rank", None):
+        what = "attention sinks" if kind in _SINKS else "latent attention (kv_lora_rank)"
+        return f"the {kind!r} architecture has {what}, which the converter's attention has not"
+    return _wrong_window(text, room) or _wrong_positions(text, converter)
+
+
+def _wrong_window(text: Any, room: int) -> str:
     names = "model_type", "layer_types", "sliding_window"
     window = windows.everywhere({name: getattr(text, name, None) for name in names})
-    if 0 < window < room:
-        return (
-            f"the {kind!r} architecture looks back {window:,} tokens in all of its layers, for "
-            f"which the converter has no mask; a cache of at most {window:,} tokens never reaches "
-            f"that far back (compress.kv_cache_length is {room:,})"
-        )
+    if not 0 < window < room:
+        return ""
+    return (
+        f"the {text.model_type!r} architecture looks back {window:,} tokens in all of its layers, "
+        f"for which the converter has no mask; a cache of at most {window:,} tokens never reaches "
+        f"that far back (compress.kv_cache_length is {room:,})"
+    )
+
+
+def _wrong_positions(text: Any, converter: str) -> str:
+    kind = _long_positions(text)
+    if converter != "v2" or not kind:
+        return ""
+    return (
+        f"its positions are of kind {kind}, which converter v2 cannot write (of v1, --set "
+        "compress.converter=v1, it is not known)"
+    )
+
+
+def _long_positions(text: Any) -> str:
+    """The kind of rotary frequencies that depend on a text's length, or an empty string."""
     rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    if converter == "v2" and any(part.get("rope_type") == "longrope" for part in kinds):
-        return (
-            "its positions are of kind longrope, which converter v2 cannot write (of v1, --set "
-            "compress.converter=v1, it is not known)"
-        )
-    return ""
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    found = {part.get("rope_type") for part in parts}.intersection(("dynamic", "longrope"))
+    return min(found, default="")
+
+
+def not_known(architecture: Any) -> str:
+    """Why nobody knows whether a model is converted rightly, or an empty string: a shape that
+    `wrong_shape` has nothing against may still be one that the converter gets wrong."""
+    text = architecture.get_text_config()
+    if positions := _long_positions(text):
+        return f"models with {positions} positions were"
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    if any((getattr(text, name, None) or 0) > 1 for name in names):
+        return "models with experts were"
+    kind = architecture.model_type
+    return "" if kind in _CONVERTED else f"the {kind!r} architecture was"
 
 
 def as_task(
