@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from liteguard.errors import WorkError
-from liteguard.export import conditions
+from liteguard.export import conditions, turns
 from liteguard.prompts import Prompt
 from liteguard.runtime.bundle import Answer
 
@@ -62,9 +62,10 @@ class Runtime:
             held = min(ROOM, held + given + 2)
             yield "yes", held
 
-    def render_chat(self, question: str, system: str | None = None) -> str:
-        text = PROMPT.render_question(question)
-        return f"{system} {text}" if self.fault == "pastes a system message" else text
+    def render_chat(self, question: str, system: str | None = None, history=()) -> str:
+        known = () if self.fault == "forgets what was said" else history
+        text = PROMPT.render_question(question, known)
+        return f"{system} {text}" if system and self.fault == "pastes a system message" else text
 
 
 def rows_of(runtime: Runtime) -> list[conditions.Row]:
@@ -81,6 +82,7 @@ def rows_of(runtime: Runtime) -> list[conditions.Row]:
         ("", []),
         ("nothing to say", ["empty message"]),
         ("pastes a system message", ["system message"]),
+        ("forgets what was said", ["second message"]),
         ("no answer to 9", ["prompt lengths"]),
         ("another answer to 63", ["prompt lengths"]),
         ("cuts what is long", ["too long a message"]),
@@ -95,6 +97,7 @@ def test_each_fault_is_named(fault, named):
     assert [row.step for row in rows] == [
         "empty message",
         "system message",
+        "second message",
         "prompt lengths",
         "too long a message",
         "fills its cache",
@@ -113,3 +116,70 @@ def test_every_boundary_is_asked_and_compared_with_shorter_steps():
 def test_of_a_task_no_system_message_is_asked_for():
     rows = conditions.messages(Runtime("pastes a system message", "x.task"), PROMPT, "What?")
     assert [row.step for row in rows] == ["empty message"]
+
+
+class Talking:
+    """A runtime whose first answer to `long` questions has 60 words, or does not end."""
+
+    stop_ids = [0]
+
+    def __init__(self, path: str = "x.litertlm", ends=True, garbled=False, near=0.2) -> None:
+        self.path, self.ends, self.garbled, self.near = Path(path), ends, garbled, near
+        self.asked: list[list[str]] = []
+
+    def tokenize(self, text: str) -> list[int]:
+        return [hash(word) for word in text.split()]
+
+    def behind(self, ids: list[int], tokens: list[int]) -> float:
+        return self.near
+
+    def generate(self, given: str, limit: int) -> Answer:
+        later, endless = given.count("ask ") > 1, "endless" in given or not self.ends
+        words = ["right", "answer"] if later else ["word"] * (10**6 if endless else 60)
+        cut = len(words) >= limit
+        return Answer(" ".join(words[:limit]), min(len(words) + 1, limit), not cut, 0.0)
+
+    def converse(self, questions: list[str], limit: int) -> list[str]:
+        self.asked.append(questions)
+        first = self.generate(PROMPT.render_question(questions[0]), limit).text
+        second = "GARBAGE" if self.garbled else "right answer"
+        return [first, *[second] * (len(questions) - 1)]
+
+
+def conversation(runtime: Talking, questions=("What is it?",), room: int = 1280):
+    return turns.conversation(runtime, PROMPT, list(questions), 48, 128, room)
+
+
+@pytest.mark.parametrize("path", ["x.litertlm", "x.task"])
+def test_the_second_message_is_looked_at_where_the_first_answer_is_long(path):
+    """An answer of more than 48 tokens ended the check, and what came after it was not seen."""
+    row = conversation(Talking(path))
+    assert row.passed and row.measured == "3 of 3 turns equal"
+    row = conversation(Talking(path, garbled=True, near=9.0))
+    assert not row.passed and row.measured == "1 of 3 turns equal"
+    assert "'GARBAGE' instead of 'right answer'" in row.why
+
+
+def test_a_question_whose_answer_ends_is_looked_for():
+    runtime = Talking()
+    row = conversation(runtime, ["endless one?", "endless two?", "What is it?"])
+    assert row.passed and row.measured == "3 of 3 turns equal"
+    assert runtime.asked[0][0] == "What is it?"
+
+
+def test_where_no_answer_ends_nothing_is_claimed_of_the_second_message():
+    for runtime, room in ((Talking(ends=False), 1280), (Talking(), 128)):
+        row = conversation(runtime, room=room)
+        assert row.passed and row.measured == "1 of 1 turns equal; no answer ends in 128 tokens"
+        assert len(runtime.asked[0]) == 1
+
+
+def test_a_task_with_a_system_text_is_compared_in_its_first_turn():
+    own = PROMPT.model_copy(update={"system": "You help.", "system_suffix": " "})
+    row = turns.conversation(Talking("x.task"), own, ["What is it?"], 48, 128, 1280)
+    assert row.passed
+    assert row.measured == "1 of 1 turns equal; later ones repeat the system text"
+
+
+def test_a_near_tie_behind_a_long_answer_is_no_fault():
+    assert conversation(Talking(garbled=True, near=0.9)).passed

@@ -555,7 +555,9 @@ def test_what_was_never_converted_is_not_promised(asked, capsys, monkeypatch, sh
 
 def test_every_family_of_the_support_table_that_converts_is_known():
     report = json.loads((ROOT / "benchmarks/support_report.json").read_text())["families"]
-    made = {f["architecture"] for f in report.values() if "yes" in (f.get("task"), f["litertlm"])}
+    made = {
+        f["architecture"] for f in report.values() if "yes" in (f.get("task"), f.get("litertlm"))
+    }
     assert made <= {*possible._CONVERTED}
 
 

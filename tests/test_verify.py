@@ -94,6 +94,7 @@ def test_the_pipelines_bundles_were_proven(pipeline, parts):
     steps = [step["step"] for step in record["verify"]["steps"]]
     assert steps == [
         *["opens", "stop tokens", "prompt", "conversation", "empty message", "system message"],
+        "second message",
         *["opens", "stop tokens", "prompt", "conversation", "empty message"],
         "tokenizer",
         "text survives",

@@ -24,6 +24,7 @@ _LONG = 256
 _STEP = 16
 _MORE = "And then?"
 _SYSTEM = "Answer in one sentence."
+_SAID = "Then rest."
 
 
 class Row(NamedTuple):
@@ -53,7 +54,7 @@ def measure(
 
 
 def messages(bundle: Bundle, prompt: Prompt, question: str) -> Iterator[Row]:
-    """An empty message, and a system message with the question after it."""
+    """An empty message, a system message with the question after it, and earlier exchanges."""
     try:
         next(bundle.exchanges([""], _STEP))
         yield Row("empty message", "an answer", "no error", True)
@@ -61,12 +62,16 @@ def messages(bundle: Bundle, prompt: Prompt, question: str) -> Iterator[Row]:
         yield Row("empty message", "an error", "no error", False, str(error))
     if bundle.path.suffix == ".task":
         return  # the runtime pastes it before the question: deploy.json and docs/phone.md say so
-    wanted = prompt.render_question(question, system=_SYSTEM).removeprefix(prompt.bos_token)
-    own = bundle.render_chat(question, _SYSTEM)
-    same = own == wanted
-    why = f"the bundle renders {own!r} where training rendered {wanted!r}"
-    measured = "as in training" if same else "another text"
-    yield Row("system message", measured, "as in training", same, why)
+    both: tuple[tuple[str, str | None, Sequence[tuple[str, str]]], ...] = (
+        ("system message", _SYSTEM, ()),
+        ("second message", None, [(_MORE, _SAID)]),
+    )
+    for step, system, history in both:
+        wanted = prompt.render_question(question, history, system).removeprefix(prompt.bos_token)
+        own = bundle.render_chat(question, system, history)
+        why = f"the bundle renders {own!r} where training rendered {wanted!r}"
+        measured = "as in training" if own == wanted else "another text"
+        yield Row(step, measured, "as in training", own == wanted, why)
 
 
 def boundaries(ladder: Sequence[int], room: int) -> list[int]:

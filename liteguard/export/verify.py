@@ -17,10 +17,8 @@ from liteguard import machine
 from liteguard.config import Config, VerifySection
 from liteguard.errors import WorkError
 from liteguard.evaluation import refusals
-from liteguard.export import agreement, conditions, drawn, tokenizer
+from liteguard.export import agreement, conditions, drawn, tokenizer, turns
 from liteguard.export.measured import (
-    LATER_TURNS,
-    TURN_TOKENS,
     Change,
     Measured,
     Reference,
@@ -83,16 +81,18 @@ class Table:
 def check_form(
     bundle_path: Path,
     prompt: Prompt,
-    question: str,
+    samples: Samples,
     table: Table,
-    most_tokens: int = TURN_TOKENS,
+    room: int,
     unpacked: Path | None = None,
 ) -> None:
     """Opens, stops at the right tokens, and renders conversations as training did.
 
-    `most_tokens`: of an answer in the conversation of three turns. `unpacked`: as for
-    `Bundle`.
+    `room`: tokens of the KV cache. `unpacked`: as for `Bundle`.
     """
+    # A question that follows on others cannot begin a conversation.
+    plain = [q for q in samples.questions if q not in samples.rendered] or samples.questions[:1]
+    question = plain[0]
     try:
         bundle = Bundle(bundle_path, unpacked=unpacked).__enter__()
     except WorkError as error:
@@ -121,47 +121,12 @@ def check_form(
             and bundle.tokenize(own) == bundle.tokenize(text),
             f"the bundle renders {own!r} where training rendered {text!r}",
         )
-        try:
-            turns = _three_turns(bundle, prompt, question, most_tokens)
-        except WorkError as error:
-            table.add("conversation", "no answer", "three turns", False, str(error))
-            raise
-        same = sum(chat == raw for chat, raw in turns)
-        where = next((f"{c!r} instead of {r!r}" for c, r in turns if c != r), "")
-        table.add(
-            "conversation", f"{same} of {len(turns)} turns equal", "all", same == len(turns), where
-        )
+        given = plain, turn_tokens(room), samples.limit, room
+        table.add(*turns.conversation(bundle, prompt, *given))
         for row in conditions.messages(bundle, prompt, question):
             table.add(*row)
     finally:
         bundle.__exit__(None, None, None)
-
-
-def _three_turns(
-    bundle: Bundle, prompt: Prompt, question: str, limit: int
-) -> list[tuple[str, str]]:
-    """(answer in the bundle's own conversation, answer to the prompt as training renders it).
-
-    Fewer than three after an answer that the limit cut: the device then goes on without the end
-    token that training has there.
-    """
-    # A .task loses what stands between two turns, and repeats the system text (see bundle.py).
-    task = bundle.path.suffix == ".task"
-    rendered = prompt.model_copy(update={"turn_separator": ""}) if task else prompt
-    asked = [question, *LATER_TURNS]
-    answers = bundle.converse(asked, limit)
-    pairs: list[tuple[str, str]] = []
-    for turn, text in enumerate(asked):
-        history = list(zip(asked[:turn], answers, strict=False))
-        alone = bundle.generate(rendered.render_conversation([*history, (text, None)]), limit)
-        pairs.append((answers[turn].strip(), alone.text.strip()))
-        if not alone.stopped or (task and prompt.system):
-            # Cut by different counts: compare what both surely have.
-            chat, raw = pairs[-1]
-            short = min(len(chat), len(raw)) * 3 // 4
-            pairs[-1] = (chat[:short], raw[:short])
-            break
-    return pairs
 
 
 def check_tokenizer(
@@ -407,11 +372,10 @@ def verify_bundle(
     def ids(text: str) -> list[int]:
         return original.encode(text, add_special_tokens=False).ids
 
-    question = samples.questions[0]
-    turn = turn_tokens(config.compress.kv_cache_length)
+    room = config.compress.kv_cache_length
     if also:
         say(f"  {also.name}")
-        check_form(also, prompt, question, table, turn)
+        check_form(also, prompt, samples, table, room)
         if also.suffix == ".task":  # its tokenizer was made; a .litertlm has the original one
             check_tokenizer(also, model_dir, replaced, samples, table, section)
         say(f"  {bundle.name}")
@@ -443,7 +407,7 @@ def verify_bundle(
         )
 
     with unpacked_weights(bundle) as unpacked:
-        check_form(bundle, prompt, question, table, turn, unpacked)
+        check_form(bundle, prompt, samples, table, room, unpacked)
         # A .litertlm has the original tokenizer.json and replaces nothing.
         plain = replaced if bundle.suffix == ".task" else {}
         result["runtime_cache_bytes"] = sum(
@@ -452,7 +416,6 @@ def verify_bundle(
         result["tokenizer"] = check_tokenizer(
             bundle, model_dir, plain, samples, table, section, unpacked
         )
-        room = config.compress.kv_cache_length
         given = config.compress.ladder, room, " ".join(samples.texts)[: 8 * room], unpacked
         for row in machine.in_child("conditions", conditions.measure, bundle, prompt, *given):
             table.add(*row)
@@ -462,7 +425,7 @@ def verify_bundle(
         table.failure = TooCoarse
         result["bundle"] = measure(bundle, unpacked, section.perplexity_limit(recipe))
         workers = BundleWorkers(bundle, workers=1, unpacked=unpacked)
-        result["speed"] = speed(workers, prompt, question, table)
+        result["speed"] = speed(workers, prompt, samples.questions[0], table)
     return {**result, "steps": table.rows}
 
 

@@ -216,9 +216,18 @@ class Bundle:
                 raise
             return nothing
 
-    def render_chat(self, question: str, system: str | None = None) -> str:
-        """The prompt that the bundle's own template makes of a question, after a system message."""
-        with self._conversation(system_message=system) as conversation:
+    def render_chat(
+        self, question: str, system: str | None = None, history: Sequence[Sequence[str]] = ()
+    ) -> str:
+        """The prompt that the bundle's own template makes of a question, after a system message
+        and earlier exchanges (a question and its answer each)."""
+        earlier = [
+            {"role": role, "content": text}
+            for exchange in history
+            for role, text in zip(("user", "assistant"), exchange, strict=True)
+        ]
+        settings = {"system_message": system, "messages": earlier or None}
+        with self._conversation(**settings) as conversation:
             return conversation.render_message_to_string(question)
 
     def converse(self, questions: Sequence[str], max_new_tokens: int = 256) -> list[str]:
