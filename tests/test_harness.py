@@ -89,6 +89,49 @@ def test_a_context_that_is_too_long_loses_its_beginning(model):
         model.loglikelihood(asked(("a", long)))
 
 
+def scripted(bos: str, room: int = 10):
+    """A model whose tokens are characters, and the pairs that its workers are given."""
+    from liteguard.prompts import Prompt
+    from liteguard.runtime.harness import BundleLM
+
+    given = []
+
+    def follow(pairs):
+        given.extend(pairs)
+        return ((n, (-1.0 * len(targets), True)) for n, (_, targets) in enumerate(pairs))
+
+    def tokenize(texts):
+        return [[ord(char) for char in text] for text in texts]
+
+    model = BundleLM.__new__(BundleLM)
+    model.workers = SimpleNamespace(follow=follow, tokenize=tokenize)
+    model.prompt, model.room = Prompt(bos_token=bos, end_token="$"), room
+    model.start = [ord(bos or "$")]
+    return model, given
+
+
+@pytest.mark.parametrize(("bos", "kept"), [("^", "^cdefghi"), ("", "bcdefghi")])
+def test_a_context_that_is_cut_keeps_its_bos(capsys, bos, kept):
+    model, given = scripted(bos)
+    model.loglikelihood(asked(("abcdefghi", "xy"), ("ab", "xy"), ("ab", "123456789")))
+    texts = ["".join(map(chr, context)) for context, _ in given]
+    assert texts[:2] == [kept, f"{bos}ab"]
+    assert texts[2] == (bos or "b"), "one place is left"
+    assert "2 of 3 contexts lose their beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bos", ["^", ""])
+def test_every_window_of_a_text_begins_with_the_bos(bos):
+    model, given = scripted(bos)
+    text = "abcdefghijklmnopqrstuvwxyz"
+    assert model.loglikelihood_rolling(asked((text,))) == [-26.0]
+    contexts = ["".join(map(chr, context)) for context, _ in given]
+    assert contexts[0] == (bos or "$") and len(contexts) > 2
+    assert all(context.startswith(bos) and context != bos for context in contexts[1:])
+    assert "".join(chr(t) for _, targets in given for t in targets) == text
+    assert all(len(context) + len(targets) <= model.room for context, targets in given)
+
+
 def test_a_whole_text_is_scored_in_pieces(model, monkeypatch):
     text = "The heart affects the lung and brings pain."
     (whole,) = model.loglikelihood_rolling(asked((text,)))

@@ -26,6 +26,17 @@ from liteguard.runtime.workers import BundleWorkers
 MAX_NEW_TOKENS = 256
 
 
+def fit(context: list[int], targets: list[int], room: int, begin: list[int]) -> list[int]:
+    """The end of a context that leaves room for `targets` (fewer than `room`), behind the BOS.
+
+    `begin`: the BOS, without which a model that was trained with it is another one; empty for none.
+    """
+    if len(context) + len(targets) <= room:
+        return context
+    kept = room - len(targets) - len(begin)
+    return [*begin, *context[len(context) - kept :]]
+
+
 @register_model("litert_lm")
 class BundleLM(LM):
     """A `.task` or `.litertlm` file; everything that is generated is greedy.
@@ -43,6 +54,11 @@ class BundleLM(LM):
         self.prompt = record.prompt
         # Stands before a text that has nothing before it.
         self.start = self.workers.tokenize([record.prompt.bos_token or record.prompt.end_token])[0]
+
+    @property
+    def bos(self) -> list[int]:
+        """What every context begins with; empty for a model without a BOS."""
+        return self.start if self.prompt.bos_token else []
 
     def loglikelihood(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the greedy one) of each request."""
@@ -72,11 +88,13 @@ class BundleLM(LM):
             found = utils.get_rolling_token_windows(
                 token_list=ids,
                 prefix_token=self.start[0],
-                max_seq_len=self.room - 1,
+                max_seq_len=self.room - 1 - len(self.bos),
                 context_len=1,
             )
-            for window in map(utils.make_disjoint_window, found):
-                windows.append(window)
+            for context, targets in map(utils.make_disjoint_window, found):
+                # The first window begins with it already.
+                begun = context[:1] == self.start
+                windows.append((context if begun else self.bos + context, targets))
                 of.append(number)
         totals = [0.0] * len(texts)
         for number, (likelihood, _) in zip(of, self._follow(windows), strict=True):
@@ -84,14 +102,21 @@ class BundleLM(LM):
         return totals
 
     def _follow(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        fitting = []
+        fitting, cut = [], 0
         for context, targets in pairs:
             if len(targets) >= self.room:
                 raise UserError(
                     f"a continuation of {len(targets)} tokens does not fit the bundle's KV cache "
                     f"of {self.room}. Leave that task out, or raise compress.kv_cache_length."
                 )
-            fitting.append((context[-(self.room - len(targets)) :], targets))
+            kept = fit(context, targets, self.room, self.bos)
+            cut += kept is not context
+            fitting.append((kept, targets))
+        if cut:
+            print(
+                f"{cut:,} of {len(fitting):,} contexts lose their beginning: with the continuation "
+                f"they are longer than the KV cache of {self.room:,} tokens"
+            )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(fitting)
         bar = progress.Progress("continuations", len(fitting))
         for index, result in self.workers.follow(fitting):
