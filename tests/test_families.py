@@ -771,4 +771,6 @@ def test_two_line_breaks_keep_both_in_a_tasks_template():
     """The runtime's template drops the last of two: nothing must stand at its end."""
     guarded = bundle._guarded("<model>\n\n")
     assert guarded == f"<model>\n{tokenizer.GUARD}\n"
+    three = bundle._guarded("x\n\n\n")
+    assert "\n\n" not in three and three.replace(tokenizer.GUARD, "") == "x\n\n\n"
     assert bundle._guarded("\nb") == f"{tokenizer.GUARD}\nb" and bundle._guarded("a\n") == "a\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,6 +283,24 @@ def test_an_output_layer_of_another_form_is_an_error(made, tmp_path):
         assert "one scale, row or bias" in refused(file, rows=2 * WIDTH)
 
 
+def test_a_token_that_wins_in_another_script_is_said(monkeypatch, tmp_path):
+    """Five English sentences say nothing of scripts that are spelled with silenced tokens."""
+    looked_at = []
+
+    def margins(self, folder, texts):
+        looked_at.extend(texts)
+        return [1.0, -0.5]
+
+    monkeypatch.setattr(silence.Silence, "_smallest_margins", margins)
+    facts = silence.Silence({5: silence.SILENT_SCALE}, 9, False).check(tmp_path)
+    assert facts["smallest_margin_elsewhere"] == -0.5
+    assert "a token that it cannot show (one wins by 0.5" in silence.warning(facts)
+    for quiet in ({"method": "bias"}, {**facts, "smallest_margin_elsewhere": 0.5}):
+        assert not silence.warning(quiet)
+    scripts = {unicodedata.name(char).split()[0] for text in looked_at[1] for char in text}
+    assert {"CJK", "ARABIC", "CYRILLIC", "THUMBS"} <= scripts
+
+
 def test_the_check_changes_nothing_and_finds_a_token_that_still_wins(made):
     files = {path: path.read_bytes() for path in made.merged.iterdir()}
     result = made.quiet.check(made.merged)
@@ -290,6 +309,7 @@ def test_the_check_changes_nothing_and_finds_a_token_that_still_wins(made):
         assert result["method"] == "bias" and "smallest_margin" not in result
     else:
         assert result["method"] == "rows" and result["smallest_margin"] > 0
+        assert result["smallest_margin_elsewhere"] < 1000, "looked at"
         # A token whose row stays as large as it is.
         loud = dataclasses.replace(made.quiet, factors=dict.fromkeys(made.quiet.factors, 1.0))
         with pytest.raises(WorkError, match="wins by"):

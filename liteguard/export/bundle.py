@@ -22,6 +22,7 @@ What LiteRT-LM (0.18.1) does with a `.task`'s metadata, found by experiment:
 
 from __future__ import annotations
 
+import re
 import tempfile
 import uuid
 from pathlib import Path
@@ -43,7 +44,7 @@ SAMPLER: dict[str, Any] = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}
 def _guarded(text: str) -> str:
     """`text` with its whitespace safe from the runtime's template, which strips what a part begins
     with, and the last line break of two."""
-    text = text.replace("\n\n", f"\n{GUARD}\n")
+    text = re.sub(r"\n(?=\n)", f"\n{GUARD}", text)
     return GUARD + text if text[:1].isspace() else text
 
 

@@ -70,6 +70,8 @@ class Conversion:
         self.silenced = silence.Silence.of(report, self.merged)
         if self._has_task:
             facts["silence"] = self.steps.keep("silence", self.silenced.check, self.merged)
+            if said := silence.warning(facts["silence"]):
+                print(f"  {said}")
         facts["export"] = self.steps.keep(
             "export",
             tflite.export,

@@ -43,6 +43,23 @@ SILENT_SCALE = 0.01
 READ_ONLY_SCALE = 0.1
 
 
+# What is looked at to see whether silenced tokens lose: as the model is asked and answers, and in
+# scripts that are spelled with silenced tokens.
+_SENTENCES = (
+    "Iron deficiency causes tiredness, pale skin and shortness of breath; see a doctor.",
+    "Instruct: What is asthma?\nOutput: Asthma is a disease of the airways in the lungs.",
+    "1. Take 500 mg twice a day.\n2. Do not exceed 4 g in 24 hours (\u2265 60 kg).\n",
+    "I cannot help with that. If you are in danger, call your local emergency number now.",
+    "There are guidelines to follow. In pregnancy, the American College recommends rest.",
+)
+_ELSEWHERE = (
+    "哮喘是气道的慢性疾病。",
+    "الربو مرض مزمن في الرئتين.",
+    "Астма — болезнь дыхательных путей.",
+    "I feel better today 🙂 thank you ❤️ 👍🏽",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Silence:
     """The tokens that a bundle must never write, and what keeps its output layer from them."""
@@ -76,35 +93,32 @@ class Silence:
 
         Returns:
             ``silenced`` (count), ``method`` ("bias", "rows" or "none"), and for "rows"
-            ``smallest_margin`` (winner's logit less the highest silenced one, over sentences).
+            ``smallest_margin`` (winner's logit less the highest silenced one, over sentences) and
+            ``smallest_margin_elsewhere`` (over other scripts and emoji, in which a model of English
+            is not at home: said, see `warning`, and no reason against the bundle).
 
         Raises:
-            WorkError: a silenced token would still win somewhere in these sentences.
+            WorkError: a silenced token would still win somewhere in the sentences.
         """
         method = ("bias" if self.bias else "rows") if self.factors else "none"
         result: dict[str, Any] = {"silenced": len(self.factors), "method": method}
         if method != "rows":
             return result
-        result["smallest_margin"] = margin = self._smallest_margin(Path(model_dir))
+        margin, elsewhere = self._smallest_margins(Path(model_dir), (_SENTENCES, _ELSEWHERE))
+        result |= {"smallest_margin": margin, "smallest_margin_elsewhere": elsewhere}
         if margin <= 0:
             raise WorkError(
                 f"tokens that a .task cannot show could not be silenced in {model_dir}: one of "
-                f"them wins by {-margin:.1f} in a test sentence. A .litertlm can show them"
+                f"them wins by {-margin:.1f} in a test sentence. A .litertlm can show them: "
+                "--only litertlm"
             )
         return result
 
-    def _smallest_margin(self, model_dir: Path) -> float:
-        """Least of (winner's logit - highest silenced logit) over a few sentences."""
+    def _smallest_margins(self, model_dir: Path, texts: Sequence[Sequence[str]]) -> list[float]:
+        """Least of (winner's logit - highest silenced logit) over each group of sentences."""
         import torch
         import transformers
 
-        sentences = [
-            "Iron deficiency causes tiredness, pale skin and shortness of breath; see a doctor.",
-            "Instruct: What is asthma?\nOutput: Asthma is a disease of the airways in the lungs.",
-            "1. Take 500 mg twice a day.\n2. Do not exceed 4 g in 24 hours (\u2265 60 kg).\n",
-            "I cannot help with that. If you are in danger, call your local emergency number now.",
-            "There are guidelines to follow. In pregnancy, the American College recommends rest.",
-        ]
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(model_dir), trust_remote_code=False
         )
@@ -113,17 +127,18 @@ class Silence:
             str(model_dir), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         ids = list(self.factors)
-        smallest = math.inf
+        smallest = [math.inf] * len(texts)
         with torch.no_grad():
             # Tied weights change in the embedding as well, as they do in the file.
             head = model.get_output_embeddings()
             head.weight[ids] *= torch.tensor(list(self.factors.values()))[:, None]
-            for sentence in sentences:
+            for group, sentence in [(n, text) for n, found in enumerate(texts) for text in found]:
                 read = tokenizer.encode(sentence, add_special_tokens=False, return_tensors="pt")
                 logits = model(input_ids=read).logits[0]
                 silenced = logits[:, ids].max(1).values
                 logits[:, ids] = -math.inf
-                smallest = min(smallest, (logits.max(1).values - silenced).min().item())
+                margin = (logits.max(1).values - silenced).min().item()
+                smallest[group] = min(smallest[group], margin)
         return smallest
 
     def hook(self, head: torch.nn.Module) -> None:
@@ -188,6 +203,17 @@ class Silence:
             else:
                 numbers[ids] = SILENT_BIAS
         return content
+
+
+def warning(facts: dict[str, Any]) -> str:
+    """What to say of `Silence.check`'s facts, or an empty string."""
+    margin = facts.get("smallest_margin_elsewhere", 1.0)
+    if margin > 0:
+        return ""
+    return (
+        "note: in other scripts or emoji, the .task may write a token that it cannot show (one "
+        f"wins by {-margin:.1f} in a test sentence); the .litertlm can show all"
+    )
 
 
 def _output_layers(model: Any, rows: int) -> Iterator[tuple[Any, Any | None]]:
