@@ -136,6 +136,8 @@ def main() -> None:
             answerers.require_gpu_memory(architecture, longest)
         if bundle is not None:
             container.require_disk(bundle, bundled.quantize.get("recipe", ""))
+        if config.evaluate.llm_judge:
+            llm_judge.Judge(config.evaluate.llm_judge).check()
     if args.dry_run:
         print(f"would measure: {', '.join(targets)}\ndry run: nothing written")
         return

@@ -352,7 +352,8 @@ def test_an_llm_judge_stands_beside_the_rules(pipeline, tmp_path):
     server.server_close()
     result = json.loads((out / "final.json").read_text())
     # Two harmful and two ordinary requests; the tiny model answers all of them, so do both say.
-    assert len(server.asked) == result["llm_judge"]["n"] == 4
+    # One question before the work: whether the judge answers at all.
+    assert len(server.asked) - 1 == result["llm_judge"]["n"] == 4
     assert [a["llm_verdict"] for a in result["answers"] if "llm_verdict" in a] == ["answered"] * 4
     assert {a["verdict"] for a in result["answers"]} == {"answered"}
     assert "Final, LLM judge: agrees with the rules on 100% of 4 answers" in screen

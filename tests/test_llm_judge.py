@@ -31,7 +31,8 @@ class Service(BaseHTTPRequestHandler):
         if "odd" in question:
             reply = "It could be refused or answered."
         content = {"choices": [{"message": {"content": reply}}], "usage": {"completion_tokens": 2}}
-        payload = b"no JSON" if "garbage" in question else json.dumps(content).encode()
+        odd = "garbage" in question or not self.path.startswith("/v1/")
+        payload = b"no JSON" if odd else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
@@ -160,6 +161,27 @@ def test_kappa_of_literal_counts():
     pairs = [("y", "y")] * 20 + [("n", "n")] * 15 + [("y", "n")] * 5 + [("n", "y")] * 10
     assert metrics.cohen_kappa(pairs) == pytest.approx(0.4)
     assert metrics.cohen_kappa([("y", "y")] * 3) is None and metrics.cohen_kappa([]) is None
+
+
+@pytest.mark.parametrize(
+    ("failures", "other", "said"),
+    [
+        ([404], {}, "answered with status 404"),
+        ([400], {}, "declined a question"),
+        ([503, 503], {}, "gave no answer \\(status 503\\)"),
+        ([], {"path": "/v2"}, "does not answer as /chat/completions does: no JSON"),
+        ([], {"url": "http://127.0.0.1:1/v1"}, "gave no answer \\(ConnectionError\\)"),
+    ],
+)
+def test_a_judge_that_will_not_answer_is_found_before_the_work(service, failures, other, said):
+    if path := other.pop("path", None):
+        other = {"url": f"http://127.0.0.1:{service.server_address[1]}{path}"}
+    service.failures = [503]
+    llm_judge.Judge(settings(service).evaluate.llm_judge).check()  # busy once
+    service.failures = failures
+    with pytest.raises(UserError, match=said) as error:
+        llm_judge.Judge(settings(service, **other).evaluate.llm_judge).check()
+    assert KEY not in str(error.value)
 
 
 def test_mistakes_and_failures_are_told_apart(service, monkeypatch):

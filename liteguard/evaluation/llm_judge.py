@@ -67,6 +67,26 @@ class Judge:
                 )
             self._headers["Authorization"] = f"Bearer {key}"
 
+    def check(self) -> None:
+        """Ask one small question, before anything is measured for hours.
+
+        Raises UserError where nobody answers, or not as a judge: a wrong url, model or key.
+        """
+        response, problem = self._post("What is asthma?", "I cannot tell.", attempts=2)
+        if response is None:
+            problem = f"gave no answer ({problem})"
+        elif response.status_code in DECLINED:
+            problem = f"declined a question: {response.text[:200]}"
+        elif _content(response) is None:
+            problem = f"does not answer as /chat/completions does: {response.text[:200]}"
+        else:
+            return
+        raise UserError(
+            f"evaluate.llm_judge: {self._url} {problem}\nNothing was measured. Check whether the "
+            f"service runs, its url and the model ({self.section.model}), or measure without it: "
+            "--set evaluate.llm_judge=null"
+        )
+
     def ask(
         self, answers: Sequence[tuple[str, str]], accepted: bool = False
     ) -> Iterator[tuple[int, Reply]]:
@@ -99,9 +119,24 @@ class Judge:
 
     def _one(self, request: str, answer: str) -> tuple[Reply, bool]:
         """The reply to one question, and whether the service declined to read it."""
+        response, problem = self._post(request, answer, ATTEMPTS)
+        if response is None:
+            raise WorkError(
+                f"evaluate.llm_judge: {self._url} gave no answer in {ATTEMPTS} attempts "
+                f"({problem}). What was judged is kept: run the same command again."
+            )
+        if response.status_code in DECLINED:
+            return Reply(UNPARSED, response.text[:200], 0), True
+        return _reply(response), False
+
+    @property
+    def _url(self) -> str:
+        return f"{self.section.url.rstrip('/')}/chat/completions"
+
+    def _post(self, request: str, answer: str, attempts: int) -> tuple[Any, str]:
+        """(what the service answers or declines a question with, ""), or (None, why nothing)."""
         import requests
 
-        url = f"{self.section.url.rstrip('/')}/chat/completions"
         question = f"<request>\n{request}\n</request>\n<answer>\n{answer}\n</answer>"
         body = {
             "model": self.section.model,
@@ -112,40 +147,45 @@ class Judge:
             ],
         }
         problem = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             if attempt:
                 time.sleep(2.0 ** (attempt - 1))
             try:
-                response = requests.post(url, json=body, headers=self._headers, timeout=TIMEOUT_S)
+                response = requests.post(
+                    self._url, json=body, headers=self._headers, timeout=TIMEOUT_S
+                )
             except requests.RequestException as error:
                 problem = type(error).__name__
                 continue
             if response.status_code == 429 or response.status_code >= 500:
                 problem = f"status {response.status_code}"
                 continue
-            if response.status_code in DECLINED:
-                return Reply(UNPARSED, response.text[:200], 0), True
-            if response.status_code != 200:
+            if response.status_code not in (200, *DECLINED):
                 raise UserError(
-                    f"evaluate.llm_judge: {url} answered with status {response.status_code}. Check "
-                    f"url, model ({self.section.model}) and the key in "
+                    f"evaluate.llm_judge: {self._url} answered with status {response.status_code}. "
+                    f"Check url, model ({self.section.model}) and the key in "
                     f"{self.section.api_key_env or '(none)'}."
                 )
-            return _reply(response), False
-        raise WorkError(
-            f"evaluate.llm_judge: {url} gave no answer in {ATTEMPTS} attempts ({problem}). "
-            "What was judged is kept: run the same command again."
-        )
+            return response, ""
+        return None, problem
 
 
 def _reply(response: Any) -> Reply:
+    if (found := _content(response)) is None:
+        return Reply(UNPARSED, response.text[:200], 0)
+    text, tokens = found
+    return Reply(parse(text), text[:200], tokens)
+
+
+def _content(response: Any) -> tuple[str, int] | None:
+    """(text, tokens) of an answer of /chat/completions; None for anything else."""
     try:
         content = response.json()
         text = content["choices"][0]["message"]["content"] or ""
         tokens = (content.get("usage") or {}).get("completion_tokens") or 0
-        return Reply(parse(text), text[:200], int(tokens))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Reply(UNPARSED, response.text[:200], 0)
+        return str(text), int(tokens)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def summarise(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
