@@ -25,7 +25,7 @@ from liteguard.evaluation.journal import Journal
 from liteguard.prompts import Prompt
 from liteguard.rows import load_split
 from liteguard.training import tokens
-from liteguard.training.stage import _follow_earlier_run, last_checkpoint
+from liteguard.training.stage import _follow_earlier_run, last_checkpoint, plan
 
 
 @pytest.fixture
@@ -191,6 +191,18 @@ def test_commits_of_a_damaged_record_are_not_followed(tmp_path, monkeypatch, wro
         checkpoints.write_json(tmp_path / "manifest.json", {"inputs": inputs})
         preparation.follow_earlier_run(tmp_path)
         assert not hub._COMMITS
+
+
+def test_an_output_that_cannot_be_made_is_refused_by_a_dry_run_too(tmp_path, monkeypatch):
+    """All of what a dry run looks at is in `plan`, which begins with the output."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "thesis")
+    monkeypatch.setattr(models, "hub_model", lambda config: pytest.fail("looked further"))
+    for name, said in (("link", "a symbolic link"), ("thesis", "not written by LiteGuard")):
+        for stage, parent in (("domain", None), ("safety", tmp_path / "parent")):
+            with pytest.raises(UserError, match=said):
+                plan(stage, build([]), tmp_path / name, tmp_path / "data", parent)
 
 
 def test_pipes_are_not_read(tmp_path):

@@ -110,8 +110,10 @@ def plan(
     """Check everything a stage needs: data, base model, parent; nothing heavy is loaded.
 
     flags: those that name the configuration, for a message (`rows.read_manifest`).
-    Raises UserError when the parent was trained on another base model or with another prompt.
+    Raises UserError when the parent was trained on another base model or with another prompt, and
+    for an output that would not be replaced.
     """
+    checkpoints.check_output(output, {"stage": name})
     if parent is None:
         _follow_earlier_run(output, overwrite)
     if base := models.hub_model(config):
