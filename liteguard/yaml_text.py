@@ -82,8 +82,9 @@ def _look_over(text: str) -> None:
     steps = (1 if c in "[{" else -1 for c in text if c in "[]{}")
     if max(itertools.accumulate(steps), default=0) > 5 * DEEPEST:
         raise BadYaml(f"more than {DEEPEST} levels of brackets")
-    depth = 0
+    depth = values = 0
     for event in yaml.parse(text, _Loader):
+        values += isinstance(event, yaml.NodeEvent)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -91,6 +92,8 @@ def _look_over(text: str) -> None:
         place = _place(event.start_mark)
         if depth > DEEPEST:
             raise BadYaml(f"more than {DEEPEST} levels{place}")
+        if values > MOST:
+            raise BadYaml(f"more than {MOST:,} values{place}")
         if tag := getattr(event, "tag", None):
             shown = tag.replace("tag:yaml.org,2002:", "!!")[:40]
             raise BadYaml(f"the tag {shown!r} is not read here; write the plain value{place}")

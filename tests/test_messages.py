@@ -65,7 +65,7 @@ def refused(path: Path | None = None, *settings: str) -> str:
         ("domain: {learning_rate: 1e300}", "larger than 1e+12"),
         ("domain: {max_steps: -" + "9" * 20 + "}", "larger than 1e+12"),
         ("domain: &a {b: *a}", "an alias stands inside what it names"),
-        (BOMB, "more than 10,000 values"),
+        (BOMB, "aliases stand for more than 10,000 values"),
         ("model_type: 'x\ny", "line 2"),
         ('prompt: {system: "\\uD800"}', "no text"),
         ('extends: "a\\0b"', "no text"),
@@ -89,6 +89,22 @@ def test_a_yaml_that_is_no_configuration(tmp_path, text, said):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     assert said in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("a: [" + "x, " * 33_000 + "]", "line 1, column 29996"),
+        ("a:\n" + "- \n" * 33_000, "line 9999, column 2"),
+        ("".join(f"{n}:\n" for n in range(14_000)), "line 5000, column 6"),
+    ],
+)
+def test_many_values_are_refused_where_they_become_too_many(text, place):
+    begin = time.process_time()
+    with pytest.raises(yaml_text.BadYaml) as error:
+        yaml_text.load(text)
+    assert str(error.value) == f"more than 10,000 values ({place})"
+    assert time.process_time() - begin < 2, "nothing is read after that"
 
 
 def test_pipes_and_devices_are_no_configuration(tmp_path):
