@@ -23,7 +23,7 @@ from liteguard.training.stage import finish, load_model, load_tokenizer, plan
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a domain checkpoint")
-    parser.add_argument("--data", metavar="DIR", help="default: data/<model_type>")
+    parser.add_argument("--data", metavar="DIR", help="default: the data of the checkpoint")
     parser.add_argument("--output", metavar="DIR", default="instruction_checkpoint")
     return parser.parse_args()
 

@@ -25,7 +25,7 @@ def parse_args():
     parser.add_argument(
         "--checkpoint", metavar="DIR", required=True, help="an instruction checkpoint"
     )
-    parser.add_argument("--data", metavar="DIR", help="default: data/<model_type>")
+    parser.add_argument("--data", metavar="DIR", help="default: the data of the checkpoint")
     parser.add_argument("--output", metavar="DIR", default="final_checkpoint")
     return parser.parse_args()
 

@@ -125,8 +125,10 @@ def test_conversations_that_end_in_the_same_words_are_requests_of_their_own():
 
 
 def test_a_quick_look_asks_as_few():
-    assert results.evaluate_fewer(configured(), 2).evaluate.as_used.rows == 2
-    assert results.evaluate_fewer(configured(rows=0), 2).evaluate.as_used.rows == 0
+    fewer, off = (results.evaluate_fewer(configured(**own), 2) for own in ({}, {"rows": 0}))
+    assert (fewer.evaluate.as_used.rows, off.evaluate.as_used.rows) == (2, 0)
+    assert fewer.sources["evaluate.as_used.rows"] == "--limit"
+    assert off.sources.get("evaluate.as_used.rows") != "--limit"
 
 
 @pytest.mark.parametrize("least, met", [(0.6, True), (0.7, False), (None, None)])

@@ -227,6 +227,40 @@ def test_license_may_be_spelled_as_the_field_spells_it(tmp_path):
     found = load(child)
     assert (found.model.licence, found.data.domain[0].licence) == ("apache-2.0", "cc0")
     assert load(child, "model.license=bsd").model.licence == "bsd"
+    child.write_text("model: {name: a/b, license: mit, licence: cc0}\n")
+    with pytest.raises(UserError, match="'mit'.*'cc0'.* give one of them"):
+        load(child)
+    child.write_text("model: {name: a/b}\n" + sources(", columns: {text: b, license: c}"))
+    assert load(child).data.domain[0].columns == {"text": "b", "license": "c"}
+    weights = load(child, "safety.kind_weights={license: 2, licence: 1}").safety.kind_weights
+    assert weights == {"license": 2, "licence": 1}
+
+
+def test_keys_of_the_users_own_are_known_as_such():
+    from liteguard.config import layers
+
+    sections = [config.Config, config.SourceSection, config.SetSection]
+    sections += [config.SafetySection, config.InstructionSection, config.DomainSection]
+    sections += [config.EvaluateSection, config.CompressSection, config.DataSection]
+    found = {
+        name
+        for section in sections
+        for name, field in section.model_fields.items()
+        if "dict[" in str(field.annotation)
+    }
+    assert found == {*layers.OF_THE_USER}
+
+
+def test_an_empty_mapping_takes_the_place_of_the_earlier_one(tmp_path):
+    yaml = ROOT / "configs/smollm2-135m.yaml"
+    assert load(yaml).safety.kind_weights
+    emptied = load(yaml, "safety.kind_weights={}")
+    assert emptied.safety.kind_weights == {}
+    assert emptied.sources["safety.kind_weights"] == "--set"
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: {yaml}\nsafety: {{kind_weights: {{}}}}\ninstruction: {{}}\n")
+    assert load(own).safety.kind_weights == {}
+    assert load(own).instruction == load(yaml).instruction, "a section is not emptied"
 
 
 def test_a_circle_of_extends_is_seen_whatever_the_paths_look_like(tmp_path):

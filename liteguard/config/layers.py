@@ -56,6 +56,8 @@ SECTION_NAMES = {
 
 # Keys joined by dots: no section lies deeper.
 _SETTING = re.compile(r"[A-Za-z0-9_-]{1,60}(\.[A-Za-z0-9_-]{1,60}){0,5}")
+# Settings whose keys are the user's own: columns and kinds of rows.
+OF_THE_USER = ("columns", "kinds", "kind_weights")
 MOST_PROBLEMS = 12  # that a message names
 # What of a record's configuration is no description of what was made, but of its maker's machine,
 # files and services, or a permission: it is taken from the user's own YAML and flags only.
@@ -119,9 +121,17 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 
 def _spelled(value: Any) -> Any:
-    """`license`, the field's usual spelling, as our key `licence`."""
+    """`license`, the field's usual spelling, as our key `licence`. Raises UserError for both."""
     if isinstance(value, dict):
-        return {"licence" if k == "license" else k: _spelled(v) for k, v in value.items()}
+        if {"license", "licence"} <= {*value}:
+            raise UserError(
+                f"license ({shown.brief(value['license'])}) and licence "
+                f"({shown.brief(value['licence'])}) are one key in two spellings: give one of them."
+            )
+        return {
+            "licence" if k == "license" else k: v if k in OF_THE_USER else _spelled(v)
+            for k, v in value.items()
+        }
     return [_spelled(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -129,6 +139,7 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     """`base` with `over` laid on top; mappings merge, everything else is replaced.
 
     Keys of a prompt above `prompt: from_base` stay beside it: they change the base's own.
+    An empty mapping of the user's own keys (`OF_THE_USER`) replaces one, too.
     """
     merged = copy.deepcopy(dict(base))
     for key, value in over.items():
@@ -137,6 +148,8 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
             merged[key] = {FROM_BASE: True, **copy.deepcopy(value)}
         elif key == "prompt" and isinstance(value, Mapping) and value.get(FROM_BASE):
             merged[key] = copy.deepcopy(value)  # what lies below is not the base's
+        elif isinstance(value, Mapping) and not value and key in OF_THE_USER:
+            merged[key] = {}
         elif isinstance(value, Mapping) and isinstance(old, Mapping):
             merged[key] = deep_merge(old, value)
         elif isinstance(value, Mapping) and isinstance(old, list) and _are_indices(value, old):
@@ -160,11 +173,11 @@ def _are_indices(value: Mapping[str, Any], entries: list[Any]) -> bool:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> {'section.key': value}; lists stay values."""
+    """Nested mapping -> {'section.key': value}; lists and empty mappings stay values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{name}."))
         else:
             flat[name] = value

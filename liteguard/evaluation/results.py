@@ -103,7 +103,10 @@ def evaluate_fewer(config: Config, limit: int) -> Config:
     used = section.as_used.model_copy(update={"rows": min(section.as_used.rows, limit)})
     update = {**rows, "sets": smaller, "as_used": used}
     fewer = config.model_copy(update={"evaluate": section.model_copy(update=update)})
-    fewer._sources = config.sources | {f"evaluate.{name}": "--limit" for name in rows}
+    changed = [*rows]
+    changed += ["as_used.rows"] if used != section.as_used else []
+    changed += ["sets"] if smaller != section.sets else []
+    fewer._sources = config.sources | {f"evaluate.{name}": "--limit" for name in changed}
     return fewer
 
 
