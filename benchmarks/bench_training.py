@@ -151,6 +151,7 @@ def prepare(args: argparse.Namespace, work: Path) -> Path:
     values = {
         "extends": str(ROOT / "configs/smollm2-135m.yaml"),
         "data": {"cache_dir": str(Path(args.cache_dir).resolve())},
+        "safety": {"kind_weights": "prepared"},  # these rows have no kinds
     }
     (work / "bench.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return work / "bench.yaml"

@@ -40,7 +40,7 @@ from liteguard import (
     models,
 )
 from liteguard.config import build, read_yaml
-from liteguard.rows import load_split
+from liteguard.rows import load_split, read_manifest, source_titles
 from liteguard.training import tokens
 
 STAGES = ("domain", "instruction", "safety")
@@ -80,9 +80,10 @@ def dataset(args: argparse.Namespace, settings: config.Config, tokenizer: Any) -
     count = args.steps * args.batch_size * args.gradient_accumulation
     if args.stage == "safety":
         pairs = load_split(args.data, "preference", "train")
-        return Dataset.from_list(
-            tokens.render_preferences(tokenizer, pairs, settings, "train", count)
-        )
+        weights = tokens.kind_weights(settings.safety, pairs)
+        sources = source_titles(read_manifest(args.data), "preference")
+        mixture = "train", count, weights, sources
+        return Dataset.from_list(tokens.render_preferences(tokenizer, pairs, settings, *mixture))
     if args.stage == "domain":
         found = tokens.documents(tokenizer, args.data, "train", settings)
     else:

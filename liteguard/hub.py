@@ -18,6 +18,8 @@ from liteguard import shown
 from liteguard.errors import LiteGuardError, UserError, WorkError, first_line
 from liteguard.progress import ticking
 
+# Some repositories have all weights twice, or only once, in their maker's own layout.
+_MAKERS_OWN = "consolidated"
 # What a model needs beside its weights: configuration, tokenizer, chat template.
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
@@ -97,8 +99,7 @@ def model_directory(repository: Repository, commit: str, trust_remote_code: bool
         raise failure(repository, error) from None
     _check_model_files(repository, [*sizes])
     kinds = (*_MODEL_FILES, ".py") if trust_remote_code else _MODEL_FILES
-    # Some repositories have all weights twice, the second time in their maker's own layout.
-    wanted = [f for f in sizes if f.endswith(kinds) and not f.startswith("consolidated")]
+    wanted = [f for f in sizes if f.endswith(kinds) and not f.startswith(_MAKERS_OWN)]
     missing = [
         file
         for file in wanted
@@ -144,7 +145,15 @@ def _check_model_files(repository: Repository, files: list[str]) -> None:
             f"GGUF file?). It has: {', '.join(sorted(files)[:10])}\n"
             "Name the original model's repository."
         )
-    if not any(file.endswith(".safetensors") for file in files):
+    found = [file for file in files if file.endswith(".safetensors")]
+    if found and all(file.startswith(_MAKERS_OWN) for file in found):
+        raise UserError(
+            f"{repository} has its weights only in its maker's own layout ({found[0]}), which "
+            "transformers does not read.\nName the repository with the converted model (its name "
+            "often ends in -hf), or a converted copy on this machine: --set "
+            "model.path=/path/to/the/model"
+        )
+    if not found:
         weights = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5"))]
         raise UserError(
             f"{repository} holds no .safetensors file, only {', '.join(weights) or 'no weights'}: "

@@ -435,6 +435,20 @@ def test_a_data_set_that_breaks_off_is_read_again_from_its_beginning(hub, tmp_pa
     assert shown.count("(from the cache)") == 3 and "800 rows read" in shown
 
 
+def test_weights_in_their_makers_own_layout_are_no_base_model():
+    """They end in .safetensors, and would be left out of the download: nothing to load after it."""
+    from liteguard import hub
+    from liteguard.errors import UserError
+
+    repository = hub.Repository("model", "a/model")
+    own = ["config.json", "consolidated.safetensors"]
+    with pytest.raises(UserError, match="only in its maker's own layout"):
+        hub._check_model_files(repository, own)
+    hub._check_model_files(repository, [*own, "model.safetensors"])
+    with pytest.raises(UserError, match="holds no .safetensors file"):
+        hub._check_model_files(repository, ["config.json", "pytorch_model.bin"])
+
+
 # --- sets that measure ----------------------------------------------------------------------------
 SETS = """
 import json, sys

@@ -206,7 +206,9 @@ def _placed(section: SetSection, cache_dir: Path) -> list[tuple[str, Row | Broke
     if not section.dataset:
         return list(read_rows(_source(section)))
     found = registry.BENCHMARKS[section.dataset][1](section.dataset, cache_dir)
-    passages = [(item.identifier, {"text": item.context}) for item in found if item.context]
+    passages: list[tuple[str, Row | Broken]] = [
+        (item.identifier, {"text": item.context}) for item in found if item.context
+    ]
     if not passages:
         raise UserError(f"evaluate.sets: the public set {section.dataset!r} has no passages.")
     return passages
