@@ -95,6 +95,22 @@ def largest_weight(model: PreTrainedModel) -> float:
     return largest
 
 
+def stored_type(declared: torch.dtype | None, largest: float) -> torch.dtype:
+    """The 16-bit type to ship in: the base's own, or for a float32 base the one that fits."""
+    import torch
+
+    if declared in (torch.float16, torch.bfloat16):
+        check_range(largest, declared)
+        return declared
+    return torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16
+
+
+def round_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's weights, one after the other."""
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
+
+
 def load_stored(directory: str | Path, **options: Any) -> PreTrainedModel:
     """A causal language model on the CPU in the type in which it is stored."""
     return models.load_weights(directory, dtype="auto", **options)
@@ -103,8 +119,9 @@ def load_stored(directory: str | Path, **options: Any) -> PreTrainedModel:
 def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:
     """(the base model with an adapter merged in, ready for measuring; tokenizer).
 
-    On a CPU: float32 arithmetic on the weights that are deployed (`for_measuring`). On a GPU: the
-    compute type of `models.choose_dtype`, rounded once from the float32 sums.
+    On a CPU: float32 arithmetic on the weights that are deployed (`for_measuring`), so those of a
+    base that is stored in float32 are rounded to 16 bit as for the bundle. On a GPU: the compute
+    type of `models.choose_dtype`, rounded once from the float32 sums.
     """
     import torch
 
@@ -123,10 +140,14 @@ def load_merged(config: Config, adapter: Path | None) -> tuple[Any, Any]:
     dtype = None
     if torch.cuda.is_available():
         dtype, _ = models.choose_dtype("auto", loaded.model_type)
+    elif any(value.dtype.itemsize > 2 for value in model.parameters()):
+        dtype = stored_type(getattr(loaded, "dtype", None), largest_weight(model))
     if adapter:
         merge_adapter(model, adapter, dtype)
     if dtype is not None:
-        model.to(dtype).to("cuda")
+        round_to(model, dtype)
+    if torch.cuda.is_available():
+        model.to("cuda", dtype)
     return for_measuring(model), tokenizer
 
 

@@ -135,6 +135,34 @@ def test_16_bit_weights_compute_what_float32_ones_do(config, adapter, monkeypatc
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_base_stored_in_float32_is_measured_as_it_ships(
+    config, tiny_phi, adapter, adapted, tmp_path, monkeypatch
+):
+    """Otherwise it takes twice the memory that was said, and the numbers are another model's."""
+    from safetensors.torch import load_file
+
+    from liteguard.export import merge
+
+    base = tmp_path / "float32"
+    wide = merged.load_stored(tiny_phi).float()
+    for value in wide.parameters():
+        value.data *= 1.0001  # digits that 16 bits do not hold
+    wide.save_pretrained(base)
+    models.load_base_tokenizer(config).save_pretrained(base)
+    own = config.model_copy(update={"model": config.model.model_copy(update={"path": str(base)})})
+    monkeypatch.setattr(merged, "FLOAT32_BYTES", 0)
+    used = adapter if adapted else None
+    model, _ = merged.load_merged(own, used)
+    merge.merge_adapter(base, used, tmp_path / "out", own.prompt)
+    shipped = load_file(tmp_path / "out/model.safetensors")
+    held = dict(model.named_parameters())
+    assert {*shipped} <= {*held}
+    for name, value in shipped.items():
+        assert value.dtype.itemsize == 2 and held[name].float().equal(value.float()), name
+        assert held[name].dtype.itemsize == 2 or held[name].ndim == 1, name
+
+
 def test_an_adapter_beyond_float16_is_named(config, tiny_phi, adapter, tmp_path):
     from safetensors.torch import load_file, save_file
 

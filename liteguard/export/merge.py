@@ -13,7 +13,6 @@ from liteguard.errors import UserError, WorkError
 from liteguard.prompts import Prompt
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -44,16 +43,6 @@ def _has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and (
         (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
     )
-
-
-def _target_type(declared: torch.dtype | None, largest: float) -> torch.dtype:
-    """The 16-bit type to save in: the base's own, or for a float32 base the one that fits."""
-    import torch
-
-    if declared in (torch.float16, torch.bfloat16):
-        merged.check_range(largest, declared)
-        return declared
-    return torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16
 
 
 def merge_adapter(
@@ -121,9 +110,8 @@ def merge_adapter(
                 "matrices are zero) or was not loaded"
             )
     largest = merged.largest_weight(model)
-    dtype = _target_type(getattr(config, "dtype", None), largest)
-    for value in model.parameters():
-        value.data = value.data.to(dtype)
+    dtype = merged.stored_type(getattr(config, "dtype", None), largest)
+    merged.round_to(model, dtype)
     model.config.dtype = dtype
 
     stops = [ids[token] for token in prompt.stop_tokens]
