@@ -112,8 +112,8 @@ def _unicode_patterns() -> tuple[re.Pattern[str], ...]:
     codes = (c for c in range(0x300, 0x1F000) if not 0xFE00 <= c <= 0xFE0F)  # variation selectors
     marks = "".join(chr(c) for c in codes if unicodedata.category(chr(c))[0] == "M")
     # The characters of mathematics; not those that _SIGN makes of others.
-    signs = {chr(c) for c in range(0xA1, 0x3000) if unicodedata.category(chr(c)) == "Sm"}
-    signs = re.escape("".join(sorted({*signs, *_MORE_SIGNS} - {"\u2044", "\u2212"})))
+    found = {chr(c) for c in range(0xA1, 0x3000) if unicodedata.category(chr(c)) == "Sm"}
+    signs = re.escape("".join(sorted({*found, *_MORE_SIGNS} - {"\u2044", "\u2212"})))
     kept = _NOT_WORD_OR_SIGN.pattern.replace("^", f"^{marks}{signs}")
     # Thai, Lao, Burmese, Khmer, kana, Chinese characters.
     unspaced = (

@@ -21,8 +21,8 @@ from liteguard.rows import SPLITS, Row
 _MAY_SAY_SPLITS = ("subset", "fold", "partition")
 # Of rows with one answer each a false one says: not for training (KTO). Of texts it is a class.
 _ANSWER_LABELS = ("label", "kto_tag")
-_GOOD, _BAD = ("good", "chosen", "positive", "desirable"), ("bad", "rejected", "negative")
-_BAD += ("undesirable",)
+_GOOD = ("good", "chosen", "positive", "desirable")
+_BAD = ("bad", "rejected", "negative", "undesirable")
 
 
 @functools.cache
@@ -165,7 +165,8 @@ class OwnSplits:
     def __init__(self, source: SourceSection, first: Row, part: str) -> None:
         names = _named_splits(source)
         plain = {_plain(name) for name in first}
-        column, labels = "split" in plain, {}
+        column = "split" in plain
+        labels: dict[str, set[str]] = {}
         telling = plain & {"split", *_MAY_SAY_SPLITS, *_ANSWER_LABELS}
         if source.path and (telling or _may_differ(source)):
             said, labels = _said(source)

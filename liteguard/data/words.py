@@ -40,8 +40,10 @@ def is_exact(numbers: np.ndarray) -> np.ndarray:
 
 
 # Words that turn an answer round. A lone "t" is the end of "isn't".
-_TURNING = ("no", "not", "yes", "never", "none", "without", "cannot", "t", "\u4e0d", "\u65e0")
-_TURNING += ("\u6ca1", "\u5426", "nein", "nicht", "kein", "keine", "ja", "sin", "non", "pas")
+_TURNING = (
+    *("no", "not", "yes", "never", "none", "without", "cannot", "t", "\u4e0d", "\u65e0"),
+    *("\u6ca1", "\u5426", "nein", "nicht", "kein", "keine", "ja", "sin", "non", "pas"),
+)
 
 
 def fact_numbers(texts: Sequence[np.ndarray]) -> np.ndarray:
