@@ -82,6 +82,8 @@ def main() -> None:
     if args.limit is not None:
         config = results.evaluate_fewer(config, args.limit)
     output = cli.output_directory(args.output)
+    targets = results.targets_by_label(args.base, records)
+    results.check_places(output, targets)
     cli.print_config(config, "evaluate")
 
     # 2. Inputs
@@ -91,8 +93,6 @@ def main() -> None:
     from liteguard.runtime import container
 
     config = models.with_base_prompt(config)
-    targets = results.targets_by_label(args.base, records)
-    results.check_places(output, targets)
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
     base = architecture = None

@@ -334,7 +334,7 @@ def result() -> dict:
 
 @pytest.mark.parametrize("name", ["base.json", "base.partial.jsonl"])
 @pytest.mark.parametrize("content", ['{"my": "settings"}', "[1]", '{"a": 1, // mine', None])
-def test_a_measurement_replaces_no_file_of_others(tmp_path, name, content):
+def test_a_measurement_replaces_no_file_of_others(tmp_path, monkeypatch, name, content):
     """A link is refused before the work as well, wherever it leads."""
     path = tmp_path / name
     if content is None:
@@ -342,8 +342,10 @@ def test_a_measurement_replaces_no_file_of_others(tmp_path, name, content):
     else:
         path.write_text(content)
     results.check_places(tmp_path, ["final"])
+    command = ["evaluate_model.py", "--base", "--model_type", "smollm2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(UserError, match=rf"{name} (was not written by|is a symbolic link)"):
-        results.check_places(tmp_path, ["base"])
+        evaluate_model.main()
 
 
 def test_a_measurement_replaces_its_own_files(tmp_path):
@@ -394,7 +396,10 @@ def test_two_comparisons_do_not_write_one_report(tmp_path):
         evaluate_model.compare(args)
     assert not (tmp_path / "report.html").exists()
     evaluate_model.compare(args)
-    assert (tmp_path / "report.html").exists()
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(UserError, match="and would be replaced"):
+        evaluate_model.compare(args)
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 def test_a_whole_result_is_compared(tmp_path):
