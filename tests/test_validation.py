@@ -337,6 +337,39 @@ def first_logps(stage: Run, pair: dict) -> list[float]:
     ).tolist()
 
 
+@pytest.mark.parametrize(
+    ("settings", "done"),
+    [
+        ({"max_steps": 3, "warmup_steps": 30}, 2),
+        ({"max_steps": 1, "warmup_steps": 30}, 0),
+        ({"max_steps": 100, "warmup_steps": 30}, 30),
+        ({"max_steps": 100, "warmup_steps": 30, "lr_scheduler": "constant"}, 0),
+    ],
+)
+def test_the_warm_up_that_is_done_is_said_and_recorded(monkeypatch, capsys, settings, done):
+    section = build([("test", {"model_type": "own", "domain": settings})]).domain
+    assert arguments.warmup_steps(section) == done
+    one = np.ones(1, np.int64)
+    counts = SimpleNamespace(tokens=one, supervised=one, padding=one)
+    state = SimpleNamespace(
+        global_step=1, log_history=[], best_model_checkpoint=None, best_metric=None
+    )
+    trainer = SimpleNamespace(
+        state=state,
+        args=SimpleNamespace(world_size=1, n_gpu=0),
+        train=lambda **_: None,
+        remove_callback=lambda _: None,
+        add_callback=lambda _: None,
+    )
+    monkeypatch.setattr(loop, "progress", lambda *_: None)
+    monkeypatch.setattr(loop.patches, "prepare", lambda *_: None)
+    monkeypatch.setattr(loop.distributed, "on_main", lambda *_: None)
+    stage = SimpleNamespace(name="domain", section=section, work=None)
+    assert loop.train(stage, trainer, counts)["warmup_steps"] == done
+    said = f"warm-up over {done} steps, not warmup_steps: 30" in capsys.readouterr().out
+    assert said == (done != 30)
+
+
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant", "constant_with_warmup"])
 def test_the_first_step_learns_and_the_rest_of_the_schedule_is_as_configured(scheduler):
     import torch

@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from liteguard import distributed, models
-from liteguard.config import SafetySection
+from liteguard.config import SafetySection, TrainSection
 from liteguard.training.stage import Run
+
+
+def warmup_steps(section: TrainSection) -> int:
+    """Steps over which the learning rate rises: at least one is left at its full height."""
+    if section.lr_scheduler == "constant":  # which has no warm-up
+        return 0
+    return min(section.warmup_steps, max(section.max_steps - 1, 0))
 
 
 def trainer_arguments(stage: Run) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def trainer_arguments(stage: Run) -> dict[str, Any]:
             section.gradient_accumulation, stage.name
         ),
         "lr_scheduler_type": section.lr_scheduler,
-        "warmup_steps": min(section.warmup_steps, max(section.max_steps - 1, 0)),
+        "warmup_steps": warmup_steps(section),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": section.optimizer,

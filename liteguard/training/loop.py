@@ -12,6 +12,7 @@ from liteguard import checkpoints, distributed, machine, shown
 from liteguard.errors import WorkError
 from liteguard.machine import gpu_memory_gb
 from liteguard.training import memory_estimate, patches
+from liteguard.training.arguments import warmup_steps
 from liteguard.training.callbacks import progress, stopped_early, unlearns
 from liteguard.training.feed import Counts
 from liteguard.training.isolation import PackingRefused
@@ -143,6 +144,12 @@ def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
     resume = distributed.on_main(last_checkpoint, stage.work)
     if resume:
         print(f"resuming from {resume.name}")
+    warmup, asked = warmup_steps(stage.section), stage.section.warmup_steps
+    if warmup != asked:
+        print(
+            f"{stage.name}: warm-up over {warmup} steps, not warmup_steps: {asked} "
+            f"({stage.section.max_steps} steps, lr_scheduler {stage.section.lr_scheduler})"
+        )
     started, cpu_started = time.monotonic(), time.process_time()
     first = int(resume.name.rsplit("-", 1)[1]) if resume else 0
     if resume:
@@ -173,6 +180,7 @@ def train(stage: Run, trainer: Any, counts: Counts) -> dict[str, Any]:
     hours = round(seconds / 3600 * trainer.args.world_size * (trainer.args.n_gpu > 0), 4)
     metrics = {
         "steps": last,
+        "warmup_steps": warmup,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "best_eval_loss": trainer.state.best_metric if best else None,
