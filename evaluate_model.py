@@ -14,11 +14,11 @@ were trained on (seen) and about others; accuracy on public benchmarks by log-li
 of harmful and of ordinary requests that is refused (both matter: a model that refuses everything is
 as bad), and of harmful ones as apps and people send them (evaluate.as_used); 95 % intervals. --sets
 NAME=FILE:KIND, or the YAML's evaluate.sets, measures rows of other people's making, too (KIND:
-questions, texts, harmful, ordinary, borderline). Checkpoints are measured as they are deployed:
-adapter merged, base not quantised. Writes evaluation/<name>.json with every answer, and reuses it
-while nothing it depends on has changed; an interrupted run goes on where it was. Training rows
-among the test rows are reported. --limit N measures N rows of every set, --full every held-out row,
-instead of as many as the YAML's `evaluate` section says.
+questions, texts, harmful, ordinary, borderline, rubrics). Checkpoints are measured as they are
+deployed: adapter merged, base not quantised. Writes evaluation/<name>.json with every answer, and
+reuses it while nothing it depends on has changed; an interrupted run goes on where it was. Training
+rows among the test rows are reported. --limit N measures N rows of every set, --full every held-out
+row, instead of as many as the YAML's `evaluate` section says.
 
 --compare takes results (files, or names of results in --output), prints one table of them, writes
 it with plots, answers side by side and the data's manifest to report.html, and MODEL_CARD.md. It
@@ -89,12 +89,13 @@ def main() -> None:
     # 2. Inputs
     from liteguard import models
     from liteguard.data import preparation
-    from liteguard.evaluation import answerers, contamination, held_out, llm_judge, run
+    from liteguard.evaluation import answerers, contamination, held_out, llm_judge, rubrics, run
     from liteguard.runtime import container
 
     config = models.with_base_prompt(config)
     if config.evaluate.llm_judge:
         llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
+    rubrics.require_judge(config)
     base = architecture = None
     if args.base or args.checkpoint:  # a bundle needs no base model
         directory, commit, architecture = models.model_config(config)

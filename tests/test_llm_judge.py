@@ -8,9 +8,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from liteguard.config import build
+from liteguard.config import build, validate
+from liteguard.data import sets
 from liteguard.errors import UserError, WorkError
-from liteguard.evaluation import comparison, held_out, llm_judge, metrics, refusals, run
+from liteguard.evaluation import (
+    comparison,
+    held_out,
+    llm_judge,
+    metrics,
+    refusals,
+    rubrics,
+    run,
+    summary,
+)
 from liteguard.evaluation.journal import Journal
 from liteguard.records import LlmJudge
 
@@ -30,6 +40,8 @@ class Service(BaseHTTPRequestHandler):
         reply = "Refused." if "sorry" in question else "answered"
         if "odd" in question:
             reply = "It could be refused or answered."
+        if criterion := question.partition("<criterion>")[2]:
+            reply = "Yes." if "met" in criterion else "hardly" if "odd" in criterion else "no"
         content = {"choices": [{"message": {"content": reply}}], "usage": {"completion_tokens": 2}}
         odd = "garbage" in question or not self.path.startswith("/v1/")
         payload = b"no JSON" if odd else json.dumps(content).encode()
@@ -139,6 +151,62 @@ def test_verdicts_stand_beside_the_rules_with_their_agreement():
     assert found["kappa"] == pytest.approx((0.5 - 5 / 16) / (1 - 5 / 16))
     assert found["verdicts"]["harmful"] == {"refused": 1, "answered": 1, "unparsed": 1}
     assert found["pairs"]["answered/refused"] == 1
+
+
+def test_rubrics_are_judged_one_by_one_and_scored_as_healthbench_scores(service, tmp_path):
+    def criteria(*found: tuple[str, float]) -> list[dict]:
+        return [{"criterion": text, "points": points, "tags": []} for text, points in found]
+
+    asked = [{"role": "user", "content": f"I have a cough {n}."} for n in range(3)]
+    healthbench = [
+        {"prompt": asked[:1], "rubrics": criteria(("is met", 5), ("missed", 3), ("met", -2))},
+        {"prompt": asked[1:2], "rubrics": criteria(("odd", 4))},
+        {"prompt": asked[2:], "rubrics": [{"criterion": "", "points": 5}]},
+    ]
+    file = tmp_path / "hb.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in healthbench))
+    own = {"name": "hb", "path": str(file), "kind": "rubrics"}
+    with pytest.raises(UserError, match="1 of 3 rows cannot be used") as failed:
+        sets.outside(validate({"evaluate": {"sets": [own]}}, "test"))
+    assert "no list of {criterion, points}" in str(failed.value)
+    file.write_text("".join(json.dumps(row) + "\n" for row in healthbench[:2]))
+    config = settings(service)
+    with pytest.raises(UserError, match="hb has rubrics") as failed:
+        rubrics.require_judge(validate({"evaluate": {"sets": [own]}}, "test"))
+    assert "evaluate.llm_judge={url" in str(failed.value)
+
+    rows, _ = rows_and_journal(tmp_path / "unused.jsonl")
+    rows["questions"] = [{"prompt": "Not judged?", "completion": "No."}]
+    rows |= sets.outside(validate({"evaluate": {"sets": [own]}}, "test"))
+    path = tmp_path / "final.partial.jsonl"
+    journal = Journal(path, {"a": 1})
+    for index in range(8):
+        value = {"text": "Drink water.", "tokens": 5, "stopped": True, "seconds": 0.1}
+        journal.add("answers", index, value)
+    rubrics.ask(config, rows, journal)
+    assert len(service.asked) == 4
+    body = service.asked[0][2]
+    assert body["messages"][0]["content"] == rubrics.TASK.instruction
+    assert "<answer>\nDrink water.\n</answer>" in body["messages"][1]["content"]
+    rubrics.ask(config, rows, Journal(path, {"a": 1}))
+    assert len(service.asked) == 4, "what was judged is in the journal"
+
+    answers = [a for a in summary.given_answers(rows, journal) if a["set"] == "hb"]
+    scores = {a["prompt"]: (a["rubric"], a["unjudged"]) for a in answers}
+    assert scores == {"I have a cough 0.": (3 / 8, 0), "I have a cough 1.": (0.0, 1)}
+    found = summary.set_numbers("rubrics", "hb.jsonl", answers, [])
+    assert found["rubric"] == 3 / 16 and found["n"]["rubric"] == 2
+    assert found["intervals"]["rubric"] == (0, 3 / 8)
+    result = {"sets": {"hb": found}, "answers": answers}
+    row = comparison.set_rows({"final": result})[0]
+    assert (row["title"], row["cells"]["final"]) == ("hb: rubric score", ("19 %", "0-38"))
+    assert "1 criteria without a verdict" in comparison._set_notes({"final": result})[0]
+
+
+def test_a_rubric_score_is_cut_only_as_a_mean():
+    found = rubrics.numbers([{"rubric": -2.5}, {"rubric": 1.0}])["rubric"]
+    assert found[:2] == (0.0, 2) and found[2] == (0, 1)
+    assert rubrics.numbers([{"rubric": -0.5}, {"rubric": 1.0}])["rubric"][0] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,10 @@ class LlmJudgeSection(Section):
 
 
 # What a set of rows is measured as, and the names that the project's own rows have.
-SET_KINDS = ("questions", "texts", "harmful", "ordinary", "borderline")
+SET_KINDS = ("questions", "texts", "harmful", "ordinary", "borderline", "rubrics")
 
 
-OWN_SETS = (*SET_KINDS, "seen_questions", "knowledge")
+OWN_SETS = (*SET_KINDS[:5], "seen_questions", "knowledge")
 
 
 class SetSection(Section):
@@ -86,9 +86,10 @@ class SetSection(Section):
         description="Which split is measured; default: train of a hub dataset, all of local files.",
     )
     revision: str | None = Field(None, description="Of a hub dataset: branch, tag or commit.")
-    kind: Literal["questions", "texts", "harmful", "ordinary", "borderline"] = Field(
+    kind: Literal["questions", "texts", "harmful", "ordinary", "borderline", "rubrics"] = Field(
         description="questions: with reference answers. harmful, ordinary, borderline: requests; a "
-        "row that is labelled safe or unsafe goes where its label says.",
+        "row that is labelled safe or unsafe goes where its label says. rubrics: with criteria, "
+        "which evaluate.llm_judge judges by.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name -> the file's column name."

@@ -6,6 +6,7 @@ ask elsewhere, and what others call harmful, says whether a model got better for
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ NAMES = {
     "prompt": ("prompt", "question", "query", "instruction", "request", "harmful_medical_request")
     + ("messages", "conversations", "input", "goal", "behavior", "text"),
     "completion": ("completion", "answer", "response", "output", "reference"),
+    "rubrics": ("rubrics", "rubric"),
     "text": ("text", "body", "content", "abstract", "document", "passage", "article"),
 }
 _GROUPS = ("area", "category", "kind", "type", "question_type", "qtype")
@@ -164,7 +166,8 @@ def _source(section: SetSection) -> SourceSection:
 def wanted(config: Config, section: SetSection, kind: str) -> int:
     """How many rows of a set are measured, where it has as many."""
     own = config.evaluate
-    counts = {"questions": own.question_rows, "texts": own.perplexity_rows}
+    counts = dict.fromkeys(("questions", "rubrics"), own.question_rows)
+    counts["texts"] = own.perplexity_rows
     return section.rows or {**counts, "harmful": own.harmful_rows}.get(kind, own.benign_rows)
 
 
@@ -232,6 +235,7 @@ def _made(section: SetSection, cache_dir: Path, system_slot: bool) -> Iterator[R
             row["prompt"] = asked(found[task], _input(found), Counter())
         try:
             made = _fields(section.kind, row)
+            rubrics = _rubrics(row["rubrics"]) if section.kind == "rubrics" else []
         except ValueError as error:
             yield broken(place, str(error), found)
             continue
@@ -247,6 +251,8 @@ def _made(section: SetSection, cache_dir: Path, system_slot: bool) -> Iterator[R
         made = {name: _clean(value) for name, value in made.items()}
         if history:
             made["history"] = [[_clean(text) for text in pair] for pair in history]
+        if rubrics:
+            made["rubrics"] = rubrics
         if system_slot and _clean(system):
             made["system"] = _clean(system)
         if not (made.get("text") or made.get("prompt")):
@@ -270,9 +276,8 @@ def _input(row: Row) -> Any:
 
 def _columns(section: SetSection, place: str, first: Row) -> dict[str, str]:
     """Our column name -> the file's, by the set's `columns` and else by what others call them."""
-    needed = {"questions": ("prompt", "completion"), "texts": ("text",)}.get(
-        section.kind, ("prompt",)
-    )
+    all_needed = {"questions": ("prompt", "completion"), "texts": ("text",)}
+    needed = {**all_needed, "rubrics": ("prompt", "rubrics")}.get(section.kind, ("prompt",))
     unknown = [name for name in section.columns if name not in (*needed, *_LABELS)]
     if unknown:
         raise UserError(
@@ -323,6 +328,21 @@ def _fields(kind: str, row: Row) -> Row:
     except ValueError:
         made = FORMATS["messages"].row({"messages": given}, Counter())
     return {name: made[name] for name in ("prompt", "history", "system") if name in made}
+
+
+def _rubrics(value: Any) -> list[dict[str, Any]]:
+    """[{"criterion", "points"}] of HealthBench's layout; ValueError for anything else."""
+    if not isinstance(value, list) or not all(isinstance(own, dict) for own in value):
+        raise ValueError("rubrics are no list of {criterion, points}")
+    found = [{name: own.get(name) for name in ("criterion", "points")} for own in value]
+    for own in found:
+        points = own["points"]
+        number = isinstance(points, (int, float)) and math.isfinite(points)
+        if not (isinstance(own["criterion"], str) and own["criterion"].strip() and number):
+            raise ValueError("rubrics are no list of {criterion, points}")
+    if not any(own["points"] > 0 for own in found):
+        raise ValueError("no criterion has points above 0")
+    return found
 
 
 def _labelled(section: SetSection, place: str, row: Row, contrasts: bool) -> str:

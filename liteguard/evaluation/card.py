@@ -41,6 +41,7 @@ SET_METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
     "rouge1": ("rouge", "ROUGE-1"),
     "refused": ("refusal_rate", "Requests refused"),
+    "rubric": ("rubric_score", "Rubric score by a language model as judge"),
 }
 
 

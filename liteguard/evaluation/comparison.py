@@ -90,6 +90,7 @@ METRICS = (
 # Rows of an outside set: the names of its numbers, which are those above where they are the same.
 SET_METRICS = (
     ("perplexity", "perplexity", "{:.2f}", "{:.1f}", False),
+    ("rubric", "rubric score", "{:.0%}", "{:.0%}", True),
     ("rouge1", "ROUGE-1", "{:.3f}", "{:.2f}", True),
     ("rouge2", "ROUGE-2", "{:.3f}", "{:.2f}", True),
     ("rougeL", "ROUGE-L", "{:.3f}", "{:.2f}", True),
@@ -318,11 +319,13 @@ def _set_notes(results: dict[str, dict[str, Any]]) -> list[str]:
     sets = next(iter(results.values())).get("sets", {})
     if not sets:
         return []
+    lost = sum(a.get("unjudged", 0) for r in results.values() for a in r["answers"])
     files = ", ".join(f"{name} ({own['kind']}, {own['file']})" for name, own in sets.items())
     return [
         f"Outside sets, whose rows are not of this project's making: {files}. Perplexity of a "
         "question is that of its reference answer. Circles: answers that say nothing beyond the "
         "question's own words."
+        + (f" Rubric scores: {lost} criteria without a verdict, not met." if lost else "")
     ]
 
 

@@ -30,8 +30,8 @@ class Journal:
     """
 
     # "scores" of texts, "options" of multiple choice, "answers", those to requests as they are
-    # "used", what an LLM "judged" of them, and facts about "runs".
-    PARTS = ("runs", "scores", "options", "answers", "used", "judged")
+    # "used", what an LLM "judged" of them and of each criterion of "rubrics", facts about "runs".
+    PARTS = ("runs", "scores", "options", "answers", "used", "judged", "rubrics")
 
     def __init__(self, path: Path, inputs: dict[str, Any]):
         self.path = path
@@ -118,7 +118,8 @@ def _entry(line: bytes) -> tuple[str, int, Any, float]:
         "options": lambda: _is_score(*value),
         "answers": lambda: _is_answer(value),
         "used": lambda: _is_answer(value),
-        "judged": lambda: all(isinstance(value.get(name), str) for name in ("verdict", "text")),
+        "judged": lambda: _is_reply(value),
+        "rubrics": lambda: _is_reply(value),
     }
     whole = type(index) is int and index >= 0 and isinstance(seconds, (int, float))
     if not whole or part not in fits or not fits[part]():
@@ -130,6 +131,10 @@ def _is_answer(value: dict[str, Any]) -> bool:
     kinds = {name: type(found) for name, found in value.items() if name != "seconds"}
     timed = isinstance(value.get("seconds", 0.0), (int, float))  # the proof's are not
     return timed and kinds == {"text": str, "tokens": int, "stopped": bool}
+
+
+def _is_reply(value: dict[str, Any]) -> bool:
+    return all(isinstance(value.get(name), str) for name in ("verdict", "text"))
 
 
 def _is_score(score: Any, tokens: Any) -> bool:

@@ -33,17 +33,29 @@ DECLINED = (400, 422)
 
 
 @dataclass(frozen=True)
+class Task:
+    """What is asked: the instruction, the words that may be replied, the names of the texts."""
+
+    instruction: str
+    verdicts: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+REFUSALS = Task(INSTRUCTION, VERDICTS, ("request", "answer"))
+
+
+@dataclass(frozen=True)
 class Reply:
-    """What the judge said, shortened, and the verdict in it: one of VERDICTS, or UNPARSED."""
+    """What the judge said, shortened, and the verdict in it: one of the task's, or UNPARSED."""
 
     verdict: str
     text: str
     tokens: int
 
 
-def parse(text: str) -> str:
+def parse(text: str, verdicts: Sequence[str] = VERDICTS) -> str:
     """The verdict of a reply; UNPARSED unless exactly one is named."""
-    named = {word for word in re.findall(r"[a-z]+", text.lower()) if word in VERDICTS}
+    named = {word for word in re.findall(r"[a-z]+", text.lower()) if word in verdicts}
     return named.pop() if len(named) == 1 else UNPARSED
 
 
@@ -72,7 +84,7 @@ class Judge:
 
         Raises UserError where nobody answers, or not as a judge: a wrong url, model or key.
         """
-        response, problem = self._post("What is asthma?", "I cannot tell.", attempts=2)
+        response, problem = self._post(REFUSALS, ("What is asthma?", "I cannot tell."), attempts=2)
         if response is None:
             problem = f"gave no answer ({problem})"
         elif response.status_code in DECLINED:
@@ -88,9 +100,12 @@ class Judge:
         )
 
     def ask(
-        self, answers: Sequence[tuple[str, str]], accepted: bool = False
+        self,
+        texts: Sequence[tuple[str, ...]],
+        accepted: bool = False,
+        task: Task = REFUSALS,
     ) -> Iterator[tuple[int, Reply]]:
-        """(index, reply) of each (request, answer), as they come.
+        """(index, reply) of each (request, answer), or what else the task names, as they come.
 
         A service may decline single texts (harmful requests are what is sent): those count as
         UNPARSED. If it declines all of them, and none was `accepted` before, the question is wrong.
@@ -100,7 +115,7 @@ class Judge:
         """
         held: list[tuple[int, Reply]] = []
         with ThreadPoolExecutor(PARALLEL) as pool:
-            pending = {pool.submit(self._one, *pair): i for i, pair in enumerate(answers)}
+            pending = {pool.submit(self._one, task, own): i for i, own in enumerate(texts)}
             try:
                 for future in as_completed(pending):
                     reply, declined = future.result()
@@ -117,9 +132,9 @@ class Judge:
                 f"Check the model ({self.section.model}) and whether it takes temperature 0."
             )
 
-    def _one(self, request: str, answer: str) -> tuple[Reply, bool]:
+    def _one(self, task: Task, texts: tuple[str, ...]) -> tuple[Reply, bool]:
         """The reply to one question, and whether the service declined to read it."""
-        response, problem = self._post(request, answer, ATTEMPTS)
+        response, problem = self._post(task, texts, ATTEMPTS)
         if response is None:
             raise WorkError(
                 f"evaluate.llm_judge: {self._url} gave no answer in {ATTEMPTS} attempts "
@@ -127,22 +142,23 @@ class Judge:
             )
         if response.status_code in DECLINED:
             return Reply(UNPARSED, response.text[:200], 0), True
-        return _reply(response), False
+        return _reply(response, task.verdicts), False
 
     @property
     def _url(self) -> str:
         return f"{self.section.url.rstrip('/')}/chat/completions"
 
-    def _post(self, request: str, answer: str, attempts: int) -> tuple[Any, str]:
+    def _post(self, task: Task, texts: tuple[str, ...], attempts: int) -> tuple[Any, str]:
         """(what the service answers or declines a question with, ""), or (None, why nothing)."""
         import requests
 
-        question = f"<request>\n{request}\n</request>\n<answer>\n{answer}\n</answer>"
+        parts = zip(task.names, texts, strict=True)
+        question = "\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in parts)
         body = {
             "model": self.section.model,
             "temperature": 0,
             "messages": [
-                {"role": "system", "content": INSTRUCTION},
+                {"role": "system", "content": task.instruction},
                 {"role": "user", "content": question},
             ],
         }
@@ -170,11 +186,11 @@ class Judge:
         return None, problem
 
 
-def _reply(response: Any) -> Reply:
+def _reply(response: Any, verdicts: Sequence[str]) -> Reply:
     if (found := _content(response)) is None:
         return Reply(UNPARSED, response.text[:200], 0)
     text, tokens = found
-    return Reply(parse(text), text[:200], tokens)
+    return Reply(parse(text, verdicts), text[:200], tokens)
 
 
 def _content(response: Any) -> tuple[str, int] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from liteguard import machine
 from liteguard.config import Config
 from liteguard.data import sets
-from liteguard.evaluation import as_used, knowledge, llm_judge
+from liteguard.evaluation import as_used, knowledge, llm_judge, rubrics
 from liteguard.evaluation.answerers import Answerer, open_answerer
 from liteguard.evaluation.held_out import REQUESTS, requests, scored
 from liteguard.evaluation.journal import Journal, journalled
@@ -53,6 +53,7 @@ def measure(
     """The numbers of a stage, a bundle or (None) the base model on `rows`, and their cost."""
     collect(partial(open_answerer, config, path), config, rows, journal)
     ask_judge(config, rows, journal)
+    rubrics.ask(config, rows, journal)
     return {**summarise(config, rows, journal), "cost": run_cost(journal)}
 
 
@@ -150,6 +151,7 @@ def run_cost(journal: Journal) -> dict[str, Any]:
     answers = [answer["seconds"] for answer in found["answers"].values()]
     return {
         **{name: round(seconds[part], 3) for part, name in parts.items()},
+        **({"rubrics_s": round(seconds["rubrics"], 3)} if found["rubrics"] else {}),
         "scored_tokens": sum(tokens for _, tokens in found["scores"].values()),
         "option_tokens": sum(tokens for _, tokens in found["options"].values()),
         "generated_tokens": sum(answer["tokens"] for answer in found["answers"].values()),

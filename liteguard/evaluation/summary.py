@@ -7,7 +7,7 @@ from typing import Any
 from liteguard.config import Config
 from liteguard.data import sets
 from liteguard.errors import UserError
-from liteguard.evaluation import as_used, held_out, knowledge, llm_judge, metrics, refusals
+from liteguard.evaluation import as_used, held_out, knowledge, llm_judge, metrics, refusals, rubrics
 from liteguard.evaluation.held_out import REQUESTS, TIERS, requests, scored, text_pairs
 from liteguard.evaluation.journal import Journal
 
@@ -153,6 +153,7 @@ def given_answers(rows: dict[str, list[dict[str, Any]]], journal: Journal) -> li
     for place, answer in enumerate(asked):
         answer["circle"] = metrics.is_circle(answer["prompt"], answer["answer"])
         answer |= {kind: values[place] for kind, values in overlap.items()}
+    rubrics.add_scores(answers, rows, journal)
     return answers
 
 
@@ -174,6 +175,9 @@ def set_numbers(
     rates |= {"circles": "circle", "repeated": "repeats"}
     if kind == "questions":
         numbers |= answer_overlap(answers, "")
+    elif kind == "rubrics":
+        numbers |= rubrics.numbers(answers)
+        rates = {"stopped": "stopped", "repeated": "repeats"}
     elif kind != "texts":
         rates = {"refused": "refused", "stopped": "stopped"}
     for name, key in rates.items() if answers else ():

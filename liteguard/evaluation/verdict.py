@@ -250,7 +250,8 @@ def _too_few(
     counts = {
         name: _measured(own)
         for name, own in result["sets"].items()
-        if own["kind"] != "borderline" or limits.borderline_refused is not None
+        if own["kind"] != "rubrics"
+        and (own["kind"] != "borderline" or limits.borderline_refused is not None)
     }
     keys = {"answers": "rouge1", "harmful requests": "refused_harmful"}
     keys["ordinary requests"] = "refused_benign"
