@@ -5,8 +5,9 @@
 
 Each family's own architecture with random weights that are taught a few answers here, and the
 prompt of its file in configs/. Its tokenizer is the real one where a pinned package ships it
-(SmolLM2's; GPT-2's for Phi), else a stand-in: a byte-level BPE with the same special tokens. What
-is written to benchmarks/support_report.json is what happened; `make readme` renders the table.
+(SmolLM2's; GPT-2's for Phi), else a stand-in: a byte-level BPE with the same special tokens, or for
+TinyLlama a SentencePiece model like Llama's, to which <|user|> is text. What is written to
+benchmarks/support_report.json is what happened; `make readme` renders the table.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "tinyllama": ("tinyllama", "TinyLlama 1.1B", "llama", {}),
     "phi-4-mini": (
         *("phi-4-mini", "Phi-4-mini", "phi3"),
-        {"rope_parameters": LONGROPE, "tie_word_embeddings": True},
+        {"rope_parameters": LONGROPE, "tie_word_embeddings": True, "sliding_window": 262144},
     ),
+    "phi-3-mini": ("phi-2", "Phi-3-mini-4k", "phi3", {"sliding_window": 2047}),
     "mistral": ("phi-2", "Mistral with its window", "mistral", {"sliding_window": 64}),
     "gpt-2": ("phi-2", "GPT-2", "gpt2", {"num_key_value_heads": None}),
     "pythia": ("phi-2", "Pythia", "gpt_neox", {"num_key_value_heads": None}),
@@ -175,6 +177,57 @@ def stand_in_tokenizer(folder: Path, prompt: Prompt, normalizer: Any = None) -> 
     fast.save_pretrained(folder)
 
 
+def stand_in_sentencepiece(folder: Path, prompt: Prompt) -> None:
+    """A SentencePiece model of at most 600 pieces, and the same as transformers has Llama's: a
+    blank before a text, a BOS before it, and no tokens beside <unk>, <s> and </s>."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as proto
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    native = folder / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(f"{r['text']} {r['prompt']} {r['completion']}" for r in diseases()),
+        model_prefix=str(native.with_suffix("")),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    native.with_suffix(".vocab").unlink()
+    pieces = [p.piece for p in proto.ModelProto.FromString(native.read_bytes()).pieces]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    # Behind <unk>, <s>, </s> and the bytes, in the order in which they were joined.
+    joined = [piece for piece in pieces[259:] if len(piece) > 1]
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in joined
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    core = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    bos = prompt.bos_token
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token=bos, eos_token=prompt.end_token
+    ).save_pretrained(folder)
+
+
 def write_tokenizer(family: str, folder: Path, prompt: Prompt, cache: Path) -> str:
     """The family's tokenizer, real where a package ships it; says which it is."""
     if family == "smollm2":
@@ -191,6 +244,9 @@ def write_tokenizer(family: str, folder: Path, prompt: Prompt, cache: Path) -> s
 
         phi_like.write_tokenizer(folder, cache)
         return "its own vocabulary"
+    if family == "tinyllama":
+        stand_in_sentencepiece(folder, prompt)
+        return "stand-in (SentencePiece)"
     normalizer = None
     if "qwen" in family or "deepseek" in family:
         from tokenizers import normalizers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -731,6 +732,25 @@ def test_a_text_that_has_other_ids_behind_the_bos_is_seen_before_training():
     words = NATIVE_PROMPT.model_copy(update={"user_prefix": "A"})
     found = possible.as_litertlm(SimpleNamespace(backend_tokenizer=core), words)
     assert "after <s> a text has other ids in training than by itself" in found
+
+
+def test_the_support_tables_tinyllama_has_a_tokenizer_like_the_real_one(tmp_path):
+    """With each <...> of the prompt as a token, the table says nothing of the real one."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import support_table
+
+    prompt = build([("t", read_yaml(ROOT / "configs/tinyllama.yaml"))]).prompt
+    support_table.stand_in_sentencepiece(tmp_path, prompt)
+    assert {*tmp_path.glob("*.vocab")} == set()
+    own = models.load_tokenizer(str(tmp_path), prompt, 700)
+    assert "<|user|>" not in own.get_vocab() and len(own.tokenize("<|user|>")) > 1
+    assert possible.as_litertlm(own, prompt) == ""
+    own.save_pretrained(tmp_path / "stage")
+    (tmp_path / "stage/config.json").write_text(json.dumps({"vocab_size": 700}))
+    texts = [text for row in support_table.diseases() for text in (row["text"], row["prompt"])]
+    native = tmp_path / "tokenizer.model"
+    why, _ = possible.as_task(tmp_path / "stage", native, prompt, texts, texts[1:9:2], 0.999)
+    assert why == ""
 
 
 def test_another_format_that_is_called_tokenizer_model_is_not_taken(with_bos, tmp_path):

@@ -197,8 +197,8 @@ def _long_positions(text: Any) -> str:
     """The kind of rotary frequencies that depend on a text's length, or an empty string."""
     rope = getattr(text, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    found = {str(part.get("rope_type")) for part in parts}
-    return min(found.intersection(("dynamic", "longrope")), default="")
+    found = {part.get("rope_type") for part in parts}
+    return next((kind for kind in ("dynamic", "longrope") if kind in found), "")
 
 
 def not_known(architecture: Any) -> str:
