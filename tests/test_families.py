@@ -16,7 +16,7 @@ from liteguard import base_tokenizers, models
 from liteguard.config import build, read_yaml
 from liteguard.errors import UserError
 from liteguard.evaluation import held_out, knowledge
-from liteguard.export import bundle, possible, tokenizer, windows
+from liteguard.export import bundle, possible, shapes, tokenizer
 from liteguard.prompts import Prompt
 from liteguard.training import isolation, loop, packing, patches, tokens
 
@@ -559,7 +559,7 @@ def test_every_family_of_the_support_table_that_converts_is_known():
     made = {
         f["architecture"] for f in report.values() if "yes" in (f.get("task"), f.get("litertlm"))
     }
-    assert made <= {*possible._CONVERTED}
+    assert made <= {*shapes._CONVERTED}
 
 
 def test_a_window_that_the_cache_never_reaches_is_no_reason():
@@ -569,7 +569,7 @@ def test_a_window_that_the_cache_never_reaches_is_no_reason():
             model_type="phi3", num_key_value_heads=2, vocab_size=9, sliding_window=window
         )
         shape.get_text_config = lambda own=shape: own
-        found = possible.wrong_shape(shape, "v2", room)
+        found = shapes.wrong(shape, "v2", room)
         assert ("looks back 2,047 tokens" in found) == refused, (room, found)
 
 
@@ -579,15 +579,15 @@ def test_the_converter_reads_no_window_that_the_cache_never_reaches(tmp_path):
     own = {"model_type": "phi3", "sliding_window": 2047, "vocab_size": 9}
     (merged / "config.json").write_text(json.dumps(own))
     (merged / "model.safetensors").write_bytes(b"weights")
-    given = windows.without_unreachable(merged, tmp_path / "given", 1280)
+    given = shapes.without_unreachable(merged, tmp_path / "given", 1280)
     assert json.loads((given / "config.json").read_text()) == {**own, "sliding_window": None}
     assert (given / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((merged / "config.json").read_text()) == own, "the model itself keeps it"
     # One that is reached, or that the converter has a mask for, is left to it.
-    assert windows.without_unreachable(merged, tmp_path / "b", 2048) == merged
+    assert shapes.without_unreachable(merged, tmp_path / "b", 2048) == merged
     for masked in ({"model_type": "mistral"}, {"layer_types": ["sliding_attention"]}):
         (merged / "config.json").write_text(json.dumps(own | masked))
-        assert windows.without_unreachable(merged, tmp_path / "c", 1280) == merged
+        assert shapes.without_unreachable(merged, tmp_path / "c", 1280) == merged
 
 
 def test_a_window_that_the_layers_name_can_be_converted(asked):

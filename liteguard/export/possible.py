@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from liteguard import base_tokenizers, checkpoints, distributed, writing
 from liteguard.config import Config
 from liteguard.errors import LiteGuardError, UserError
-from liteguard.export import quantization, tflite, tokenizer, windows
+from liteguard.export import quantization, shapes, tflite, tokenizer
 from liteguard.prompts import Prompt
 from liteguard.rows import FIELDS, iterate_split, read_manifest
 
@@ -25,12 +25,6 @@ from liteguard.rows import FIELDS, iterate_split, read_manifest
 VERSION = 3
 TEXTS = 300  # rows of each part whose ids are compared
 ROOM = 512  # characters of a text
-# Layers that a converted model's cache of keys and values can stand for.
-_LAYERS = ("full_attention", "sliding_attention")
-# Families whose models were converted and proven (benchmarks/support_table.py).
-_CONVERTED = ("gemma3_text", "llama", "mistral", "phi", "qwen2", "qwen3")
-# Their attention has a share that goes to no token.
-_SINKS = ("gpt_oss",)
 ENDINGS = (".task", ".litertlm")
 
 
@@ -109,7 +103,7 @@ def possible(
     """
     section = config.compress
     converter = tflite.choose_converter(section.converter, section.python)
-    if shape := wrong_shape(architecture, converter, section.kv_cache_length):
+    if shape := shapes.wrong(architecture, converter, section.kv_cache_length):
         return Possible(shape, shape, "")
     texts, questions = sample(data_dir)
     core = own.backend_tokenizer.to_str()
@@ -127,7 +121,7 @@ def possible(
         }
     )
     kept = Path(config.data.cache_dir) / "bundles" / f"{key[:32]}.json"
-    unknown = not_known(architecture)
+    unknown = shapes.not_known(architecture)
     if writing.is_sealed(kept):
         return Possible(**json.loads(kept.read_text(encoding="utf-8")) | {"unknown": unknown})
     with tempfile.TemporaryDirectory() as folder:
@@ -141,77 +135,6 @@ def possible(
     checkpoints.write_json(kept, asdict(found), shared=True)
     writing.seal(kept)
     return found
-
-
-def wrong_shape(architecture: Any, converter: str, room: int) -> str:
-    """Why litert-torch cannot convert a transformers config's model, or an empty string.
-
-    `room`: tokens of the KV cache, further than which no token looks back (windows.py).
-    """
-    text = architecture.get_text_config()
-    kind = architecture.model_type
-    if text is not architecture:
-        return (
-            f"the {kind!r} architecture holds a text model among others (for images or sound); "
-            "take a base model that is text only"
-        )
-    if getattr(text, "num_key_value_heads", None) is None:
-        return (
-            f"the {kind!r} architecture has no num_key_value_heads, which the converter reads "
-            "(GPT-2 and Pythia families)"
-        )
-    if other := sorted({*(getattr(text, "layer_types", None) or ())}.difference(_LAYERS)):
-        return (
-            f"the {kind!r} architecture has layers of kind {', '.join(other)}, and neither the "
-            "proof nor the runtime's cache knows them"
-        )
-    if kind in _SINKS or getattr(text, "kv_lora_rank", None):
-        what = "attention sinks" if kind in _SINKS else "latent attention (kv_lora_rank)"
-        return f"the {kind!r} architecture has {what}, which the converter's attention has not"
-    return _wrong_window(text, room) or _wrong_positions(text, converter)
-
-
-def _wrong_window(text: Any, room: int) -> str:
-    names = "model_type", "layer_types", "sliding_window"
-    window = windows.everywhere({name: getattr(text, name, None) for name in names})
-    if not 0 < window < room:
-        return ""
-    return (
-        f"the {text.model_type!r} architecture looks back {window:,} tokens in all of its layers, "
-        f"for which the converter has no mask; a cache of at most {window:,} tokens never reaches "
-        f"that far back (compress.kv_cache_length is {room:,})"
-    )
-
-
-def _wrong_positions(text: Any, converter: str) -> str:
-    kind = _long_positions(text)
-    if converter != "v2" or not kind:
-        return ""
-    return (
-        f"its positions are of kind {kind}, which converter v2 cannot write (of v1, --set "
-        "compress.converter=v1, it is not known)"
-    )
-
-
-def _long_positions(text: Any) -> str:
-    """The kind of rotary frequencies that depend on a text's length, or an empty string."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    found = {part.get("rope_type") for part in parts}
-    return next((kind for kind in ("dynamic", "longrope") if kind in found), "")
-
-
-def not_known(architecture: Any) -> str:
-    """Why nobody knows whether a model is converted rightly, or an empty string: a shape that
-    `wrong_shape` has nothing against may still be one that the converter gets wrong."""
-    text = architecture.get_text_config()
-    if positions := _long_positions(text):
-        return f"models with {positions} positions were"
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    if any((getattr(text, name, None) or 0) > 1 for name in names):
-        return "models with experts were"
-    kind = architecture.model_type
-    return "" if kind in _CONVERTED else f"the {kind!r} architecture was"
 
 
 def as_task(

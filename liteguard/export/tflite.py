@@ -24,7 +24,7 @@ from typing import Any, Literal
 from liteguard import machine, shown, writing
 from liteguard.config import RECIPES
 from liteguard.errors import UserError, WorkError
-from liteguard.export import quantization, windows
+from liteguard.export import quantization, shapes
 from liteguard.runtime import container
 
 # Peak resident memory in GB, each pair (fixed, GB per billion parameters); the smaller line counts.
@@ -444,7 +444,7 @@ def _export_child(arguments: dict[str, Any]) -> str:
 
     _plain_layer_norm()
     given, output = Path(arguments["model"]), Path(arguments["output_dir"])
-    model = windows.without_unreachable(given, output / "model", arguments["cache_length"])
+    model = shapes.without_unreachable(given, output / "model", arguments["cache_length"])
     export_model(
         model=str(model),
         output_dir=arguments["output_dir"],
