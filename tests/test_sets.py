@@ -717,6 +717,16 @@ def test_leaked_rows_of_a_set_stand_against_it(outside, tmp_path):
     assert judged(outside, BETTER, tmp_path, leaks, contaminated=0.2).ships
 
 
+def test_answers_that_nobody_can_judge_are_no_sign_of_help(outside, tmp_path):
+    found = {name: measured(outside, m, tmp_path, name) for name, m in MADE.items()}
+    found["final"]["sets"]["pro"]["verdicts"] = {"refused": 18, "answered": 0, "unclear": 6}
+    assert verdict.verdict(found, VerdictSection(fewest_rows=4)).ships
+    found["final"]["verdicts"]["ordinary"] = {"refused": 0, "answered": 3, "unclear": 5}
+    said = verdict.verdict(found, VerdictSection(fewest_rows=4))
+    why = "own rows: 5 of 8 answers to ordinary requests cannot be judged (evaluate.llm_judge)"
+    assert against(said) == why
+
+
 def test_what_was_not_looked_at_is_not_called_clean(outside, tmp_path):
     said = judged(outside, BETTER, tmp_path, {"unchecked": ["what x was trained on"]})
     about = {reason.met for reason in said.reasons if "in training data" in reason.text}

@@ -18,7 +18,7 @@ from liteguard.records import Made, Result
 from liteguard.wheels import WHEELS
 
 # Changes when a result of an older version lacks what this one reads.
-FORMAT = 7
+FORMAT = 8
 
 
 def targets_by_label(base: bool, finished: Mapping[str, Made]) -> dict[str, str | None]:

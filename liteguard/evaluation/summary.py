@@ -33,7 +33,7 @@ def summarise(
     of_others = [a for a in answers if a["set"] in outside]
     everything, answers = answers, [a for a in answers if a["set"] not in outside]
     by_set = {name: [a for a in answers if a["set"] == name] for name in (*TIERS, *REQUESTS)}
-    words = [len(a["answer"].split()) for a in answers]
+    words = [metrics.word_count(a["answer"]) for a in answers]
     both = [a for name in TIERS for a in by_set[name]]
     tiers = [answer_overlap(by_set[name], prefix) for name, prefix in TIERS.items()]
     rates = {  # name -> (answers, key that is true or not)
@@ -212,7 +212,7 @@ def answer_overlap(
         return {}
     predictions = [a["answer"] for a in answers]
     references = [a["reference"] for a in answers]
-    words = [len(text.split()) for text in predictions]
+    words = [metrics.word_count(text) for text in predictions]
     found = {kind: [a[kind] for a in answers] for kind in ("rouge1", "rouge2", "rougeL")}
     means: dict[str, list[float]] = {**found, "questions_words": [float(n) for n in words]}
     numbers: dict[str, tuple[float, metrics.Interval | None]] = {
