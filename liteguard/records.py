@@ -101,6 +101,30 @@ class Export(BaseModel):
         return self.kv_cache_length - min(self.prefill_lengths, default=1) + 1
 
 
+class Step(BaseModel):
+    """Of a proof: one comparison, what was found and what is allowed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: str
+    measured: Any = None
+    tolerance: Any = None
+    passed: bool
+
+
+class Proof(BaseModel):
+    """Of a bundle's record: how it was compared with its merged model; see `export.verify`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    steps: list[Step] = []
+
+    @property
+    def failed(self) -> list[str]:
+        """The steps that were not passed."""
+        return [step.step for step in self.steps if not step.passed]
+
+
 class BundleRecord(Made):
     """NAME.task.json or NAME.litertlm.json: a finished bundle, and how it was made and proven."""
 
@@ -113,7 +137,7 @@ class BundleRecord(Made):
     export: Export
     quantize: dict[str, Any]
     bundles: dict[str, dict[str, Any]]
-    verify: dict[str, Any] | None = None  # None: compressed with --verify none
+    verify: Proof | None = None  # None: compressed with --verify none
     tries: list[dict[str, str]] = []  # recipes that did not pass, and why
     timings_s: dict[str, float] = {}
     wall_s: float = 0.0
@@ -222,14 +246,14 @@ class Accuracy(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     accuracy: float
-    interval: list[float] | None
+    interval: tuple[float, float] | None
     n: int
     chance: float
     majority: float
     overlap: float
     unparsed: int
     repeated_options: int
-    choices: list[list[Any]]
+    choices: list[tuple[Any, Any, Any]]  # of every row: identifier, option chosen, right one
 
 
 class Lengths(BaseModel):
@@ -260,6 +284,7 @@ class Asked(BaseModel):
 
     evaluate: Lengths
     rows: dict[str, str]
+    sets: dict[str, Any] = {}  # outside sets by name
 
 
 class Counts(BaseModel):
@@ -298,11 +323,41 @@ class SetNumbers(BaseModel):
     """What one model gave on one outside set; its numbers by name are extra fields."""
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
 
-    kind: str
+    kind: Literal["questions", "texts", "harmful", "ordinary", "borderline"]
     file: str
     n: dict[str, int]
-    intervals: dict[str, Any]
+    intervals: dict[str, tuple[float, float] | None]
+    verdicts: Counts | None = None  # of requests
+
+    @model_validator(mode="after")
+    def _is_what_its_kind_has(self) -> SetNumbers:
+        requests = self.kind not in ("questions", "texts")
+        refused = "refused" in (self.__pydantic_extra__ or {})
+        if refused != (self.verdicts is not None) or (refused and not requests):
+            raise ValueError("refused and verdicts belong together, and to requests")
+        return self
+
+
+class Share(BaseModel):
+    """Requests that were refused, of `n`."""
+
+    refused: float
+    n: int
+    interval: tuple[float, float] | None
+
+
+class AsUsed(BaseModel):
+    """Harmful requests as apps send them; see `evaluation.as_used.summarise`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    draws: int
+    numbers: dict[str, dict[str, Share]]  # set -> condition
+
+
+Nothing = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class Result(BaseModel):
@@ -326,7 +381,7 @@ class Result(BaseModel):
     sets: dict[str, SetNumbers] = {}  # outside sets by name
     # Set -> [log-likelihood, tokens] of every row that was scored, to compare models row by row.
     scores: dict[str, list[tuple[float | None, int]]] = {}
-    as_used: dict[str, Any] = {}  # see `evaluation.as_used.summarise`
+    as_used: AsUsed | Nothing = {}  # nothing where it was not asked
     bleu_signature: str
     llm_judge: LlmJudge | None = None
     contamination: Contamination
@@ -337,9 +392,11 @@ class Result(BaseModel):
 
     @model_validator(mode="after")
     def _counts_what_it_says(self) -> Result:
-        for name in self.__pydantic_extra__ or ():
+        for name in ("perplexity", *(self.__pydantic_extra__ or ())):
             if name not in self.n:
                 raise ValueError(f"n: nothing says what {name} was computed over")
+        if missing := {*self.inputs.sets} ^ {*self.sets}:
+            raise ValueError(f"sets: numbers and files differ in {', '.join(sorted(missing))}")
         return self
 
 

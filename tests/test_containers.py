@@ -17,7 +17,7 @@ from liteguard.errors import UserError
 from liteguard.export import apps, bundle, outputs, task_format
 from liteguard.export.tokenizer import GUARD
 from liteguard.prompts import Prompt
-from liteguard.records import BundleRecord, Export
+from liteguard.records import BundleRecord, Export, Proof
 from liteguard.runtime.container import tflite_model
 
 MEDIAPIPE = json.loads((ROOT / "tests/fixtures/mediapipe_bytes.json").read_text())
@@ -92,7 +92,7 @@ def record_of(*files: str, **more) -> BundleRecord:
         "bundles": {name: {"prompt_tokens": 5, "stop_tokens": {"<|end|>": 2}} for name in files},
         "prompt": Prompt(),
         "tokenizer": {"replaced": {}},
-        "verify": {"runtime_cache_bytes": 216, "steps": []},
+        "verify": Proof.model_validate({"runtime_cache_bytes": 216, "steps": []}),
     }
     return BundleRecord.model_construct(**(found | more))
 

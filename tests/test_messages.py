@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, STAGE_RECORD
 
 import evaluate_model
 from liteguard import (
@@ -409,6 +409,97 @@ def test_a_whole_result_is_compared(tmp_path):
     assert results.reuse(tmp_path / "final.json", result()["inputs"]) == result()
 
 
+def with_sets() -> dict:
+    """A result of benchmarks, an outside set and requests as apps send them."""
+    found = result()
+    share = {"refused": 0.5, "n": 2, "interval": [0.1, 0.9]}
+    numbers = {"kind": "questions", "file": "f", "rouge1": 0.5, "n": {"rouge1": 1}}
+    found["sets"] = {"nih": {**numbers, "intervals": {"rouge1": [0.1, 0.9]}}}
+    found["inputs"]["sets"] = {"nih": {}}
+    found["as_used"] = {"draws": 2, "numbers": {"harmful": {"drawn": share}}, "answers": []}
+    counts = dict.fromkeys(("n", "unparsed", "repeated_options"), 1)
+    shares = dict.fromkeys(("accuracy", "chance", "majority", "overlap"), 0.5)
+    rest = {"interval": [0.1, 0.9], "choices": [["q", 1, 2]]}
+    found["knowledge"] = {"medqa": counts | shares | rest}
+    return found
+
+
+def put(found: dict, path: str, value: object) -> None:
+    """Set what lies at a path of keys and positions; "missing" takes it away."""
+    *above, last = path.split(".")
+    place = found
+    for key in above:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    if value == "missing":
+        del place[last]
+
+
+def test_a_whole_result_with_sets_is_compared(tmp_path):
+    for odd in (with_sets(), with_sets() | {"as_used": {}}):
+        checkpoints.write_json(tmp_path / "final.json", odd)
+        found = comparison.read_results(["final"], tmp_path)
+        comparison.comparison_json(found)
+        assert "nih: ROUGE-1" in comparison.comparison_text(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("as_used", {"x": 1}),
+        ("as_used.numbers", [1]),
+        ("as_used.numbers.harmful", {"drawn": {}}),
+        ("as_used.numbers.harmful.drawn.interval", "x"),
+        ("sets", {}),
+        ("sets.nih.rouge1", "x"),
+        ("sets.nih.intervals.rouge1", "x"),
+        ("sets.nih.kind", "x"),
+        ("sets.nih.refused", 0.5),
+        ("knowledge.medqa.choices", [[]]),
+        ("knowledge.medqa.interval", [1]),
+        ("n", {}),
+        ("inputs.sets", "x"),
+    ],
+)
+def test_a_result_whose_sets_are_of_another_shape(tmp_path, path, value):
+    found = with_sets()
+    if path == "n":
+        del found["perplexity"]
+    put(found, path, value)
+    (tmp_path / "final.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="final.json is damaged"):
+        comparison.read_results(["final"], tmp_path)
+    assert results.reuse(tmp_path / "final.json", found["inputs"]) is None
+
+
+STEP = {"step": "answers", "measured": "4 of 4", "tolerance": "4", "passed": True}
+
+
+@pytest.mark.parametrize(
+    "verify",
+    [
+        *("x", [1], {"steps": "abc"}, {"steps": [1]}, {"steps": None}, {"steps": {"a": STEP}}),
+        *({"steps": [STEP, odd]} for odd in ({"passed": False}, {"step": "a"}, {"step": 1})),
+        {"steps": [{**STEP, "passed": "maybe"}]},
+    ],
+)
+def test_a_bundle_record_whose_proof_is_of_another_shape(tmp_path, verify):
+    path = tmp_path / "x.task.json"
+    parts = dict.fromkeys(("bytes", "merge", "tokenizer", "quantize", "bundles"), {})
+    record = {**STAGE_RECORD, **parts, "stage": "bundle", "export": {"kv_cache_length": 9}}
+    record |= {"files": {}, "inputs": {"a": 1}}
+    for steps, failed in (([STEP], []), ([STEP, {**STEP, "passed": False}], ["answers"])):
+        proof = {"steps": steps, "runtime_cache_bytes": 5}
+        checkpoints.write_json(path, record | {"verify": proof})
+        read = records.read(records.BundleRecord, path)
+        assert read.verify.failed == failed and read.to_dict()["verify"] == proof
+    checkpoints.write_json(path, record | {"verify": verify})
+    with pytest.raises(
+        UserError, match=r"x\.task\.json is damaged, or of another version \(verify"
+    ):
+        records.read(records.BundleRecord, path)
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -421,13 +512,7 @@ def test_a_whole_result_is_compared(tmp_path):
 @pytest.mark.parametrize("value", [None, [], "x", "missing"])
 def test_a_result_of_another_shape(tmp_path, path, value):
     found = result()
-    *above, last = path.split(".")
-    place = found
-    for key in above:
-        place = place[int(key) if key.isdigit() else key]
-    place[last] = value
-    if value == "missing":
-        del place[last]
+    put(found, path, value)
     texts = ("answers.0.answer", "answers.0.verdict", "bleu_signature", "model.path")
     no_fault = [*((name, "x") for name in texts), ("model.path", None), ("perplexity", "missing")]
     if (path, value) in no_fault:

@@ -220,7 +220,7 @@ def test_a_bundle_goes_up_with_card_and_proof(proven, hub, tmp_path):
         if not name.endswith(".task"):
             assert str(proven).encode() not in content and b"/tiny_phi" not in content, name
     read = checkpoints.read_bundle(tmp_path / "liteguard_tiny.task")
-    assert isinstance(read, BundleRecord) and read.verify["steps"][0]["passed"]
+    assert isinstance(read, BundleRecord) and read.verify.steps[0].passed
 
 
 def test_an_adapter_goes_up_as_a_stage_that_can_be_read(proven, tmp_path):

@@ -227,7 +227,7 @@ def _as_used(result: dict[str, Any], limits: VerdictSection) -> Iterator[Reason]
             title = "own rows" if name == "harmful" else name
             counts = round(own["refused"] * own["n"]), own["n"]
             yield from filter(None, [_rate(title, what, counts, limit, at_most=False)])
-    drawn = [numbers[name][as_used.DRAWN]["n"] for name in outside or numbers]
+    drawn = [numbers[name].get(as_used.DRAWN, {"n": 0})["n"] for name in outside or numbers]
     if limits.drawn_refused is not None and min(drawn, default=0) < limits.fewest_rows:
         text = f"harmful refused in all draws: measured on {min(drawn, default=0)} rows, at least"
         yield Reason(False, f"{text} {limits.fewest_rows} (evaluate.as_used.rows)")
@@ -317,13 +317,13 @@ def _proof(result: dict[str, Any], limits: VerdictSection) -> Iterator[Reason]:
     except UserError:
         yield Reason(missed, f"proof: the record beside {path} cannot be read")
         return
-    if record.files != result["inputs"]["model"]:
+    if record.files != result["inputs"].get("model"):
         yield Reason(missed, f"proof: {path} was made again since it was measured")
     elif not record.verify:
         yield Reason(missed, "proof: none (--verify none); make the bundle again with it")
-    elif not record.verify["steps"]:
+    elif not record.verify.steps:
         yield Reason(missed, "proof: it has no steps; make the bundle again")
-    elif failed := [step["step"] for step in record.verify["steps"] if not step["passed"]]:
+    elif failed := record.verify.failed:
         yield Reason(missed, f"proof: {', '.join(failed)} failed")
     else:
         yield Reason(True if limits.proof else None, "proof: the bundle passed it")

@@ -24,6 +24,7 @@ def deployment(record: BundleRecord) -> dict[str, Any]:
     proof was made with: greedy.
     """
     exported, first = record.export, next(iter(record.bundles.values()))
+    proof = record.verify.model_dump() if record.verify else {}
     return {
         "bundles": {
             name: {"sha256": digest, "bytes": record.bytes[name]}
@@ -47,9 +48,9 @@ def deployment(record: BundleRecord) -> dict[str, Any]:
         "stop_tokens": first["stop_tokens"],
         "sampler": SAMPLER,
         "replaced_characters": record.tokenizer["replaced"],
-        "runtime_cache_bytes": (record.verify or {}).get("runtime_cache_bytes"),
+        "runtime_cache_bytes": proof.get("runtime_cache_bytes"),
         "notes": _notes(record),
-        "proof": (record.verify or {}).get("steps", []),
+        "proof": proof.get("steps", []),
     }
 
 

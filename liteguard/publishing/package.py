@@ -68,10 +68,9 @@ def proven(bundle: Path, kind: card.Kind) -> Source:
     again = f"Make the bundle again with its proof: python compress_model.py --output {bundle} ..."
     if not record.verify:
         raise UserError(f"{bundle} has no proof (--verify none), so it is not published.\n{again}")
-    steps = record.verify.get("steps") or []
-    if failed := [step["step"] for step in steps if not step["passed"]]:
+    if failed := record.verify.failed:
         raise UserError(f"{bundle} did not pass its proof: {', '.join(failed)}.\n{again}")
-    if not steps:
+    if not record.verify.steps:
         raise UserError(f"the proof of {bundle} has no steps: its record is damaged.\n{again}")
     if kind == "bundle":
         return Source(bundle, record, kind)
@@ -135,8 +134,8 @@ def readme(source: Source, facts: dict[str, Any], repository: str) -> str:
         "with the merged model on held-out rows before it got its name:\n",
         "| step | measured | allowed |\n|---|---|---|",
     ]
-    for step in (source.record.verify or {})["steps"]:
-        cells = (step["step"], str(step["measured"]), str(step["tolerance"]))
+    for step in source.record.verify.steps if source.record.verify else ():
+        cells = (step.step, str(step.measured), str(step.tolerance))
         lines.append(f"| {' | '.join(map(shown.markdown, cells))} |")
     return "\n".join(lines) + "\n"
 
