@@ -538,12 +538,13 @@ def test_a_dataset_saved_to_disk_is_read_with_its_splits(tmp_path, monkeypatch):
 
 def test_missing_values_are_no_disease_and_no_text(tmp_path):
     spellings = ["NaN", "nan", "None", "null", "", "N/A", "NaT", "<NA>", "#N/A", "-", None]
+    spellings += ["#NULL!", "#VALUE!", "<nil>", "<missing>", "N / A", "n. a.", "NA_character_"]
     rows = [pair(n, entity=spelling) for n, spelling in enumerate(spellings)]
     lines = [json.dumps(row) for row in rows] + [
         json.dumps(pair(99)).replace("}", ', "entity": NaN}')
     ]
     found = read(write(tmp_path / "x.jsonl", "\n".join(lines)), "prompt_completion")
-    assert [row["entity"] for row in found] == [None] * 12
+    assert [row["entity"] for row in found] == [None] * 19
     row = {"instruction": "What is flu?", "input": "nan", "output": "An infection."}
     assert one(tmp_path, "alpaca", row)[0]["prompt"] == "What is flu?"
     found, _ = one(tmp_path, "prompt_completion", {"prompt": "What is flu?", "completion": "NaN"})
@@ -715,6 +716,49 @@ def test_a_prompt_may_be_a_dialogue_of_texts(tmp_path):
     assert (found["prompt"], found["completion"]) == ("Is it bad?", "Mostly not.")
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+def test_wrong_decoding_is_mended_in_every_script(encoding):
+    texts = ["Η γρίπη είναι λοίμωξη", "糖尿病是一种慢性病", "příznaky onemocnění", "ağrı ve ateş"]
+    texts += [
+        "הכאב",
+        "ألم في الصدر",
+        "मधुमेह",
+        "당뇨병",
+        "őssejt",
+        "😀 ok",
+        "中文。",
+        "x “quoted” – y",
+    ]
+    seen = 0
+    for text in texts:
+        try:
+            wrong = text.encode().decode(encoding)
+        except UnicodeDecodeError:  # one of the five bytes that Windows-1252 does not have
+            continue
+        seen += 1
+        assert values.mended(wrong, Counter()) == text
+    assert seen >= 6
+
+
+def test_names_are_mended_as_texts_are(tmp_path):
+    names = ["Crohn&#39;s disease", "SjÃ¶gren syndrome", "<b>Asthma</b>"]
+    found = [one(tmp_path, "prompt_completion", pair(1, entity=n))[0]["entity"] for n in names]
+    assert found == ["Crohn's disease", "Sjögren syndrome", "Asthma"]
+
+
+def test_what_map_leaves_in_a_saved_folder_is_not_read(tmp_path):
+    for name in ("data-00000-of-00001", "cache-1f2e3d4c5b6a7988"):
+        table = pyarrow.Table.from_pylist([pair(n) for n in range(4)])
+        with (
+            pyarrow.OSFile(str(write(tmp_path / f"d/{name}.arrow", "")), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    write(tmp_path / "d/state.json", json.dumps(state))
+    assert len(read(tmp_path / "d", "prompt_completion")) == 4
+
+
 def test_columns_may_name_what_is_inside(tmp_path):
     row = {"data": {"answers": [{"text": "An infection."}], "q": "What is flu?"}, "id": 1}
     columns = {"prompt": "data.q", "completion": "data.answers.0.text"}
@@ -736,6 +780,8 @@ def test_columns_may_name_what_is_inside(tmp_path):
         ('See <a href="x">this</a><script>f(1 < 2)</script>.', "See this ."),
         ("cafÃ© for the patientâ€™s heart: 38 Â°C", "café for the patient’s heart: 38 °C"),
         ("Ð“Ñ€Ð¸Ð¿Ð¿ is flu", "Грипп is flu"),
+        ("groß… spaß” à… «É» touché…” CAFÉ» Å. É–É", None),
+        ("pain â†’ rest if K â‰¥ 5", "pain → rest if K ≥ 5"),
         ("café, naïve, grâce à\u00a0«\u00a0eux\u00a0», Ångström", None),
         ("in\u00adfection\u200b of\u200e the lung\ufeff", "infection of the lung"),
         ("می\u200cخواهم", None),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from liteguard import writing
+from liteguard.checkpoints import read_dict
 from liteguard.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -134,10 +135,25 @@ def _files_below(directory: Path) -> tuple[list[Path], list[Path]]:
         for root, _, names in os.walk(directory, onerror=stop, followlinks=False)
         for name in names
     )
+    left = _left_by_map([file for file in everything if file.name == "state.json"])
     for file in everything:
         hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
-        found[bool(hidden or _NOT_DATA.fullmatch(file.name))].append(file)
+        found[bool(hidden or file in left or _NOT_DATA.fullmatch(file.name))].append(file)
     return found
+
+
+def _left_by_map(states: list[Path]) -> set[Path]:
+    """Files of saved data sets that are none of their rows: what `Dataset.map` left there.
+
+    `states`: each set's state.json, which names the files that are its rows.
+    """
+    left: set[Path] = set()
+    for state in states:
+        named = (read_dict(state) or {}).get("_data_files")
+        if isinstance(named, list):
+            own = {entry.get("filename") for entry in named if isinstance(entry, dict)}
+            left |= {file for file in state.parent.glob("*.arrow") if file.name not in own}
+    return left
 
 
 def _of_configuration(files: list[Path], path: Path, name: str) -> list[Path]:

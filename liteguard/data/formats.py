@@ -119,7 +119,9 @@ def _usable(layout: Format, place: str, row: Row, notes: Counter[str]) -> Row | 
         notes[SYSTEM] += 1
     for label in (*layout.defaults, "entity"):
         value = given(row.get(label))
-        made[label] = layout.defaults.get(label) if value is None else str(value)
+        made[label] = layout.defaults.get(label) if value is None else mended(str(value), Counter())
+    if "about" in made:
+        made["about"] = mended(made["about"], Counter())
     if not all(is_unicode(text) for text in _texts(made)):
         return broken(place, "not UTF-8", row)
     return made

@@ -11,7 +11,9 @@ from typing import Any
 MISSING = frozenset(
     ("", "-", "--", "?", ".", "na", "n/a", "n.a.", "#n/a", "#n/a n/a", "#na", "<na>", "nan", "-nan")
     + ("nat", "nil", "none", "null", "\\n", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "undefined")
-    + ("missing", "(none)", "(null)", "<none>", "<noinput>", "[]", "{}")
+    + ("missing", "(none)", "(null)", "<none>", "<noinput>", "[]", "{}", "<nil>", "<null>", "<nan>")
+    + ("<missing>", "#null!", "#value!", "#ref!", "#name?", "#num!", "#div/0!", "---", "n/d", "n/k")
+    + ("na_character_", "na_integer_", "na_real_", "\u2013", "\u2014", "\u2212")
 )
 # Of these, what no answer would be: "None" and "-" may be one, and "" is counted as empty.
 NO_TEXT = frozenset(("nan", "NaN", "-nan", "-NaN", "NaT", "<NA>", "N/A", "n/a", "#N/A", "null"))
@@ -21,10 +23,15 @@ NO_TEXT |= {"NULL", "#NA", "undefined", "<noinput>"}
 def given(value: Any) -> Any:
     """A cell's value, or None where it stands for nothing: null, NaN, "", "N/A", an empty list."""
     if isinstance(value, str):
-        return None if len(value) < 16 and value.strip().lower() in MISSING else value
+        return None if len(value) < 16 and _closed(value) in MISSING else value
     if value is None or value != value or value in ([], {}, ()):
         return None
     return value
+
+
+def _closed(text: str) -> str:
+    """A short text in lower case without its blanks: "N / A" and "n. a." are one."""
+    return "".join(text.lower().split())
 
 
 def is_unicode(text: str) -> bool:
@@ -65,8 +72,22 @@ _INVISIBLE = re.compile(
     "[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
     "|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])"
 )
-# UTF-8 that was read as Windows-1252: "Ã©", "â€™", "Ð¿Ñ€". In other runs chance may play a part.
-_MOJIBAKE = re.compile("(?:[\u00c2\u00c3\u00d0\u00d1]|\u00e2\u20ac)[^\x00-\x7f]+")
+# UTF-8 that was read as Windows-1252 or Latin-1: bytes that follow a lead byte, as characters.
+_PUNCTUATION = "\u2026\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2039\u203a\u00ab\u00bb"
+_BYTES = "\u0080-\u00aa\u00ac-\u00ba\u00bc-\u00bf\u20ac\u0192\u2020\u2021\u02c6\u2030\u0160\u0152"
+_BYTES += "\u017d\u2022\u02dc\u2122\u0161\u0153\u017e\u0178"
+_ANY_BYTE = f"[{_BYTES}{_PUNCTUATION}]"
+_CHARACTER = (
+    f"(?:[\u00c2-\u00df]{_ANY_BYTE}|[\u00e0-\u00ef]{_ANY_BYTE}{{2}}"
+    f"|[\u00f0-\u00f4]{_ANY_BYTE}{{3}})"
+)
+# "Ã©", "Ð¿Ñ€"; quotes, arrows and "≥"; Polish, Turkish, Czech letters; emoji; two characters or
+# more of any script. In other runs chance may play a part: "groß…" and "à «" are meant.
+_MOJIBAKE = re.compile(
+    f"(?:[\u00c2\u00c3\u00d0\u00d1]|\u00e2\u20ac)[^\x00-\x7f]+|(?:{_CHARACTER} ?){{2,}}"
+    f"|\u00e2{_ANY_BYTE}{{2}}|\u00f0{_ANY_BYTE}{{3}}"
+    f"|[\u00c4\u00c5](?:[{_BYTES}]|{_ANY_BYTE}(?=[a-z]))"
+)
 
 
 def mended(text: str, notes: Counter[str]) -> str:
