@@ -282,6 +282,31 @@ def test_a_pair_keeps_its_context(tmp_path):
         assert (found["prompt"], found["chosen"], found["rejected"]) == ("And a cold?", "A.", "B.")
 
 
+@pytest.mark.parametrize("asked", [{"instruction": "May I take it?"}, {"prompt": "May I take it?"}])
+def test_a_pair_keeps_its_history(tmp_path, asked):
+    history = [["I am allergic to penicillin.", "Noted."]]
+    row = asked | {"history": history, "chosen": "No, not this one.", "rejected": "Yes."}
+    found, notes = one(tmp_path, "preference", row)
+    assert found["history"] == history and found["prompt"] == "May I take it?"
+    assert not any("not used" in note for note in notes)
+    found, _ = one(tmp_path, "preference", row | {"history": "He is allergic."})
+    assert isinstance(found, Broken)
+
+
+def test_a_conversation_beside_an_instruction_is_named(tmp_path):
+    row = {"instruction": "May I?", "chosen": "No.", "rejected": "Yes."}
+    row["conversations"] = said("user: I am allergic.", "assistant: Noted.")
+    _, notes = one(tmp_path, "preference", row)
+    assert notes["rows with a column 'conversations', which is not used"] == 1
+
+
+def test_a_weight_of_0_inside_of_content_is_obeyed(tmp_path):
+    answer = [{"type": "text", "text": "Drink it all.", "weight": 0}]
+    messages = [*said("user: What now?"), {"role": "assistant", "content": answer}]
+    found, _ = one(tmp_path, "messages", {"messages": messages})
+    assert isinstance(found, LeftOut) and "weight 0" in found.reason
+
+
 def test_pairs_that_are_no_answers_to_one_question_are_left_out(tmp_path):
     asked = said("user: What is flu?")
     other = [*asked, *said(f"assistant: {NO}", "user: And a cold?", "assistant: B.")]

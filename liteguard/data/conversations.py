@@ -80,9 +80,10 @@ def _turn(message: Row, notes: Counter[str]) -> Turn:
     text = message.get("content")
     if text is None:
         text = message.get("value")
-    if isinstance(text, list):
-        text = _joined_parts(text)
     trained, calls = True, False
+    if isinstance(text, list):
+        trained = not any(_is_untrained(part) for part in text if isinstance(part, dict))
+        text = _joined_parts(text)
     for key in message.keys() - _TEXT_KEYS:
         value = given(message[key])
         if value is None:
@@ -97,6 +98,11 @@ def _turn(message: Row, notes: Counter[str]) -> Turn:
         else:
             notes[f"messages with a key {key!r}, which is not used"] += 1
     return Turn(role, text, trained, calls)
+
+
+def _is_untrained(part: Row) -> bool:
+    """Whether a part of an answer says that it is not to be learnt from: then no part is."""
+    return any(key in FLAGS and says_yes(value) is False for key, value in part.items())
 
 
 def _joined_parts(parts: list[Any]) -> str:

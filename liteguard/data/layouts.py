@@ -82,11 +82,17 @@ def alpaca(row: Row, notes: Counter[str]) -> Row:
     _count_tools(row, notes)
     prompt = asked(row.get("instruction"), row.get("input"), notes)
     made = {"prompt": prompt, "completion": row.get("output"), **about(row, prompt)}
-    if history := given(row.get("history")):
-        if not isinstance(history, list) or not all(_is_exchange(pair) for pair in history):
-            raise ValueError("history is no list of [question, answer]")
-        made["history"] = [list(pair) for pair in history]
-    return made | _system(row)
+    return made | _history(row) | _system(row)
+
+
+def _history(row: Row) -> Row:
+    """`history` of a row that has one: earlier exchanges."""
+    history = given(row.get("history"))
+    if not history:
+        return {}
+    if not isinstance(history, list) or not all(_is_exchange(pair) for pair in history):
+        raise ValueError("history is no list of [question, answer]")
+    return {"history": [list(pair) for pair in history]}
 
 
 def _is_exchange(pair: Any) -> bool:
@@ -158,6 +164,8 @@ def preference(row: Row, notes: Counter[str]) -> Row:
     if "prompt" not in row:
         if "instruction" in row:
             prompt = asked(row["instruction"], row.get("input"), notes)
+            if given(row.get("conversations")) is not None:
+                notes["rows with a column 'conversations', which is not used"] += 1
         else:
             prompt = row.get("conversations")
             chosen, rejected = dialogue(chosen) or chosen, dialogue(rejected) or rejected
@@ -180,6 +188,10 @@ def preference(row: Row, notes: Counter[str]) -> Row:
     made = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     made |= {} if "prompt" in row else about(row, prompt)
     own = beside(context) if context else {}
+    if earlier := _history(row):
+        if "history" in own:
+            raise NotForTraining("a history beside messages that hold one: not used")
+        own |= earlier
     return made | own | (_system(row) if "system" not in own else {})
 
 
@@ -241,7 +253,7 @@ class Format(NamedTuple):
         """Columns of a row that are read, in the order in which they are documented."""
         optional = self.optional
         if "prompt" in row and "prompt" in self.columns:  # then it says what was asked
-            optional = tuple(name for name in optional if name in ("system", "tools"))
+            optional = tuple(n for n in optional if n in ("system", "history", "tools"))
         return [name for name in (*self.columns, *optional) if name in row]
 
 
@@ -251,7 +263,7 @@ FORMATS = {
         "preference",
         ("prompt", "chosen", "rejected"),
         preference,
-        optional=("instruction", "input", "conversations", "system", "tools"),
+        optional=("instruction", "input", "conversations", "system", "history", "tools"),
         defaults={"kind": "unknown", "area": ""},
         instead=_has_implied_prompt,
     ),
