@@ -325,7 +325,7 @@ class SetNumbers(BaseModel):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float]
 
-    kind: Literal["questions", "texts", "harmful", "ordinary", "borderline"]
+    kind: Literal["questions", "texts", "rubrics", "harmful", "ordinary", "borderline"]
     file: str
     n: dict[str, int]
     intervals: dict[str, tuple[float, float] | None]
@@ -333,7 +333,7 @@ class SetNumbers(BaseModel):
 
     @model_validator(mode="after")
     def _is_what_its_kind_has(self) -> SetNumbers:
-        requests = self.kind not in ("questions", "texts")
+        requests = self.kind not in ("questions", "texts", "rubrics")
         refused = "refused" in (self.__pydantic_extra__ or {})
         if refused != (self.verdicts is not None) or (refused and not requests):
             raise ValueError("refused and verdicts belong together, and to requests")
