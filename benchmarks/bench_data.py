@@ -2,6 +2,7 @@
 
     python benchmarks/bench_data.py
     python benchmarks/bench_data.py --scale 0.05 --json bench_data.json
+    python benchmarks/bench_data.py --keep questions.csv --columns prompt=question completion=answer
 
 Writes synthetic jsonl files (149,073 texts, 388,828 pairs, 147,530 preferences; words of Zipf
 frequencies, 5 % exact copies, 5 % near copies), prepares the first quarter, half and all of them
@@ -9,7 +10,8 @@ with prepare_datasets.py, each from nothing, then the last one again unchanged a
 changed. Memory is the sum over the main process and its workers. The plain way is what most
 recipes do: datasets.map to clean, a Python set for exact duplicates, a random split; it finds
 neither near copies nor overlap with evaluation sets. `--minhash` compares the MinHash libraries on
-the same texts (datasketch has to be installed for it).
+the same texts (datasketch has to be installed for it). `--keep FILE` prepares a file of questions
+and answers instead, with the shipped settings, and prints what is dropped of it, with examples.
 """
 
 from __future__ import annotations
@@ -171,6 +173,36 @@ def ours(directory: Path) -> dict[str, float]:
     return measure([*command, "--output", str(directory / "data"), "--overwrite"], directory)
 
 
+def keep(file: Path, columns: list[str]) -> str:
+    """A table of the rows of a file that preparation keeps and drops, by reason, with examples."""
+    import yaml
+
+    with tempfile.TemporaryDirectory(prefix="bench_data_") as name:
+        directory = Path(name) / "rows"
+        write(directory, 0.002)  # for the other parts
+        path = configuration(directory)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        named = dict(pair.split("=", 1) for pair in columns)
+        source = {"dataset": "auto", "path": str(file.resolve()), "columns": named}
+        values["data"]["instruction"] = [source]
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        command = [sys.executable, str(ROOT / "prepare_datasets.py"), "--config", str(path)]
+        measure([*command, "--output", str(directory / "data")], directory)
+        manifest = json.loads((directory / "data/manifest.json").read_text(encoding="utf-8"))
+        dropped = (directory / "data/dropped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    (entry,) = [e for e in manifest["sources"] if e["part"] == "instruction"]
+    examples: dict[str, str] = {}
+    for found in map(json.loads, dropped):
+        if found["part"] == "instruction":
+            text = " / ".join(str(v) for k, v in found["row"].items() if k in ("prompt", "text"))
+            examples.setdefault(found["reason"], " ".join(text.split())[:70].replace("|", "/"))
+    lines = ["| rows | | for example |", "|---:|---|---|"]
+    lines += [f"| {entry['rows_read']:,} | read | |", f"| {entry['rows_kept']:,} | kept | |"]
+    for reason, count in sorted(entry["dropped"].items(), key=lambda item: -item[1]):
+        lines.append(f"| {count:,} | {reason} | {examples.get(reason, '')} |")
+    return "\n".join(lines)
+
+
 PLAIN = """
 import random, sys
 from datasets import load_dataset
@@ -228,7 +260,12 @@ def main() -> None:
     )
     parser.add_argument("--minhash", action="store_true", help="also compare MinHash libraries")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--keep", metavar="FILE", type=Path, help="what is dropped of this file")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="of FILE")
     args = parser.parse_args()
+    if args.keep:
+        print(keep(args.keep, args.columns))
+        return
     results: dict[str, dict[str, float]] = {}
     base = Path(tempfile.mkdtemp(prefix="bench_data_"))
     print(f"{'':26}{'rows':>10}{'wall s':>9}{'CPU s':>9}{'peak GB':>9}", flush=True)

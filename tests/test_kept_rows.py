@@ -550,6 +550,22 @@ def test_what_drops_all_rows_is_named_with_its_setting(tmp_path):
         Prepared(tmp_path, instruction=rows).run()
 
 
+def test_the_table_of_what_is_dropped_is_that_of_the_fixture(tmp_path):
+    lines = (ROOT / "tests/fixtures/health_questions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    prepared = Prepared(tmp_path, instruction=rows).run(question_similarity=None)
+    reasons = Counter(d["reason"] for d in prepared.dropped())
+    table = (ROOT / "docs/data.md").read_text().split("<!-- keep -->")[1].split("<!-- /keep -->")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
+    told = {cell[1].rstrip("| "): int(cell[0]) for cell in cells}
+    assert told.pop("read") == len(rows) and told.pop("kept") == len(prepared.rows("instruction"))
+    assert told == reasons
+    # What is true stays: all but copies, four answers with a word more, three of one letter.
+    assert (
+        len(prepared.rows("instruction")) == len({(r["question"], r["answer"]) for r in rows}) - 7
+    )
+
+
 # --- mistakes in YAML -----------------------------------------------------------------------------
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "own.yaml"
