@@ -138,6 +138,13 @@ def schema() -> str:
     for section in ("ModelSection", "SourceSection"):  # the field's usual spelling is read, too
         known = sections[section]["properties"]
         known["license"] = {**known["licence"], "title": "License"}
+    # Instead of a prompt, that of the base's own chat template; beside it, what is to differ.
+    prompt = found["properties"]["prompt"]
+    sections["Prompt"]["properties"]["from_base"] = {"type": "boolean", "title": "From Base"}
+    found["properties"]["prompt"] = {
+        "anyOf": [{"$ref": prompt.pop("$ref")}, {"const": "from_base"}],
+        **prompt,
+    }
     recipes = sections["CompressSection"]["properties"]["quantize"]
     one = f"({'|'.join(config.RECIPES)})"
     recipes["pattern"] = rf"^(auto|{one}( *, *{one})*)$"

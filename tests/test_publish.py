@@ -148,7 +148,7 @@ def test_metadata_are_what_a_hub_reads():
     assert data["base_model_relation"] == "quantized"
     index = data["model-index"][0]
     assert index["name"] == "tiny"
-    own, of_others, knowledge = index["results"]
+    of_others, own, knowledge = index["results"]  # rows of other hands first
     assert {m["type"]: m["value"] for m in own["metrics"]}["rouge"] == 0.5411
     assert of_others["dataset"] == {"name": "my set: &lt;b&gt; (harmful)", "type": "my-set-b"}
     assert knowledge["metrics"][0]["name"].endswith("40 questions")
@@ -168,6 +168,12 @@ def test_metadata_are_what_a_hub_reads():
     )
     assert "base_model" not in nowhere and nowhere["library_name"] == "peft"
     assert (nowhere["license"], nowhere["license_name"]) == ("other", "own-terms-1")
+    for name in ROOT.glob("configs/*.yaml"):  # each shipped one is in the hub's list
+        own = (
+            yaml.safe_load(name.read_text(encoding="utf-8")).get("model", {}).get("licence", "MIT")
+        )
+        assert card.licence(own)["license"] in card.LICENCES, name
+    assert card.licence("Apache License 2.0") == {"license": "apache-2.0"}
     assert card.hub_name("embedded:smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     with pytest.raises(UserError, match="is no number"):
         broken = facts_of()

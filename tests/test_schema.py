@@ -19,6 +19,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 def unknown(value: Any, schema: dict[str, Any], place: str = "") -> list[str]:
     """Keys of `value` that the schema forbids (references, sections and lists are followed)."""
+    schema = next((each for each in schema.get("anyOf", ()) if "$ref" in each), schema)
     if name := schema.get("$ref"):
         schema = SCHEMA["$defs"][name.rsplit("/", 1)[1]]
     found = []
@@ -45,6 +46,14 @@ def test_shipped_files_name_the_schema_and_follow_it(path):
     line, name = text.splitlines()[0].split("$schema=")
     assert line == "# yaml-language-server: " and (path.parent / name).is_file()
     assert unknown(yaml.safe_load(text), SCHEMA) == []
+
+
+def test_the_bases_own_prompt_is_no_mistake():
+    """Neither `prompt: from_base` nor what is changed of it."""
+    kinds = SCHEMA["properties"]["prompt"]["anyOf"]
+    assert kinds == [{"$ref": "#/$defs/Prompt"}, {"const": "from_base"}]
+    assert unknown({"prompt": {"from_base": True, "system": "Be brief."}}, SCHEMA) == []
+    assert unknown({"prompt": {"sytem": "Be brief."}}, SCHEMA) == ["prompt.sytem"]
 
 
 def test_a_wrong_key_is_seen_and_every_key_is_there():

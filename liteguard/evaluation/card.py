@@ -25,6 +25,12 @@ LICENCES = (
     *("cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0"),
     *("openrail", "bigscience-openrail-m", "gemma", "llama2", "llama3", "llama3.1", "llama3.2"),
 )
+# What people write instead.
+_OTHER_NAMES = {
+    **{"apache 2.0": "apache-2.0", "apache license 2.0": "apache-2.0", "apache2": "apache-2.0"},
+    **{"mit license": "mit", "cc by 4.0": "cc-by-4.0", "gemma terms of use": "gemma"},
+    **{f"llama-{n}-community": f"llama{n}" for n in ("2", "3", "3.1", "3.2")},
+}
 # Where an embedded base model comes from.
 _ON_THE_HUB = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -71,7 +77,8 @@ def front_matter(facts: dict[str, Any], kind: Kind, name: str) -> str:
 
 def licence(name: str) -> dict[str, str]:
     """The hub's keys for a licence as a configuration names it ("MIT", "Apache-2.0")."""
-    known = name.strip().lower()
+    known = " ".join(name.lower().split())
+    known = _OTHER_NAMES.get(known, known)
     if known in LICENCES:
         return {"license": known}
     slug = re.sub(r"[^a-z0-9.-]+", "-", known).strip("-")
