@@ -37,4 +37,5 @@ RUN case "$SETS" in *convert*) touch .venv/.installed;; esac
 # Results, prepared data and downloads go where a volume is mounted.
 VOLUME /results
 ENV HF_HOME=/results/.cache/huggingface
-CMD ["python", "doctor.py"]
+ENV SETS=$SETS
+CMD ["sh", "-c", "case \"$SETS\" in *convert*) python doctor.py;; *) python doctor.py --only train;; esac"]

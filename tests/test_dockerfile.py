@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import json
 import shutil
 import subprocess
 from fnmatch import fnmatch
@@ -54,3 +55,17 @@ def test_the_steps_install_the_sets_and_the_build_of_torch_first(tmp_path, sets,
     assert asked == wanted
     for name in sets.split():
         assert (ROOT / f"requirements-{name}.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("sets", "asked"),
+    [("train bundle convert", "doctor.py"), ("train", "doctor.py --only train")],
+)
+def test_the_doctor_looks_at_what_was_installed(tmp_path, sets, asked):
+    """An image for training has no converter, and its first command must not fail for that."""
+    (python := tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    command = json.loads(steps("CMD")[-1])
+    environment = {"SETS": sets, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == asked

@@ -65,6 +65,8 @@ class Server(ThreadingHTTPServer):
         self.port = int(self.server_address[1])
         self.url = f"http://{ADDRESS}:{self.port}"
         self.hosts = {f"{name}:{self.port}" for name in (ADDRESS, "localhost")}
+        if self.port == 80:  # which clients leave out
+            self.hosts |= {ADDRESS, "localhost"}
 
     def end(self) -> None:
         """Stop answers at their next piece, and wait for them: then the models are closed."""
