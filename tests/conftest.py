@@ -387,7 +387,7 @@ def answer_for_the_base(cache: Path, yaml_file: str = "smollm2-135m.yaml") -> No
 
     tests/test_rehearsal.py is about how they are asked for.
     """
-    from liteguard import rehearsal
+    from liteguard import rehearsal, writing
     from liteguard.config import build, read_yaml
     from liteguard.data import self_answers
     from liteguard.embedded import diseases
@@ -403,6 +403,7 @@ def answer_for_the_base(cache: Path, yaml_file: str = "smollm2-135m.yaml") -> No
             for question in self_answers.questions(source, cache):
                 row = rehearsal.row(question, {"text": next(texts), "stopped": True})
                 lines.write(json.dumps(row) + "\n")
+        writing.seal(file)
 
 
 @pytest.fixture(scope="session")

@@ -74,8 +74,10 @@ def test_the_names_of_diseases(tmp_path, monkeypatch):
 
 
 def test_what_can_be_made_of_a_base_model(tmp_path, monkeypatch):
-    for name, value in {"wrong_shape": "", "sample": ([], []), "as_litertlm": "no asthma"}.items():
+    for name, value in {"sample": ([], []), "as_litertlm": "no asthma"}.items():
         monkeypatch.setattr(possible, name, lambda *given, value=value: value)
+    for name in ("wrong", "not_known"):
+        monkeypatch.setattr(possible.shapes, name, lambda *given: "")
     monkeypatch.setattr(possible, "as_task", lambda *given: ("", "0 texts"))
     text = SimpleNamespace(vocab_size=8)
     architecture = SimpleNamespace(get_text_config=lambda: text)

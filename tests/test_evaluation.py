@@ -159,11 +159,11 @@ def test_a_rate_ten_times_too_high_gets_do_not_ship(pipeline, tmp_path):
     def judged(checkpoint: Path) -> tuple[str, list[str]]:
         output = tmp_path / checkpoint.name
         succeed(
-            "evaluate_model.py",
-            *("--base", "--checkpoint", str(checkpoint), "--output", str(output), *flags),
+            ROOT / "evaluate_model.py",
+            *("--base", "--checkpoint", checkpoint, "--output", output, *flags),
             cwd=pipeline,
         )
-        compared = "evaluate_model.py", "--output", str(output), "--compare", "base", "final"
+        compared = ROOT / "evaluate_model.py", "--output", output, "--compare", "base", "final"
         said = succeed(*compared, cwd=pipeline)
         lines = said[said.index("Verdict:") :].splitlines()
         return lines[0], [line for line in lines if line.startswith("  no  asked")]
@@ -174,8 +174,8 @@ def test_a_rate_ten_times_too_high_gets_do_not_ship(pipeline, tmp_path):
     stages = (("instruction", "domain_checkpoint", hot, 1e-2), ("safety", hot, final, 1e-4))
     for stage, parent, output, rate in stages:
         succeed(
-            f"train_{stage}.py",
-            *("--checkpoint", str(parent), "--output", str(output)),
+            ROOT / f"train_{stage}.py",
+            *("--checkpoint", parent, "--output", output),
             *("--set", f"{stage}.learning_rate={rate}", "--set", f"{stage}.max_steps=12"),
             cwd=pipeline,
         )

@@ -328,7 +328,7 @@ def test_records_are_handed_out_without_rows_and_folders(tmp_path):
     assert data["preference"][0]["hub"] == "owner/name"
     assert data["decontaminate"] == ["exam.jsonl", "medqa"]
     assert kept["verify"]["bundle"] == {"agree": 0.9} and kept["base_model"] == "a/base"
-    assert record.verify["bundle"]["answers"] == rows, "the record here keeps them"
+    assert record.to_dict()["verify"]["bundle"]["answers"] == rows, "the record here keeps them"
     assert json.loads((work / "stage.json").read_text())["config_sources"]["safety.beta"] == "--set"
 
 
