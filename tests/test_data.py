@@ -251,7 +251,7 @@ def test_same_input_and_seed_give_the_same_bytes(embedded, tmp_path):
         json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for folder in (embedded, tmp_path / "again")
     )
-    # The command is another one, for the place of its cache; sha256 of all files are among the rest.
+    # The command is another one, for its cache; the files' sha256 are among the rest.
     assert first.pop("made_by") != again.pop("made_by")
     assert json.dumps(first) == json.dumps(again)
 
