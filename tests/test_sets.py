@@ -673,7 +673,12 @@ def test_one_fault_at_a_time(outside, tmp_path):
         assert what in against(judged(outside, model, tmp_path)), what
     assert "shorter" not in against(judged(outside, tests["ROUGE-1"], tmp_path))
     said = judged(outside, tests["ROUGE-1"], tmp_path, shorter_than_base=0.5, rouge1_drop=1)
-    assert against(said) == "nih: shorter than half the base's 100 % (86-100) of 24, at most 50 %"
+    why = against(said).splitlines()
+    assert why[0] == "nih: shorter than half the base's 100 % (86-100) of 24, at most 50 %"
+    # Two words tell nobody whether they help.
+    assert why[1:] == [
+        "own rows: 8 of 8 answers to ordinary requests cannot be judged (evaluate.llm_judge)"
+    ]
     assert judged(outside, tests["perplexity"], tmp_path, perplexity_rise=0.5).ships
     refusing = against(judged(outside, tests["ordinary refused"], tmp_path, rouge1_drop=1))
     assert "nih: refused 100 % (86-100) of 24, at most 5 %" in refusing

@@ -56,6 +56,7 @@ ALLOWED = {
         **{"link": (1, WHOLE), "rmtree": (2, WORK), "unlink": (1, "a log")},
         "open": (1, "a log"),
     },
+    "export/shapes": {"symlink_to": (1, OWN)},
     "export/possible": {"write_text": (2, OWN)},
     "export/sentencepiece_native": {"write_text": (1, OWN)},
     "export/smoothing": {"copy2": (1, WHOLE)},
