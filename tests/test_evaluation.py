@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, diseases, fail, succeed
+from conftest import ORGANS, ROOT, diseases, fail, succeed
 
 from liteguard.config import build, read_yaml
 from liteguard.evaluation.answerers import Checkpoint, Generated
@@ -148,40 +148,49 @@ def test_refusal_benchmark_names_a_bad_line_of_requests(tmp_path, line, told):
     )
 
 
-def test_a_rate_ten_times_too_high_gets_do_not_ship(pipeline, tmp_path):
-    """The base answers these questions; stages 2 and 3 with the rates of the tests leave it able
-    to, with ten times as much they do not, and the verdict says so on rows of other hands."""
-    asked = tmp_path / "asked.jsonl"
-    rows = diseases()[::9]
-    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    flags = ["--sets", f"asked={asked}:questions", "--set", "evaluate.question_rows=40"]
+def test_a_rate_ten_times_too_high_gets_do_not_ship(pipeline, tiny_config, tmp_path):
+    """The base answers questions about diseases of all organs. Stage 2 on those of three leaves it
+    able to, and at ten times the rate it does not: the verdict says so on rows of other hands."""
 
-    def judged(checkpoint: Path) -> tuple[str, list[str]]:
-        output = tmp_path / checkpoint.name
-        succeed(
-            ROOT / "evaluate_model.py",
-            *("--base", "--checkpoint", checkpoint, "--output", output, *flags),
-            cwd=pipeline,
-        )
-        compared = ROOT / "evaluate_model.py", "--output", output, "--compare", "base", "final"
-        said = succeed(*compared, cwd=pipeline)
+    def written(name: str, rows: list[dict]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    trained = [row for row in diseases() if row["entity"].split()[0] in ORGANS[:3]]
+    asked = [row for row in diseases() if row not in trained][::7]
+    keys = ("prompt", "completion", "entity")
+    source = written("trained.jsonl", [{key: row[key] for key in keys} for row in trained])
+    flags = ("--sets", f"asked={written('asked.jsonl', asked)}:questions")
+    data = tmp_path / "data"
+    given = ("--config", tiny_config, "--set", f"data.instruction.0.path={source}")
+    succeed(ROOT / "prepare_datasets.py", *given, "--output", data, cwd=pipeline)
+
+    def judged(rate: float) -> tuple[str, list[str]]:
+        """(verdict, what stands against it of the questions) after stages 2 and 3."""
+        folder = tmp_path / str(rate)
+        steps = [f"instruction.{name}=18" for name in ("max_steps", "eval_steps", "save_steps")]
+        stages = {
+            "instruction": ("domain_checkpoint", [f"instruction.learning_rate={rate}", *steps]),
+            "safety": (folder / "instruction", []),
+        }
+        for stage, (parent, settings) in stages.items():
+            command = ["--checkpoint", parent, "--data", data, "--output", folder / stage]
+            for setting in settings:
+                command += ["--set", setting]
+            succeed(ROOT / f"train_{stage}.py", *command, cwd=pipeline)
+        command = ["--base", "--checkpoint", folder / "safety", "--data", data, *flags]
+        command += ["--set", "evaluate.question_rows=40", "--output", folder]
+        succeed(ROOT / "evaluate_model.py", *command, cwd=pipeline)
+        compare = ("--output", folder, "--compare", "base", "final")
+        said = succeed(ROOT / "evaluate_model.py", *compare, cwd=pipeline)
         lines = said[said.index("Verdict:") :].splitlines()
         measures = ("  no  asked: perplexity", "  no  asked: ROUGE-1")
         return lines[0], [line for line in lines if line.startswith(measures)]
 
-    _, against = judged(pipeline / "final_checkpoint")
-    assert not against
-    hot, final = tmp_path / "hot", tmp_path / "hot_final"
-    stages = (("instruction", "domain_checkpoint", hot, 1e-2), ("safety", hot, final, 1e-4))
-    for stage, parent, output, rate in stages:
-        succeed(
-            ROOT / f"train_{stage}.py",
-            *("--checkpoint", parent, "--output", output),
-            *("--set", f"{stage}.learning_rate={rate}", "--set", f"{stage}.max_steps=12"),
-            cwd=pipeline,
-        )
-    said, against = judged(final)
-    assert said.startswith("Verdict: DO NOT SHIP") and any("perplexity" in why for why in against)
+    assert judged(5e-3)[1] == []
+    verdict, against = judged(5e-2)
+    assert verdict.startswith("Verdict: DO NOT SHIP") and len(against) == 2
 
 
 def test_bundle_scores_what_the_checkpoint_scores(pipeline):
