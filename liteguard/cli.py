@@ -81,10 +81,13 @@ def resolve_config(
     if parent is not None and not args.config:
         described, own = of_a_record(parent.config)
         layers.append(("the parent's stage.json", described))
-        # Where a stage reported to says nothing once it is trained.
+        # Where a stage reported to says nothing once it is trained, nor its sets where none are
+        # measured.
         stages = [*checkpoints.STAGES]
         trained = stages[: stages.index(parent.stage) + 1 if parent.stage in stages else None]
-        own = [name for name in own if name not in [f"{stage}.report_to" for stage in trained]]
+        past = {f"{stage}.report_to" for stage in trained}
+        past |= set() if hasattr(args, "sets") else {"evaluate.sets"}
+        own = [name for name in own if name not in past]
         if own:
             print(
                 f"not taken from the parent's record: {', '.join(own)} (of the machine that it was "
@@ -183,8 +186,20 @@ def print_config(config: Config, *sections: str) -> None:
     for name, value in values.items():
         if name.split(".")[0] in sections:
             origin = config.sources.get(name, "default")
-            line = f"  {name:38} {value!r:42} {origin}"
+            line = f"  {name:38} {_given(value)!r:42} {origin}"
             print(shown.visible(shown.without_passwords(line)))
+
+
+def _given(value: Any) -> Any:
+    """A value as a person would write it: entries of a list without what they do not set."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: own for key, own in entry.items() if own not in (None, {})}
+        if isinstance(entry, dict)
+        else entry
+        for entry in value
+    ]
 
 
 # Where `keep_heard` writes, once it is known.

@@ -31,8 +31,8 @@ REFERENCE_SPEED = 420 * 134.5e6
 PREPARE = (10.0, 5.0e-4, 450e6, 900.0)
 # Merge, export, quantise and bundle: seconds, seconds per billion parameters.
 CONVERT = (40.0, 110.0)
-# Calibration and smoothing: seconds, seconds per billion parameters (SmolLM2: 38 to 46 and 10; not
-# measured at Phi's size).
+# Calibration: seconds, seconds per billion parameters (SmolLM2: 38 to 46; docs/experiments.md).
+# Smoothing: from its operations. Neither was measured at Phi's size.
 CALIBRATE = (5.0, 290.0)
 SMOOTH = (6.0, 30.0)
 # The base model as a teacher reads its rows once: of a training step's time for as many tokens (660

@@ -38,7 +38,9 @@ def test_a_record_names_no_service_no_place_and_gives_no_permission(capsys):
         **{stage: {"report_to": ["wandb"], "seed": 4} for stage in ("domain", "instruction")},
     }
     parent = StageRecord(**{**RECORD, "config": theirs})
-    config = cli.resolve_config(flags(), parent=parent)
+    measuring = flags()
+    measuring.sets = []  # as evaluate_model.py has it
+    config = cli.resolve_config(measuring, parent=parent)
     assert config.evaluate.llm_judge is None and not config.model.trust_remote_code
     assert config.data.cache_dir == ".cache" and config.compress.python is None
     assert config.evaluate.sets == [] and config.domain.report_to == []
@@ -51,6 +53,8 @@ def test_a_record_names_no_service_no_place_and_gives_no_permission(capsys):
     assert f"{left}, compress.python, instruction.report_to (" in told
     assert "domain.report_to" not in told, "the stage is trained"
     assert "--set" in told and "AWS" not in told
+    cli.resolve_config(flags(), parent=parent)
+    assert "evaluate.sets" not in capsys.readouterr().out, "no set is measured here"
     mine = flags("model.trust_remote_code=true", "data.cache_dir=mine")
     config = cli.resolve_config(mine, parent=parent)
     assert config.model.trust_remote_code and config.data.cache_dir == "mine"
@@ -440,6 +444,12 @@ def test_the_printed_settings_hide_a_password_and_show_escapes(capsys):
     printed = capsys.readouterr().out
     assert "https://***@h.example/x" in printed and "SECRET9" not in printed
     assert "kind_weights.a\\x1b[1m" in printed and "\x1b" not in printed
+
+
+def test_printed_entries_of_a_list_have_what_was_set(capsys):
+    sets = [{"name": "nih", "path": "nih.csv", "kind": "questions", "rows": 60}]
+    cli.print_config(config_layers.build([("a.yaml", {"evaluate": {"sets": sets}})]), "evaluate")
+    assert f"{sets} " in capsys.readouterr().out
 
 
 def test_messages_hide_the_password_of_a_url():
