@@ -44,23 +44,22 @@ PLAIN = {
 _TO_PLAIN = {ord(character): plain for character, plain in PLAIN.items()}
 
 
-def normalise(text: str) -> str:
-    """NFC text with plain quotes and dashes and with every run of whitespace as one blank.
+def plain(text: str) -> str:
+    """NFC text with plain quotes and dashes; NUL and names of control tokens are taken out.
 
-    Both are where SentencePiece on the device and a byte-level BPE differ (runs of newlines, tabs
-    and blanks; typographic characters spelled with incomplete UTF-8 tokens), so training on the
-    plain form keeps its ids equal to the device's. NUL and names of control tokens are taken out.
+    Typographic characters that are spelled with incomplete UTF-8 tokens are where SentencePiece on
+    the device and a byte-level BPE differ, so training on the plain form keeps its ids equal.
     """
-    # A list loses its lines by this. A single newline between two words would keep its id with
-    # the vocabularies of GPT-2 and SmolLM2, which hold no piece of a newline and a letter. It is
-    # not certain for others (Llama 3 and Qwen join it to the mark before it), nor beside blanks
-    # ("a \nb"), and the data are prepared without knowing the tokenizer.
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_TO_PLAIN)
     text = text.replace("\x00", "")
-    if "<" in text:
-        text = _CONTROL.sub(" ", text)
-    return " ".join(text.split())
+    return _CONTROL.sub(" ", text) if "<" in text else text
+
+
+def normalise(text: str) -> str:
+    """`plain` text in one line: names, questions in passing. What is learnt or asked keeps its
+    lines (`data/lines.py`). Runs of blanks have other ids on the device, so there is one."""
+    return " ".join(plain(text).split())
 
 
 # What a tokenizer would read as a control token ("<|im_end|>" in a forum post would end the answer
@@ -176,8 +175,8 @@ def has_words(text: str) -> bool:
 def pieces(text: str, limit: int, shortest: int = 1) -> list[str]:
     """A normalised text in pieces of at most `limit` characters, cut at the ends of sentences.
 
-    Where a sentence is longer, at a blank, and inside of a word when there is none. Nothing is
-    lost, and no piece is shorter than `shortest` if that can be.
+    Where a sentence is longer, at a line break or a blank, and inside of a word when there is none.
+    Nothing is lost, and no piece is shorter than `shortest` if that can be.
     """
     found = []
     while len(text) > limit:
@@ -185,7 +184,7 @@ def pieces(text: str, limit: int, shortest: int = 1) -> list[str]:
         size = limit if len(text) >= limit + shortest else max(1, len(text) // 2)
         ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, size + 1)]
         ends = [end for end in ends if shortest <= end <= size]
-        cut = ends[-1] if ends else text.rfind(" ", shortest, size + 1)
+        cut = ends[-1] if ends else max(text.rfind(b, shortest, size + 1) for b in "\n ")
         cut = cut if cut > 0 else size
         found.append(text[:cut].strip())
         text = text[cut:].strip()
@@ -193,7 +192,7 @@ def pieces(text: str, limit: int, shortest: int = 1) -> list[str]:
 
 
 # The marks of other scripts end a sentence without a blank after them.
-_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?= )|[\u3002\uff01\uff1f\u0964\u06d4]")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|[\u3002\uff01\uff1f\u0964\u06d4]")
 
 
 def pick(options: list[str], *key: str) -> str:

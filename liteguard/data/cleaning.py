@@ -20,6 +20,7 @@ import numpy as np
 
 from liteguard.data import near_questions
 from liteguard.data.layouts import FORMATS
+from liteguard.data.lines import normalise_lines
 from liteguard.data.near_duplicates import PERMUTATIONS, sign_pairs, sign_texts
 from liteguard.data.overlap import OVERLAP_WORDS, SHORTEST_WINDOW, index_texts
 from liteguard.data.words import fact_numbers, key_number, windows, word_numbers
@@ -215,10 +216,10 @@ def _name_entity(row: Row, rules: Rules) -> int:
 def _normalised(found: Any, rules: Rules) -> Iterator[tuple[int, Row]]:
     """(`naming`, clean row) of a row: several of a long text, cut in pieces."""
     fields = FIELDS[rules.part]
-    row = {**found, **{f: normalise(found[f]) for f in fields}}
+    row = {**found, **{f: normalise_lines(found[f]) for f in fields}}
     if "history" in row:
-        row["history"] = [[normalise(text) for text in pair] for pair in row["history"]]
-    system = normalise(row.pop("system", ""))
+        row["history"] = [[normalise_lines(text) for text in pair] for pair in row["history"]]
+    system = normalise_lines(row.pop("system", ""))
     if system and rules.system_slot:
         row["system"] = system
     for label in ("kind", "area"):

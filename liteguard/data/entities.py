@@ -138,7 +138,7 @@ def _guess(part: Part, rows: np.ndarray, names: Names, data: DataSection) -> int
     for row in rows:
         text = _first_text(readers[part.shard[row]][part.row[row]].decode(), field)
         if part.name == "domain":
-            text = " ".join(text.split(" ", TEXT_WORDS)[:TEXT_WORDS]).split(". ", 1)[0]
+            text = " ".join(text.split(None, TEXT_WORDS)[:TEXT_WORDS]).split(". ", 1)[0]
         entity = names.find(match_key(text).split())
         if entity:
             part.guessed[row] = numbers.setdefault(entity, len(numbers))

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from liteguard import registry
 from liteguard.config import Config
+from liteguard.data.lines import normalise_lines
 from liteguard.data.readers import Broken, read_rows
 from liteguard.data.values import given, mended
 from liteguard.errors import UserError, WorkError
 from liteguard.rows import Row
-from liteguard.text import has_words, normalise, text_key, unit, upper_first
+from liteguard.text import has_words, text_key, unit, upper_first
 
 if TYPE_CHECKING:
     from liteguard.config import SourceSection
@@ -64,7 +65,7 @@ def questions(source: SourceSection, cache_dir: Path) -> list[str]:
     """
     found: dict[str, str] = {}
     for text in _asked(source, cache_dir):
-        question = upper_first(normalise(mended(text, Counter())))
+        question = upper_first(normalise_lines(mended(text, Counter())))
         if has_words(question) and len(question) <= LONGEST_QUESTION:
             found.setdefault(text_key(question), question)
     drawn = sorted(found, key=lambda key: unit(f"{NAME}\x1f{key}"))

@@ -17,11 +17,12 @@ from liteguard.config import SET_KINDS, Config, SetSection, SourceSection, valid
 from liteguard.data.files import local_files
 from liteguard.data.formats import FORMATS
 from liteguard.data.layouts import asked
+from liteguard.data.lines import normalise_lines
 from liteguard.data.readers import Broken, broken, hub_commit, read_rows
 from liteguard.data.values import is_unicode, mended
 from liteguard.errors import UserError
 from liteguard.rows import Row, conversation_text
-from liteguard.text import normalise, unit
+from liteguard.text import unit
 from liteguard.wheels import WHEELS
 
 REQUEST_KINDS = ("harmful", "ordinary", "borderline")
@@ -266,7 +267,7 @@ def _made(section: SetSection, cache_dir: Path, system_slot: bool) -> Iterator[R
 
 def _clean(text: str) -> str:
     """As preparation makes training rows, which these are compared with."""
-    return normalise(mended(text, Counter()))
+    return normalise_lines(mended(text, Counter()))
 
 
 def _input(row: Row) -> Any:

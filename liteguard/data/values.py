@@ -56,10 +56,11 @@ _ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>"""
 _UNSEEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 # Names of tags, so that "p <0.05 and n> 3" stays as it is.
 _BLOCK = re.compile(
-    r"</?(?:p|br|hr|div|h[1-6]|ul|ol|li|dl|dt|dd|table|thead|tbody|tr|td|th|section|article|body|"
+    r"<(/?)(p|br|hr|div|h[1-6]|ul|ol|li|dl|dt|dd|table|thead|tbody|tr|td|th|section|article|body|"
     rf"html|head|header|footer|pre|blockquote|img|figure|center){_ATTRIBUTES}",
     re.IGNORECASE,
 )
+_LAYOUT = re.compile(rf"<(?:p|li|div|table|h[1-6]){_ATTRIBUTES}", re.IGNORECASE)
 _INLINE = re.compile(
     rf"</?(?:a|b|i|u|s|em|strong|span|font|mark|small|big|code|tt|sub){_ATTRIBUTES}|</sup\s*>",
     re.IGNORECASE,
@@ -117,13 +118,43 @@ def mended(text: str, notes: Counter[str]) -> str:
 
 def _without_html(text: str) -> str:
     if "<" in text:
-        text = _BLOCK.sub(" ", _UNSEEN.sub(" ", text))
+        text = _UNSEEN.sub(" ", text)
+        if _LAYOUT.search(text):  # where tags make the lines, a line break is a blank
+            text = _BLOCK.sub(_Breaks(), " ".join(text.split()))
+        else:
+            text = _BLOCK.sub(_Breaks(), text)
         # 10<sup>9</sup> is another number than 109.
         text = _INLINE.sub("", _SUPERSCRIPT.sub("^", text))
     for _ in range(2):  # "&amp;lt;" was escaped twice
         if "&" in text:
             text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
     return text
+
+
+class _Breaks:
+    """What stands in the place of a tag, one text from its beginning to its end: line breaks, and
+    the marks of lists with the numbers that a browser would show."""
+
+    def __init__(self) -> None:
+        self._lists: list[int | None] = []
+
+    def __call__(self, found: re.Match[str]) -> str:
+        closes, name = found[1], found[2].lower()
+        if name in ("ul", "ol"):
+            if not closes:
+                self._lists.append(0 if name == "ol" else None)
+            elif self._lists:
+                self._lists.pop()
+            return "\n\n" if not self._lists else "\n"
+        if name == "li" and not closes:
+            number = self._lists[-1] if self._lists else None
+            if number is None:
+                return "\n- "
+            self._lists[-1] = number + 1
+            return f"\n{number + 1}. "
+        if name in ("td", "th", "img"):
+            return " "
+        return "\n" if name in ("br", "li", "tr", "dt", "dd", "div") else "\n\n"
 
 
 def _decoded_again(found: re.Match[str]) -> str:
