@@ -25,46 +25,26 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, models, shown
-from liteguard.config import RECIPES, flatten
-from liteguard.errors import UserError
-from liteguard.records import BundleRecord
+from liteguard import checkpoints, cli, shown
+from liteguard.config import RECIPES
 
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--input", metavar="DIR", required=True, help="a final checkpoint")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="default: liteguard_<model_type>.task; its container is compared whole, of the other "
-        "one the form",
-    )
-    parser.add_argument(
-        "--only", choices=("task", "litertlm"), help="write one container; default: both"
-    )
-    parser.add_argument(
-        "--also",
-        nargs="?",
-        const="both",
-        choices=("both", "gguf"),
-        help="gguf: NAME.gguf, for llama.cpp and Ollama; both: both containers, the default now",
-    )
-    parser.add_argument(
-        "--quantize",
-        metavar="RECIPE",
-        help=f"auto, or one or several (the first that passes its proof) of {', '.join(RECIPES)}; "
-        "default: compress.quantize of the YAML",
-    )
-    parser.add_argument(
-        "--size",
-        metavar="2.0GB",
-        type=cli.gigabytes,
-        help="the most that the weights may take: compress.size_gb",
-    )
-    parser.add_argument(
-        "--verify", metavar="LEVEL", help="quick, full or none; default: compress.verify.level"
-    )
+    add = parser.add_argument
+    add("--input", metavar="DIR", required=True, help="a final checkpoint")
+    whole = "its container is compared whole, of the other one the form"
+    add("--output", metavar="FILE", help=f"default: liteguard_<model_type>.task; {whole}")
+    add("--only", choices=("task", "litertlm"), help="write one container; default: both")
+    kinds = "gguf: NAME.gguf, for llama.cpp and Ollama; both: both containers, the default now"
+    add("--also", nargs="?", const="both", choices=("both", "gguf"), help=kinds)
+    recipes = f"auto, or one or several (the first that passes its proof) of {', '.join(RECIPES)}"
+    recipes += "; default: compress.quantize of the YAML"
+    add("--quantize", metavar="RECIPE", help=recipes)
+    most = "the most that the weights may take: compress.size_gb"
+    add("--size", metavar="2.0GB", type=cli.gigabytes, help=most)
+    levels = "quick, full or none; default: compress.verify.level"
+    add("--verify", metavar="LEVEL", help=levels)
     args = parser.parse_args()
     if args.only and args.also == "both":
         parser.error("argument --also: not allowed with argument --only")
@@ -83,114 +63,42 @@ def main() -> None:
         "--verify": ("compress.verify.level", args.verify),
     }
     config = cli.resolve_config(args, flags, parent=record)
-    section = config.compress
     cli.print_config(config, "model", "compress")
 
     # 2. Inputs
-    from liteguard.export import (
-        apps,
-        gguf_file,
-        measured,
-        outputs,
-        possible,
-        quantization,
-        tflite,
-        verify,
-    )
-    from liteguard.export.conversion import Conversion
+    from liteguard.export import apps, compression, gguf_file, outputs, verify
 
     name = args.output or f"liteguard_{config.model_type}.{args.only or 'task'}"
-    wanted = outputs.containers(Path(name), args.only)
-    base, revision, architecture = models.model_config(config)
-    identity = models.base_identity(base, revision)
-    checkpoints.require_same(source, record, config.prompt, identity, config.model.name)
-    own, data_dir = models.load_base_tokenizer(config), Path(record.data_dir)
-    can = possible.possible(config, architecture, own, base, data_dir)
-    bundles = [path for path in wanted if not can.why_not(path.suffix)]
-    if not bundles:
-        raise UserError(f"{source}: {can}. Name an --output that can be made.")
-    print(can)
-    output = bundles[0]
-    outputs.check(bundles)
-    gguf = output.with_suffix(".gguf") if args.also == "gguf" else None
-    if gguf:
-        gguf_file.check(gguf, architecture, own)
-    samples = None
-    if section.verify.level != "none":
-        samples = measured.collect_samples(config, data_dir, own.backend_tokenizer)
-    inputs = {
-        "adapter": record.adapter,
-        "base": identity,
-        "prompt": record.prompt.model_dump(),
-        **flatten(section.model_dump(exclude={"python"}), "compress."),
-        "compress.prefill_lengths": section.ladder,
-    }
-    converter = tflite.choose_converter(section.converter, section.python)
-    parameters = models.count_parameters(architecture)
-    recipes = quantization.recipes_for(section, architecture)
-    memory, _ = tflite.required_resources(parameters, converter)
-    disk = tflite.whole_disk(parameters, converter, recipes[0], len(bundles))
-    print(
-        f"prefill lengths: {', '.join(map(str, section.ladder))}; KV cache: "
-        f"{section.kv_cache_length} tokens\n"
-        f"expected peak memory: {tflite.peak_memory(parameters, converter) / 1e9:.1f} GB; "
-        f"{memory / 1e9:.1f} GB must be free, and {shown.size(disk)} of disk"
+    work = compression.plan(
+        config, source, record, outputs.containers(Path(name), args.only), args.also == "gguf"
     )
-    needed = parameters, converter, output.parent, disk - checkpoints.left_over(output)
     if args.dry_run:
-        tflite.require_resources(*needed)
-        files = [*bundles, gguf] if gguf else bundles
-        print(
-            f"would merge, convert ({converter}, {' then '.join(recipes)}) and write "
-            f"{', '.join(map(str, files))}; proof: {section.verify.level}\n"
-            "dry run: nothing written"
-        )
+        work.require_resources()
+        print(f"would {work}\ndry run: nothing written")
         return
-    merged = config, base, revision, source
+    output, inputs = work.bundles[0], work.inputs
     following = cli.next_line("evaluate_model.py", "--bundle", output, *cli.own_flags(args))
     published = outputs.finish_publishing(output, inputs)
-    if published or (not args.overwrite and outputs.reuse(bundles, inputs)):
+    if published or (not args.overwrite and outputs.reuse(work.bundles, inputs)):
         print(f"{output} is finished and was made from the same inputs: reused")
-        if gguf:
-            gguf_file.beside(gguf, *merged)
+        if work.gguf:
+            gguf_file.beside(work.gguf, config, work.base, work.revision, source)
         print(following)
         return
-    tflite.require_resources(*needed)
+    work.require_resources()
     output.parent.mkdir(parents=True, exist_ok=True)
-    work = outputs.start_work(output, inputs, args.overwrite)
+    folder = outputs.start_work(output, inputs, args.overwrite)
 
     # 3. Work
-    conversion = Conversion(
-        config, source, base, revision, parameters, converter, recipes, bundles, samples, work
-    )
-    facts = conversion.run()
+    result = work.run(folder, started)
 
     # 4. Results
-    result = BundleRecord(
-        stage="bundle",
-        base_model=config.model.name,
-        base_revision=revision,
-        base_identity=identity,
-        base_licence=config.model.licence,
-        parent=str(source),
-        parent_adapter_sha256=record.adapter,
-        data_dir=record.data_dir,
-        prompt=config.prompt,
-        config=config.model_dump(),
-        inputs=inputs,
-        files={path.name: checkpoints.sha256_file(work / path.name) for path in bundles},
-        bytes={path.name: (work / path.name).stat().st_size for path in bundles},
-        **facts,
-        timings_s=conversion.steps.timings,
-        wall_s=round(time.time() - started, 1),
-        peak_rss_gb=conversion.steps.peaks,
-    )
-    outputs.publish(work, bundles, result, apps.deployment(result), apps.gallery(result))
-    for path in bundles:
+    outputs.publish(folder, work.bundles, result, apps.deployment(result), apps.gallery(result))
+    for path in work.bundles:
         print(f"wrote {path} ({shown.size(result.bytes[path.name])}) and {path.name}.json")
-    print(f"{verify.closing(facts)}; {shown.duration(result.wall_s)}")
-    if gguf:
-        gguf_file.beside(gguf, *merged)
+    print(f"{verify.closing(result.to_dict())}; {shown.duration(result.wall_s)}")
+    if work.gguf:
+        gguf_file.beside(work.gguf, config, work.base, work.revision, source)
     print(following)
 
 

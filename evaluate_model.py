@@ -31,10 +31,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from liteguard import checkpoints, cli, machine, shown
+from liteguard import cli, machine, shown
 from liteguard.errors import UserError
-from liteguard.records import Made
-from liteguard.rows import read_manifest
 
 
 def parse_args():
@@ -65,15 +63,11 @@ def main() -> None:
         compare(args)
         return
     from liteguard.data import sets
-    from liteguard.evaluation import results
+    from liteguard.evaluation import measuring, results
 
     if args.markdown or args.json or args.require_ship:
         raise UserError("--markdown, --json and --require_ship need --compare RESULT ...")
-    records: dict[str, Made] = {p: checkpoints.read_stage(Path(p)) for p in args.checkpoint}
-    if args.bundle:
-        records[args.bundle] = bundled = checkpoints.read_bundle(Path(args.bundle))
-    if not records and not args.base:
-        raise UserError("Say what to measure: --checkpoint DIR ..., --bundle FILE, or --base.")
+    records = measuring.read_targets(args.checkpoint, args.bundle, args.base)
     parent = next(iter(records.values()), None)
     config = cli.resolve_config(args, parent=None if args.model_type or args.model else parent)
     if parent is not None:
@@ -87,89 +81,26 @@ def main() -> None:
     cli.print_config(config, "evaluate")
 
     # 2. Inputs
-    from liteguard import models
-    from liteguard.data import preparation
-    from liteguard.evaluation import answerers, contamination, held_out, llm_judge, rubrics, run
-    from liteguard.runtime import container
-
-    config = models.with_base_prompt(config)
-    if config.evaluate.llm_judge:
-        llm_judge.Judge(config.evaluate.llm_judge)  # is its key there?
-    rubrics.require_judge(config)
-    base = architecture = None
-    if args.base or args.checkpoint:  # a bundle needs no base model
-        directory, commit, architecture = models.model_config(config)
-        base = models.base_identity(directory, commit)
-    for path, record in records.items():
-        checkpoints.require_same(Path(path), record, config.prompt, base, config.model.name)
-    data_dir = Path(args.data or (parent.data_dir if parent else f"data/{config.model_type}"))
-    preparation.follow_earlier_run(data_dir)  # the commits of hub sets that were kept apart
-    files = read_manifest(data_dir, cli.config_flags(args))["files"]
-    rows = held_out.held_out(config, data_dir, everything=args.full)
-    counts = ", ".join(
-        f"{len(found):,} {name.replace('_', ' ')}" for name, found in rows.items() if found
+    data = args.data or (parent.data_dir if parent else f"data/{config.model_type}")
+    work = measuring.Measuring.plan(
+        config,
+        records,
+        targets,
+        data_dir=Path(data),
+        output=output,
+        everything=args.full,
+        flags=cli.config_flags(args),
     )
-    print(f"{config.evaluate.split} rows: {counts}")
-    if note := held_out.language_note(config, rows):
-        print(note)
-    inputs, trained_on = {}, {}
-    for label, target in targets.items():
-        of = records[target] if target else None
-        trained_on[label] = contamination.training_data(data_dir, of)
-        own_base = None if target and target == args.bundle else base
-        inputs[label] = results.inputs_of(config, rows, files, of, own_base, trained_on[label])
-        if args.limit is not None and not args.overwrite:
-            results.keep_longer_runs(output, label, inputs[label])
-    if args.overwrite or not all(results.reuse(output / f"{n}.json", inputs[n]) for n in targets):
-        bundle = Path(args.bundle) if args.bundle else None
-        longest = 0
-        if architecture is not None:
-            own = models.load_base_tokenizer(config)
-            longest = run.longest_row(config, rows, lambda text: len(models.encode(own, text)))
-        needed, pages = answerers.expected_memory(config, architecture, bundle, longest)
-        print(
-            f"expected peak memory: {(needed + pages) / 1e9:.1f} GB at most; {needed / 1e9:.1f} GB "
-            "must be free"
-        )
-        less = "; a smaller evaluate.batch_size needs less for a checkpoint."
-        machine.require_memory(needed, "evaluating", less)
-        if architecture is not None:
-            answerers.require_gpu_memory(architecture, longest)
-        if bundle is not None:
-            container.require_disk(bundle, bundled.quantize.get("recipe", ""))
-        if config.evaluate.llm_judge:
-            llm_judge.Judge(config.evaluate.llm_judge).check()
+    if args.limit is not None and not args.overwrite:
+        work.keep_longer_runs()
+    if args.overwrite or not work.is_finished():
+        work.require_resources()
     if args.dry_run:
         print(f"would measure: {', '.join(targets)}\ndry run: nothing written")
         return
 
     # 3. Work
-    output.mkdir(parents=True, exist_ok=True)
-    found, leaks = {}, {}
-    for label, target in targets.items():
-        file = output / f"{label}.json"
-        if not args.overwrite and (earlier := results.reuse(file, inputs[label])):
-            run.drop_journal(output, label, inputs[label])
-            print(f"{label}: {file} is up to date: reused")
-            found[label] = earlier
-            continue
-        print(f"{label}: measuring {target or config.model.name}")
-        journal = run.journal_of(output, label, inputs[label])
-        numbers = run.measure(config, Path(target) if target else None, rows, journal)
-        directories, unchecked = trained_on[label]
-        key = tuple(directories)
-        if key not in leaks:
-            everything = held_out.held_out(config, data_dir, everything=True)
-            leaks[key] = contamination.contamination(everything, rows, directories)
-        found[label] = {
-            **numbers,
-            "contamination": {**leaks[key], "unchecked": unchecked},
-            "model": {"name": config.model.name, "path": target, "data_dir": str(data_dir)},
-            "limits": config.evaluate.verdict.model_dump(),
-            "inputs": inputs[label],
-        }
-        checkpoints.write_json(file, found[label])
-        journal.remove()
+    found = work.run(args.overwrite)
 
     # 4. Results
     from liteguard.evaluation import comparison

@@ -11,7 +11,8 @@ changed. Memory is the sum over the main process and its workers. The plain way 
 recipes do: datasets.map to clean, a Python set for exact duplicates, a random split; it finds
 neither near copies nor overlap with evaluation sets. `--minhash` compares the MinHash libraries on
 the same texts (datasketch has to be installed for it). `--keep FILE` prepares a file of questions
-and answers instead, with the shipped settings, and prints what is dropped of it, with examples.
+and answers instead, with the shipped settings, and prints what is dropped of it, with examples;
+with `--before DIR` beside what an earlier version dropped.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def measure(command: list[str], directory: Path) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": cpu, "peak_gb": peak / 1e9}
 
 
-def configuration(directory: Path) -> Path:
+def configuration(directory: Path, root: Path = ROOT) -> Path:
     """A YAML that reads the synthetic files with the shipped cleaning settings."""
     import yaml
 
@@ -160,7 +161,7 @@ def configuration(directory: Path) -> Path:
     if wheels.is_dir() and not (cache / "wheels").exists():
         (cache / "wheels").symlink_to(wheels)
     data["cache_dir"] = str(cache)
-    values = {"extends": str(ROOT / "configs" / "phi-2.yaml"), "data": data}
+    values = {"extends": str(root / "configs" / "phi-2.yaml"), "data": data}
     path = directory / "bench.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
@@ -173,20 +174,22 @@ def ours(directory: Path) -> dict[str, float]:
     return measure([*command, "--output", str(directory / "data"), "--overwrite"], directory)
 
 
-def keep(file: Path, columns: list[str]) -> str:
-    """A table of the rows of a file that preparation keeps and drops, by reason, with examples."""
+def kept_and_dropped(
+    file: Path, columns: list[str], root: Path
+) -> tuple[dict[str, int], dict[str, str]]:
+    """(rows by what became of them, an example of each reason) by the scripts in `root`."""
     import yaml
 
     with tempfile.TemporaryDirectory(prefix="bench_data_") as name:
         directory = Path(name) / "rows"
         write(directory, 0.002)  # for the other parts
-        path = configuration(directory)
+        path = configuration(directory, root)
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         named = dict(pair.split("=", 1) for pair in columns)
         source = {"dataset": "auto", "path": str(file.resolve()), "columns": named}
         values["data"]["instruction"] = [source]
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "prepare_datasets.py"), "--config", str(path)]
+        command = [sys.executable, str(root / "prepare_datasets.py"), "--config", str(path)]
         measure([*command, "--output", str(directory / "data")], directory)
         manifest = json.loads((directory / "data/manifest.json").read_text(encoding="utf-8"))
         dropped = (directory / "data/dropped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
@@ -196,10 +199,24 @@ def keep(file: Path, columns: list[str]) -> str:
         if found["part"] == "instruction":
             text = " / ".join(str(v) for k, v in found["row"].items() if k in ("prompt", "text"))
             examples.setdefault(found["reason"], " ".join(text.split())[:70].replace("|", "/"))
-    lines = ["| rows | | for example |", "|---:|---|---|"]
-    lines += [f"| {entry['rows_read']:,} | read | |", f"| {entry['rows_kept']:,} | kept | |"]
-    for reason, count in sorted(entry["dropped"].items(), key=lambda item: -item[1]):
-        lines.append(f"| {count:,} | {reason} | {examples.get(reason, '')} |")
+    counts = {"read": entry["rows_read"], "kept": entry["rows_kept"]}
+    return counts | dict(sorted(entry["dropped"].items(), key=lambda item: -item[1])), examples
+
+
+def keep(file: Path, columns: list[str], before: Path | None = None) -> str:
+    """A table of the rows of a file that preparation keeps and drops, by reason, with examples.
+
+    `before`: a checkout of an earlier version, whose numbers stand beside.
+    """
+    counts, examples = kept_and_dropped(file, columns, ROOT)
+    earlier = kept_and_dropped(file, columns, before.resolve())[0] if before else None
+    lines = ["| rows | | before | for example |", "|---:|---|---:|---|"]
+    if not before:
+        lines = ["| rows | | for example |", "|---:|---|---|"]
+    for what, count in counts.items():
+        beside = f" {earlier.get(what, 0):,} |" if earlier is not None else ""
+        row = f"| {count:,} | {what} |{beside} {examples.get(what, '')} |"
+        lines.append(row.replace("|  |", "| |"))
     return "\n".join(lines)
 
 
@@ -262,9 +279,11 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     parser.add_argument("--keep", metavar="FILE", type=Path, help="what is dropped of this file")
     parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="of FILE")
+    earlier = "with --keep: a checkout of an earlier version, whose numbers stand beside"
+    parser.add_argument("--before", metavar="DIR", type=Path, help=earlier)
     args = parser.parse_args()
     if args.keep:
-        print(keep(args.keep, args.columns))
+        print(keep(args.keep, args.columns, args.before))
         return
     results: dict[str, dict[str, float]] = {}
     base = Path(tempfile.mkdtemp(prefix="bench_data_"))

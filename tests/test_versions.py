@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, code_digest
 
 from liteguard import rehearsal
-from liteguard.config import Config, SourceSection
+from liteguard.config import Config, SetSection, SourceSection
 from liteguard.evaluation import comparison, refusals, results
 from liteguard.export import possible
 from liteguard.training import tokens
@@ -51,6 +51,25 @@ def test_a_result_of_other_rules_is_not_reused(tmp_path, monkeypatch):
     file = tmp_path / "final.json"
     monkeypatch.setattr(results.records, "read_raw", lambda *_: (None, {"inputs": before}))
     assert results.reuse(file, before) and results.reuse(file, inputs()) is None
+
+
+def test_a_result_with_outside_sets_knows_by_which_rules_their_rows_were_made(
+    tmp_path, monkeypatch
+):
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"prompt": "Why?", "completion": "- one\n- two"}))
+    config = Config()
+    config.evaluate.sets = [SetSection(name="own", path=str(file), kind="questions")]
+    before = results.inputs_of(config, {}, {}, None, "base", ([], []))
+    assert "set_rows" not in inputs()
+    monkeypatch.setattr(results.shards, "ROWS_VERSION", before["set_rows"] + 1)
+    assert results.inputs_of(config, {}, {}, None, "base", ([], [])) != before
+    shared = {"answers": [], "n": {"perplexity": 0}}
+    lengths = {"max_new_tokens": 1, "max_text_tokens": 1, "context_words": 1}
+    one, other = (
+        {**shared, "inputs": {"evaluate": lengths, "rows": {}, "set_rows": rows}} for rows in (7, 8)
+    )
+    assert comparison.what_was_asked(one) != comparison.what_was_asked(other)
 
 
 def test_results_of_two_rules_are_not_compared():

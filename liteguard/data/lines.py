@@ -2,9 +2,8 @@
 
 A file that was printed for a screen of 80 characters ends its lines where there was no more room; a
 list and a paragraph end them because something ends. The first kind is undone, the second is what
-the answer on a phone is to look like. Both kinds have equal ids on the device: GPT-2's, SmolLM2's,
-Qwen's and Llama 3's vocabularies split line breaks as their SentencePiece models do (500 texts each
-with one and with two between sentences, list items and single words: `bench_tokenizer.py`).
+the answer on a phone is to look like. The device reads a line break as training does: the ids of
+texts in lines are equal as often as those of the same texts in one line (tests/test_lines.py).
 """
 
 from __future__ import annotations

@@ -496,4 +496,5 @@ def what_was_asked(result: dict[str, Any]) -> list[Any]:
         {name: digest for name, digest in rows.items() if name.startswith("domain/")},
         {k: settings[k] for k in ("max_new_tokens", "max_text_tokens", "context_words")},
         result["inputs"].get("judge"),
+        result["inputs"].get("set_rows"),
     ]

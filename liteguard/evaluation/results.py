@@ -9,7 +9,7 @@ from typing import Any
 
 from liteguard import checkpoints, records, registry, writing
 from liteguard.config import Config
-from liteguard.data import sets
+from liteguard.data import sets, shards
 from liteguard.errors import UserError
 from liteguard.evaluation import contamination
 from liteguard.evaluation.journal import Journal
@@ -154,6 +154,8 @@ def inputs_of(
         # The batch size may be lowered after a crash for lack of memory.
         "evaluate": config.evaluate.model_dump(exclude={"batch_size", "sets", "verdict"}),
         **({"sets": sets.fingerprint(config)} if config.evaluate.sets else {}),
+        # Their rows are made while measuring, by the rules that make training rows.
+        **({"set_rows": shards.ROWS_VERSION} if config.evaluate.sets else {}),
         "counts": {name: len(found) for name, found in rows.items()},
         "benchmarks": benchmark_files() if config.evaluate.knowledge_rows else None,
         "prompt": config.prompt.model_dump(),
