@@ -8,7 +8,6 @@ what an earlier run finished. Everything lands under demo/, the numbers in demo/
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from liteguard import checkpoints, cli
-from liteguard.config import build, read_yaml, validate
+from liteguard.config import build, read_yaml
 from liteguard.data import preparation
 from liteguard.embedded import smollm2
 from liteguard.errors import WorkError
@@ -203,18 +202,17 @@ def main() -> None:
         checkpoints.write_json(state, earlier)
 
     bundle_path = directory / "liteguard_smollm2.task"
-    record = json.loads(bundle_path.with_name(f"{bundle_path.name}.json").read_text())
-    size = record["bytes"][bundle_path.name]
-    prompt = validate(record["config"], str(bundle_path)).prompt
+    record = checkpoints.read_bundle(bundle_path)
+    size = record.bytes[bundle_path.name]
     print(f"\n=== {bundle_path} in LiteRT-LM")
     begin = time.monotonic()
-    answers, speed = ask(bundle_path, prompt)
+    answers, speed = ask(bundle_path, record.prompt)
     steps.append(
         {"name": "ask", "wall_s": round(time.monotonic() - begin, 1), "peak_rss_gb": peak_rss_gb()}
     )
 
     evaluation = directory / "evaluation"
-    results = {name: json.loads((evaluation / f"{name}.json").read_text()) for name in STAGES}
+    results = comparison.read_results(STAGES, evaluation)
     checkpoints.write_json(
         directory / "report.json",
         {
@@ -223,15 +221,14 @@ def main() -> None:
             },
             "steps": steps,
             "bundle": {"path": str(bundle_path), "bytes": size, **speed},
-            "proof": record["verify"]["steps"],
+            "proof": record.verify.model_dump()["steps"] if record.verify else [],
             "answers": answers,
             "download_s": round(download_s, 1),
             "total_wall_s": round(sum(step["wall_s"] for step in steps), 1),
         },
     )
-    compared = comparison.read_results(STAGES, evaluation)
-    said = verdict.verdict(compared, verdict.limits_of(compared, []))
-    written = report.write_report(compared, evaluation, verdict=said)
+    said = verdict.verdict(results, verdict.limits_of(results, []))
+    written = report.write_report(results, evaluation, verdict=said)
     print(f"\n{comparison.metrics_table(results)}\n")
     print(report.steps_table(steps))
     print(f"\n{verdict.verdict_text(said)}")

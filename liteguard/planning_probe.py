@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import re
 import statistics
 import subprocess
@@ -22,10 +21,11 @@ from typing import Any
 
 import yaml
 
-from liteguard import models
+from liteguard import models, records
 from liteguard.checkpoints import STAGES
 from liteguard.config import Config
 from liteguard.errors import WorkError
+from liteguard.records import Result
 from liteguard.rows import load_split, read_manifest, source_titles
 from liteguard.training import tokens
 from liteguard.training.feed import CPU_MICRO_BATCH_TOKENS, needed_rows
@@ -259,12 +259,12 @@ def measure(config: Config, data_dir: Path, work: Path, say: Callable[[str], Non
     command += ["--checkpoint", str(work / "safety"), "--limit", str(ROWS)]
     _, whole = run([*command, "--output", str(work / "evaluation")], "evaluate_model.py")
     (result,) = (work / "evaluation").glob("*.json")
-    cost = json.loads(result.read_text(encoding="utf-8"))["cost"]
+    cost = records.read(Result, result).cost
     parts = ("scoring_s", "options_s", "generation_s", "as_used_s", "judging_s")
-    counted = sum(cost.get(part, 0.0) for part in parts)
+    counted = sum(getattr(cost, part) for part in parts)
     return Measuring(
         loading=max(whole - counted, 0.0),
-        scored_token=cost["scoring_s"] / max(cost["scored_tokens"], 1),
-        knowledge_row=cost["options_s"] / ROWS,
-        generated_token=cost["generation_s"] / max(cost["generated_tokens"], 1),
+        scored_token=cost.scoring_s / max(cost.scored_tokens, 1),
+        knowledge_row=cost.options_s / ROWS,
+        generated_token=cost.generation_s / max(cost.generated_tokens, 1),
     )

@@ -218,6 +218,9 @@ class Cost(BaseModel):
     wall_s: float
     scoring_s: float
     generation_s: float
+    options_s: float = 0.0  # of public benchmarks
+    as_used_s: float = 0.0
+    judging_s: float = 0.0
     scored_tokens: int
     generated_tokens: int
     peak_rss_gb: float
