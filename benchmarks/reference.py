@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("prepare_datasets", "train_domain", "train_instruction", "train_safety")
 SCRIPTS += ("compress_model", "evaluate_model", "chat", "publish", "doctor", "plan")
 # Folders of liteguard/ in the order in which a model passes through them.
-ROOMS = ("data", "training", "export", "evaluation", "runtime", "chat", "publishing", "embedded")
+# In the order of the pipeline; a folder that is not named here stands behind them.
+ROOMS = ("config", "data", "training", "export", "evaluation", "runtime", "chat", "publishing")
 
 
 def configuration() -> str:
@@ -183,7 +184,8 @@ def tree() -> str:
     package = ROOT / "liteguard"
     lines.append("liteguard/")
     lines += [_leaf(path, "  ") for path in sorted(package.glob("*.py")) if _shown(path)]
-    for room in ROOMS:
+    folders = sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    for room in (*ROOMS, *(name for name in folders if name not in ROOMS)):
         lines.append(_leaf(package / room / "__init__.py", "  ", f"{room}/"))
         lines += [_leaf(p, "    ") for p in sorted((package / room).glob("*.py")) if _shown(p)]
     lines.append("benchmarks/")

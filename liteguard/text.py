@@ -8,7 +8,7 @@ import re
 import unicodedata
 
 # Typographic characters that phones type by themselves ("smart punctuation"), and their plain
-# equivalents. Only those that the vocabulary spells with incomplete UTF-8 are ever replaced.
+# equivalents: `plain` replaces all in data, a `.task` those that its vocabulary cannot spell.
 PLAIN = {
     "\u2018": "'",
     "\u2019": "'",

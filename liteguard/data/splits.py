@@ -1,4 +1,4 @@
-"""All sources of a part together: what is dropped for another's sake, which split, which order."""
+"""All sources of a part together: copies and overlaps between rows and splits, and the order."""
 
 from __future__ import annotations
 

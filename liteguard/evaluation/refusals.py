@@ -1,4 +1,4 @@
-"""Whether an answer refuses: rules over its first words."""
+"""Whether an answer refuses: rules over its beginning."""
 
 from __future__ import annotations
 

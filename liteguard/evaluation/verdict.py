@@ -1,4 +1,4 @@
-"""SHIP or DO NOT SHIP: whether what ships is better than its base, and why.
+"""SHIP or DO NOT SHIP: whether what ships is at no point worse than its base, and why.
 
 Outside sets decide, and the project's own rows only where there is no outside set of a kind: its
 test rows come from the templates that it was trained on. Against the base, a number is worse when
@@ -24,7 +24,7 @@ from liteguard.records import BundleRecord
 JUDGED = ("bundle", "final")  # what ships, if it is among the results
 # Of a set, so many answers may be unclear: gibberish, or in a language that the rules cannot read.
 MOST_UNCLEAR = 0.5
-# What a failed, a kept and an undecisive reason begin with.
+# What a failed, a kept and an indecisive reason begin with.
 MARKS = {False: "no", True: "ok", None: "-"}
 
 

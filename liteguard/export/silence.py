@@ -1,4 +1,4 @@
-"""What a `.task` cannot write, its model must never choose; a `.litertlm` can write everything.
+"""What a `.task` cannot write as text must never be chosen by its model; a `.litertlm` writes all.
 
 A `.task` shows tokens through SentencePiece, which has no text for those that are a part of a
 character's UTF-8 (GPT-2's vocabulary spells a word-initial gamma, a division sign and a quarter

@@ -1,9 +1,10 @@
 """Proof that a bundle answers like the model it was made from, before anyone ships it.
 
 The chain is merged 16-bit model -> (float32 TFLite) -> quantised bundle in the runtime that phones
-have. Each step is measured on the same held-out texts, questions and requests, has a tolerance in
-the YAML (`compress.verify`), and is named when it leaves it: a wrong stop token, another
-vocabulary, a prompt that differs from training and a damaged layer all look alike from outside.
+have. Each step is measured on the same held-out texts, questions and requests, has a tolerance,
+most of them in the YAML (`compress.verify`), and is named when it leaves it: a wrong stop token,
+another vocabulary, a prompt that differs from training and a damaged layer all look alike from
+outside.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def describe(
 ) -> None:
     """Print what a run is going to do and the memory it may take, by term in a dry run.
 
-    tokens: of the largest micro-batch. Raises WorkError where the machine has too little memory.
+    tokens: of the largest micro-batch. Raises UserError where the machine has too little memory.
     """
     import torch
 
