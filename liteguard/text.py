@@ -57,8 +57,8 @@ def plain(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """`plain` text in one line: names, questions in passing. What is learnt or asked keeps its
-    lines (`data/lines.py`). Runs of blanks have other ids on the device, so there is one."""
+    """`plain` text in one line, for names and for what is only compared; what is learnt or asked
+    keeps its lines (`data/lines.py`). Runs of blanks have other ids on the device: one is left."""
     return " ".join(plain(text).split())
 
 

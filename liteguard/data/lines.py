@@ -31,13 +31,14 @@ def normalise_lines(text: str) -> str:
     marked = "\n".join(_BULLET.sub("- ", line.strip(), count=1) for line in text.splitlines())
     lines = _with_markers(" ".join(line.split()) for line in plain(marked).split("\n"))
     width = max(map(len, lines))
-    made = ""
+    made: list[str] = []
     for blank, block in _blocks(lines):
         if _is_wrapped(block, width):
             block = [" ".join(block)]
-        tight = not blank or (_ITEM.match(block[0]) and _ITEM.match(made.rpartition("\n")[2]))
-        made += ("\n" if tight else "\n\n") * bool(made) + "\n".join(block)
-    return made
+        if made and blank and not (_ITEM.match(block[0]) and _ITEM.match(made[-1])):
+            made.append("")
+        made += block
+    return "\n".join(made)
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
