@@ -213,7 +213,8 @@ def keep(file: Path, columns: list[str], before: Path | None = None) -> str:
     lines = ["| rows | | before | for example |", "|---:|---|---:|---|"]
     if not before:
         lines = ["| rows | | for example |", "|---:|---|---|"]
-    for what, count in counts.items():
+    for what in {**counts, **(earlier or {})}:
+        count = counts.get(what, 0)
         beside = f" {earlier.get(what, 0):,} |" if earlier is not None else ""
         row = f"| {count:,} | {what} |{beside} {examples.get(what, '')} |"
         lines.append(row.replace("|  |", "| |"))

@@ -16,7 +16,6 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("prepare_datasets", "train_domain", "train_instruction", "train_safety")
 SCRIPTS += ("compress_model", "evaluate_model", "chat", "publish", "doctor", "plan")
-# Folders of liteguard/ in the order in which a model passes through them.
 # In the order of the pipeline; a folder that is not named here stands behind them.
 ROOMS = ("config", "data", "training", "export", "evaluation", "runtime", "chat", "publishing")
 

@@ -184,15 +184,26 @@ def pieces(text: str, limit: int, shortest: int = 1) -> list[str]:
         size = limit if len(text) >= limit + shortest else max(1, len(text) // 2)
         ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, size + 1)]
         ends = [end for end in ends if shortest <= end <= size]
-        cut = ends[-1] if ends else max(text.rfind(b, shortest, size + 1) for b in "\n ")
+        lines = text.rfind("\n", shortest, size + 1)
+        cut = ends[-1] if ends else lines if lines > 0 else text.rfind(" ", shortest, size + 1)
         cut = cut if cut > 0 else size
         found.append(text[:cut].strip())
         text = text[cut:].strip()
     return [*found, text] if text else found
 
 
-# The marks of other scripts end a sentence without a blank after them.
-_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|[\u3002\uff01\uff1f\u0964\u06d4]")
+# The marks of other scripts end a sentence without a blank after them. "1." begins an item.
+_SENTENCE_END = re.compile(
+    r"(?<!^\d)(?<!^\d\d)(?<!\n\d)(?<!\n\d\d)[.!?][\"')\]]*(?=\s)|[\u3002\uff01\uff1f\u0964\u06d4]"
+)
+
+
+def first_words(text: str, count: int) -> int:
+    """Where the first `count` words of a text end; its length where there are no more."""
+    for number, word in enumerate(re.finditer(r"\S+", text), start=1):
+        if number == count:
+            return word.end()
+    return len(text)
 
 
 def pick(options: list[str], *key: str) -> str:

@@ -13,10 +13,13 @@ import pytest
 from conftest import CACHE, ROOT
 from test_kept_rows import Prepared, words
 
+from liteguard.config import Config
 from liteguard.data.cleaning import is_language
+from liteguard.data.layouts import asked
 from liteguard.data.lines import normalise_lines
 from liteguard.data.values import mended
 from liteguard.embedded import smollm2
+from liteguard.evaluation import held_out
 from liteguard.export import tokenizer
 from liteguard.text import pieces
 
@@ -40,7 +43,16 @@ PROSE = (
         ("One.\n\n\n \t\nTwo.\r\nThree.  Four.", "One.\n\nTwo.\nThree. Four."),
         ("\u2022 one\n\u2022\ttwo\n\u25aa three\n\u00b7 four", "- one\n- two\n- three\n- four"),
         ("Key points\n     - It is rare\n       and mild.\n\n     - It passes.", None),
-        ("-\n\nthree\n1.\nfour", "- three\n1. four"),
+        # A sign of its own is no mark of the line below.
+        ("HBsAg\n-\nAnti-HBs\n+\nAnti-HBc\n-", None),
+        ("# Symptoms\nfever\ncough\nrash", None),
+        ("1. Mild\nheadache\nnausea\n2. Severe\nseizures", None),
+        ("- fever\n- rash\nand see a doctor if either lasts.", None),
+        ("| Dose | 5 mg |\nsee your doctor", None),
+        ("- name: aspirin\n  dose: 81 mg", "- name: aspirin\ndose: 81 mg"),
+        ("aspirin 81 mg once a day with food for prevention of stroke\nibuprofen 200 mg", None),
+        ("1. a\n\n2. b\n\n1. c", "1. a\n2. b\n\n1. c"),
+        ("| a |\n|---|\n| 1 |\n\n| b |\n|---|", None),
         ("a\u2028b\x0bc\u0085d\u00a0 e", "a\nb\nc\nd e"),
         ("Day  dose\n1\t5 mg\n2\t10 mg", "Day dose\n1 5 mg\n2 10 mg"),
         ("aspirin\nibuprofen\nnaproxen", "aspirin\nibuprofen\nnaproxen"),
@@ -62,6 +74,8 @@ def test_lists_and_paragraphs_stay_and_blanks_do_not(given, kept):
 def test_lines_that_a_program_wrapped_are_one(width, indent):
     wrapped = textwrap.indent(textwrap.fill(PROSE, width), indent)
     assert normalise_lines(f"{wrapped}\n\n{wrapped}") == f"{PROSE}\n\n{PROSE}"
+    long = f"{'https://example.org/' * 8}\n\n{wrapped}\n\n{'Somebody did not wrap this. ' * 9}"
+    assert PROSE in normalise_lines(long).split("\n\n")
     # The same words in lines that somebody chose: a sentence each.
     chosen = PROSE.replace(". ", ".\n")
     assert normalise_lines(chosen) == chosen
@@ -83,15 +97,25 @@ def test_no_word_is_lost_and_a_second_time_changes_nothing():
     [
         ("<p>Take\nit:</p><ol><li>now</li>\n<li><p>later</p></li></ol>and rest", None),
         ("<ul><li>a<ol><li>b</li></ol></li><li>c</li></ul>", "- a\n1. b\n- c"),
-        ("one<br>two<br/>\nthree", "one\ntwo\n\nthree"),
+        ("one<br>two<br />\nthree<br><br>four", "one\ntwo\nthree\n\nfour"),
+        (
+            '<ol><li>Wash</li></ol><p>Wait.</p><ol start="2"><li>Dry</li></ol>',
+            "1. Wash\n\nWait.\n\n2. Dry",
+        ),
+        ('<div align="center">T</div>\n\n- one\n- two', "T\n\n- one\n- two"),
+        ("<pre>a  b\n1  2</pre><p>See above.</p>", "a b\n1 2\n\nSee above."),
+        ("<ul><li></li></ul><p>Then rest.</p>", "Then rest."),
+        ("<script>" * 30000, None),
         ("a plain\ntext with <b>one</b> tag", "a plain\ntext with one tag"),
         ("p <0.05\nand n> 3", "p <0.05\nand n> 3"),
-        ("<table><tr><td>5</td><td>mg</td></tr><tr><td>6</td></tr></table>", "5 mg\n\n6"),
+        ("<table><tr><td>5</td><td>mg</td></tr><tr><td>6</td></tr></table>", "5 mg\n6"),
+        ("<dl><dt>a</dt><dd>b</dd></dl><div>x</div><div>y</div>", "a\nb\n\nx\ny"),
         ("<li>alone</li></ul>", "- alone"),
     ],
 )
 def test_tags_that_make_lines_become_lines(html, plain):
-    plain = plain or "Take it:\n\n1. now\n2. later\n\nand rest"
+    if plain is None:
+        plain = "Take it:\n\n1. now\n2. later\n\nand rest" if "<p>" in html else html
     assert normalise_lines(mended(html, Counter())) == plain
 
 
@@ -116,6 +140,42 @@ def test_a_text_in_lines_is_judged_by_its_language():
 def test_pieces_are_cut_at_lines_before_words():
     assert pieces("one two three\nfour five six", 16, 4) == ["one two three", "four five six"]
     assert pieces("It is one.\n- two three four", 22, 4) == ["It is one.", "- two three four"]
+    doses = "- aspirin 81 mg\n- ibuprofen 400 mg\n- naproxen 250 mg"
+    assert pieces(doses, 30, 4) == doses.split("\n")
+    numbered = "1. one two three\n2. four five six"
+    assert pieces(numbered, 20, 4) == numbered.split("\n")
+
+
+def test_a_question_with_a_list_keeps_its_first_item():
+    notes: Counter[str] = Counter()
+    made = asked("Which of these is an NSAID?", "- ibuprofen\n- paracetamol", notes)
+    assert made == "Which of these is an NSAID?\n\n- ibuprofen\n- paracetamol"
+    assert asked("Is this a drug", "aspirin", notes) == "Is this a drug: aspirin"
+
+
+def test_an_answer_in_lines_is_cut_by_its_words():
+    row = {"prompt": "What?", "completion": "\n".join(f"- word{n}" for n in range(300))}
+    config = Config()
+    _, target = held_out.answer_pair(config, row)
+    assert len(target.split()) == config.evaluate.max_text_tokens // 2
+    context, rest = held_out.split_text(row["completion"], 10, 20)
+    assert context + rest == "\n".join(f"- word{n}" for n in range(10)) and rest.startswith(" ")
+    assert held_out.split_text("one two three", 3, 9) is None
+    assert held_out.split_text("one two three four", 2, 3) == ("one two", " three")
+
+
+def test_a_pair_that_differs_in_its_lines_alone_teaches_nothing(tmp_path):
+    pairs = [
+        {"prompt": words(n), "chosen": words(n + 500), "rejected": words(n + 900)}
+        for n in range(40)
+    ]
+    same = {
+        "prompt": words(7000),
+        "chosen": "- Take one.\n- Two.",
+        "rejected": "- Take one. - Two.",
+    }
+    prepared = Prepared(tmp_path, preference=[*pairs, same]).run()
+    assert [d["reason"] for d in prepared.dropped("preference")] == ["chosen equals rejected"]
 
 
 @pytest.mark.parametrize("breaks", ["\n", "\n\n", "\n- ", ":\n\n1. "])

@@ -94,7 +94,7 @@ def test_sound_answers_are_trained_on_and_the_others_counted_by_name(project, ca
     assert {q: r["completion"] for q, r in rows.items()} == {
         "What is asthma?": SOUND,
         "Is asthma serious?": f"{SOUND} It can be treated.",
-        "What helps against a cough": "Rest and tea help. Try these: 1. Warm water.",
+        "What helps against a cough": "Rest and tea help. Try these:\n1. Warm water.",
     }
     cut = {question for question, row in rows.items() if row.get("open_ended")}
     assert cut == {"Is asthma serious?", "What helps against a cough"}

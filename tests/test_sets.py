@@ -85,7 +85,7 @@ def test_published_layouts_are_read(tmp_path):
     assert len(read(tmp_path / "plain.txt", "ordinary")["x"]) == 2
     (tmp_path / "texts.txt").write_text("One text\nof two lines.\n\nAnother text.\n")
     assert {r["text"] for r in read(tmp_path / "texts.txt", "texts")["x"]} == {
-        "One text of two lines.",
+        "One text\nof two lines.",
         "Another text.",
     }
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -123,7 +123,7 @@ def test_medquad_is_read_as_it_is_published(tmp_path, encoding, capsys):
     file.write_bytes(MEDQUAD.format(encoding=encoding).encode(encoding))
     (row,) = read(tmp_path, "questions")["x"]
     assert (row["prompt"], row["kind"]) == ("What is (are) Gout ?", "information")
-    assert row["completion"] == "Crystals in a joint: müde & sore, below 7 < 8."
+    assert row["completion"] == "Crystals in a joint: müde & sore,\nbelow 7 < 8."
     assert "1 without an answer left out" in capsys.readouterr().out
     # For training, too: what it is about keeps its questions in one split.
     columns = {"prompt": "question", "completion": "answer"}
@@ -186,7 +186,7 @@ def test_rows_are_cleaned_as_training_rows_are(tmp_path):
     (found,) = read(lines(tmp_path / "x.jsonl", [row]), "questions")["x"]
     assert (found["prompt"], found["completion"]) == (
         "What is Crohn's disease?",
-        "A disease of the gut.",
+        "A disease\nof the gut.",
     )
     (tmp_path / "y.csv").write_bytes(
         "question,answer\nIs it M\u00e9ni\u00e8re?,No.\n".encode("cp1252")

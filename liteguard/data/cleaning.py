@@ -148,7 +148,7 @@ def reason_to_drop(row: Row, rules: Rules) -> str | None:
     texts = (*(row[f] for f in fields), *earlier, row.get("system", ""))
     if sum(map(len, texts)) > data.max_characters:
         return "too long"
-    if rules.part == "preference" and row["chosen"] == row["rejected"]:
+    if rules.part == "preference" and row["chosen"].split() == row["rejected"].split():
         return "chosen equals rejected"
     # The answer, not the question: questions are short and full of names.
     learnt = [answer, *_trained_answers(row, rules.part)]
@@ -298,7 +298,7 @@ class _Columns:
         whole = keys
         if history or "system" in row:
             turns = [text_key(text) for pair in history for text in pair]
-            whole = [*keys, "\x1e".join(turns), row.get("system", "")]
+            whole = [*keys, "\x1e".join(turns), " ".join(row.get("system", "").split())]
         exact = hashlib.blake2b("\x1f".join(whole).encode(), digest_size=16).digest()
         order = hashlib.sha256(f"{data.seed}{texts[0]}".encode()).digest()
         for name, value in {

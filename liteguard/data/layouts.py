@@ -65,7 +65,8 @@ def asked(instruction: Any, text: Any, notes: Counter[str]) -> Any:
         return text
     notes["rows asked by instruction and input together"] += 1
     task = instruction.strip()
-    return f"{task}{':' if task[-1:].isalnum() else ''} {text}"
+    between = "\n\n" if "\n" in text.strip() else " "  # a list or a table keeps its first line
+    return f"{task}{':' if task[-1:].isalnum() else ''}{between}{text}"
 
 
 def about(row: Row, prompt: Any) -> Row:

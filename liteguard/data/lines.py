@@ -9,18 +9,29 @@ texts in lines are equal as often as those of the same texts in one line (tests/
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from liteguard.text import plain
 
 # A list is marked in many ways; "-" is one that every vocabulary has.
 _BULLET = re.compile(
-    "^(?:[\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6\u25a0\uf0b7]|\u00b7(?=\\s))\\s*"
+    "(?:[\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6\u25a0\uf0b7]|\u00b7(?=\\s))\\s*"
 )
-_ITEM = re.compile(r"(?:[-*+]|\(?(?:\d{1,3}|[A-Za-z])[.)])(?:\s|$)|#{1,6} |\|")
-_MARKER_ALONE = re.compile(r"(?:[-*+]|\(?(?:\d{1,3}|[A-Za-z])[.)])$")
+# Items; "A. baumannii" at the beginning of a line is none.
+_ITEM = re.compile(r"(?:[-*]|\d{1,3}[.)]|\(?(?:[A-Za-z]|\d{1,3}|[ivx]{2,4})\))(?:\s|$)")
+_FIRST = re.compile(r"\(?(?:1|a|A|i)[.)]")
+_HEADING_OR_TABLE = re.compile(r"#{1,6} |\|")
+_BREAK = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # Widths for which programs wrap text; what is narrower is a list, what is wider was not wrapped.
 NARROWEST, WIDEST = 50, 130
+
+
+class Line(NamedTuple):
+    """A line without the blanks around it, and how many were before it."""
+
+    text: str
+    indent: int
 
 
 def normalise_lines(text: str) -> str:
@@ -28,58 +39,80 @@ def normalise_lines(text: str) -> str:
     between paragraphs. Indentation and further empty lines, also between items, are not kept."""
     if not _BREAK.search(text):
         return " ".join(plain(text).split())
-    marked = "\n".join(_BULLET.sub("- ", line.strip(), count=1) for line in text.splitlines())
-    lines = _with_markers(" ".join(line.split()) for line in plain(marked).split("\n"))
-    width = max(map(len, lines))
+    lines = [_line(raw) for raw in plain("\n".join(map(_marked, text.splitlines()))).split("\n")]
+    blocks = list(_blocks(lines))
+    # A line of a web address, or of another paragraph that nobody wrapped, is no measure.
+    fitting = [len(line.text) for line in lines if " " in line.text and len(line.text) <= WIDEST]
+    width = max(fitting, default=0)
+    # A block of two lines is not enough to tell a wrapped line from two that somebody wrote.
+    several = any(len(block) > 2 and _is_wrapped(block, width) for _, block in blocks)
     made: list[str] = []
-    for blank, block in _blocks(lines):
-        if _is_wrapped(block, width):
-            block = [" ".join(block)]
-        if made and blank and not (_ITEM.match(block[0]) and _ITEM.match(made[-1])):
+    for blank, block in blocks:
+        if (len(block) > 2 or several) and _is_wrapped(block, width) or _hangs(block):
+            block = [Line(" ".join(line.text for line in block), 0)]
+        if made and blank and not _goes_on(made[-1], block[0].text):
             made.append("")
-        made += block
+        made += [line.text for line in block]
     return "\n".join(made)
 
 
-def _blocks(lines: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
-    """(whether an empty line is before it, lines) of each paragraph or item of a list."""
-    block: list[str] = []
-    before = blank = False
+def _marked(line: str) -> str:
+    """A line whose bullet, of any shape, is a "-"."""
+    bare = line.lstrip()
+    found = _BULLET.match(bare)
+    return f"{line[: len(line) - len(bare)]}- {bare[found.end() :]}" if found else line
+
+
+def _line(raw: str) -> Line:
+    return Line(" ".join(raw.split()), len(raw) - len(raw.lstrip()))
+
+
+def _goes_on(before: str, item: str) -> bool:
+    """Whether an item belongs to the list of the line before the empty one."""
+    same = _ITEM.match(before) and _ITEM.match(item)
+    return bool(same) and (before[0] in "-*") == (item[0] in "-*") and not _FIRST.match(item)
+
+
+def _blocks(lines: Sequence[Line]) -> Iterator[tuple[bool, list[Line]]]:
+    """(whether an empty line is before it, lines) of each paragraph or item of a list; a heading
+    and a row of a table are blocks of their own."""
+    block: list[Line] = []
+    before = blank = alone = False
     for line in lines:
-        if block and (not line or _ITEM.match(line)):
+        own = bool(_HEADING_OR_TABLE.match(line.text))
+        if block and (not line.text or own or alone or _ITEM.match(line.text)):
             yield before, block
             block = []
-        if line and not block:
+        if line.text and not block:
             before, blank = blank, False
-        block += [line] if line else []
-        blank = blank or not line
+        block += [line] if line.text else []
+        blank, alone = blank or not line.text, own
     if block:
         yield before, block
 
 
-_BREAK = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+def _hangs(block: Sequence[Line]) -> bool:
+    """Whether an item of a list goes on in lines that stand further in than its mark."""
+    first, *others = block
+    further = all(line.indent > first.indent and _continues(line.text) for line in others)
+    return bool(others) and bool(_ITEM.match(first.text)) and further
 
 
-def _with_markers(lines: Iterable[str]) -> list[str]:
-    """Lines, where "-" and its item on the next line are one."""
-    joined: list[str] = []
-    for line in lines:
-        if joined and _MARKER_ALONE.match(joined[-1]) and not _ITEM.match(line):
-            joined[-1] += f" {line}" if line else ""
-        else:
-            joined.append(line)
-    return joined
-
-
-def _is_wrapped(block: Sequence[str], width: int) -> bool:
+def _is_wrapped(block: Sequence[Line], width: int) -> bool:
     """Whether lines end where the next word did not fit into `width` characters, and not by chance:
-    half of them go on in lower case. An item of a list goes on in lower case, or the next begins.
-    """
-    if len(block) < 2:
+    half of them go on in lower case, and none is "dose: 5 mg"."""
+    if len(block) < 2 or not NARROWEST <= width <= WIDEST:
         return False
-    following = list(zip(block, block[1:], strict=False))
-    lower = [after[0].islower() for _, after in following]
-    if _ITEM.match(block[0]) and all(lower):
-        return True
-    full = all(len(a) + 1 + len(b.split(" ", 1)[0]) > width for a, b in following)
-    return NARROWEST <= width <= WIDEST and full and 2 * sum(lower) >= len(lower)
+    texts = [line.text for line in block]
+    following = list(zip(texts, texts[1:], strict=False))
+    full = all(" " in a and len(a) + 1 + len(b.split(" ", 1)[0]) > width for a, b in following)
+    lower = [_continues(after) for _, after in following]
+    labelled = any(_LABEL.match(after) for _, after in following)
+    return full and 2 * sum(lower) >= len(lower) and not labelled
+
+
+_LABEL = re.compile(r"[^\W\d_]+:")
+
+
+def _continues(text: str) -> bool:
+    return text[0].islower() and not _LABEL.match(text)

@@ -118,11 +118,15 @@ def mended(text: str, notes: Counter[str]) -> str:
 
 def _without_html(text: str) -> str:
     if "<" in text:
-        text = _UNSEEN.sub(" ", text)
-        if _LAYOUT.search(text):  # where tags make the lines, a line break is a blank
-            text = _BLOCK.sub(_Breaks(), " ".join(text.split()))
-        else:
-            text = _BLOCK.sub(_Breaks(), text)
+        if _CLOSED.search(text):  # without an end each beginning would be looked for to the end
+            text = _UNSEEN.sub(" ", text)
+        if _LAYOUT.search(text):
+            bare = _BESIDE_TAGS.sub("", text)
+            # Where tags make the lines, a line break is a blank; not where others do as well.
+            text = text if _OWN_LINES.search(bare) else " ".join(text.split())
+        text = _EMPTY_ITEM.sub("", _BREAK.sub("<br>", text))
+        text = _SOFT.sub("\n", _BLOCK.sub(_Breaks(), text))
+        text = _ITEM_BEGINS.sub(r"\1", text)
         # 10<sup>9</sup> is another number than 109.
         text = _INLINE.sub("", _SUPERSCRIPT.sub("^", text))
     for _ in range(2):  # "&amp;lt;" was escaped twice
@@ -131,30 +135,48 @@ def _without_html(text: str) -> str:
     return text
 
 
+# Several of these are one line break: where one row or item ends, the next begins.
+_SOFT_BREAK = "\x1d"
+_SOFT = re.compile(f"[ \\t]*{_SOFT_BREAK}[ \\t{_SOFT_BREAK}]*")
+_CLOSED = re.compile(r"</(?:script|style)|-->", re.IGNORECASE)
+_BESIDE_TAGS = re.compile(r"(?<=>)\s+|\s+(?=<)")
+_OWN_LINES = re.compile(r"<pre\b|\n\s*\n|\n\s*(?:[-*\u2022]|\d{1,3}[.)])\s", re.IGNORECASE)
+_BREAK = re.compile(rf"<br{_ATTRIBUTES}[ \t]*\n?", re.IGNORECASE)
+_EMPTY_ITEM = re.compile(rf"<li{_ATTRIBUTES}\s*</li\s*>", re.IGNORECASE)
+# A paragraph in an item begins beside its mark.
+_ITEM_BEGINS = re.compile(r"((?:^|\n)(?:-|\d+\.) )\s*\n\s*(?!-|\d+\. )")
+_NUMBER = re.compile(r"\b(?:start|value)\s*=\s*[\"']?(-?\d{1,6})", re.IGNORECASE)
+
+
 class _Breaks:
     """What stands in the place of a tag, one text from its beginning to its end: line breaks, and
-    the marks of lists with the numbers that a browser would show."""
+    the marks of lists, numbers in those that count."""
 
     def __init__(self) -> None:
         self._lists: list[int | None] = []
 
     def __call__(self, found: re.Match[str]) -> str:
         closes, name = found[1], found[2].lower()
+        given = _NUMBER.search(found[0])
         if name in ("ul", "ol"):
+            inside = len(self._lists) > (1 if closes else 0)
             if not closes:
-                self._lists.append(0 if name == "ol" else None)
+                first = int(given[1]) if given else 1
+                self._lists.append(first - 1 if name == "ol" else None)
             elif self._lists:
                 self._lists.pop()
-            return "\n\n" if not self._lists else "\n"
+            return _SOFT_BREAK if inside else "\n\n"
         if name == "li" and not closes:
             number = self._lists[-1] if self._lists else None
             if number is None:
-                return "\n- "
-            self._lists[-1] = number + 1
-            return f"\n{number + 1}. "
+                return f"{_SOFT_BREAK}- "
+            self._lists[-1] = number = int(given[1]) if given else number + 1
+            return f"{_SOFT_BREAK}{number}. "
         if name in ("td", "th", "img"):
             return " "
-        return "\n" if name in ("br", "li", "tr", "dt", "dd", "div") else "\n\n"
+        if name == "br":
+            return "\n"
+        return _SOFT_BREAK if name in ("li", "tr", "dt", "dd", "div") else "\n\n"
 
 
 def _decoded_again(found: re.Match[str]) -> str:

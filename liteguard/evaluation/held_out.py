@@ -11,7 +11,7 @@ from liteguard.data import sets
 from liteguard.errors import UserError
 from liteguard.evaluation import knowledge, refusals
 from liteguard.rows import balanced, check_system_texts, load_split
-from liteguard.text import is_unspaced
+from liteguard.text import first_words, is_unspaced
 
 # The guide's five areas and the catalogue's areas of harm in each.
 GUIDE_AREAS = {
@@ -105,6 +105,8 @@ def held_out(
     }
 
 
+# Characters in which a blank to cut at is looked for.
+FURTHER = 80
 _PUNCTUATION = re.compile(r"[^\w\s](?=\w)")
 
 
@@ -119,10 +121,12 @@ def split_text(text: str, context_words: int, max_words: int) -> tuple[str, str]
     if is_unspaced(text):
         mark = _PUNCTUATION.search(text, 2 * context_words)
         return (text[: mark.end()], text[mark.end() :][: 2 * max_words]) if mark else None
-    words = text.split(" ")
-    if len(words) <= context_words:
-        return None
-    return " ".join(words[:context_words]), " " + " ".join(words[context_words:max_words])
+    cut = first_words(text, context_words)
+    if cut < len(text) and text[cut] != " ":  # a line break may be one token with the mark before
+        blank = text.find(" ", cut, cut + FURTHER)
+        cut = blank if blank > 0 else cut
+    end = max(first_words(text, max_words), cut)
+    return (text[:cut], text[cut:end]) if text[cut:].strip() else None
 
 
 def text_pairs(config: Config, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
@@ -149,10 +153,9 @@ def scored(
 def answer_pair(config: Config, row: dict[str, Any]) -> tuple[str, str]:
     """(question as it is asked, after its history, reference answer): cut as texts are; a whole
     one has its end."""
-    words = row["completion"].split(" ")
-    kept = words[: config.evaluate.max_text_tokens // 2]
-    whole = len(kept) == len(words)
-    target = config.prompt.render_answer(row["completion"]) if whole else " ".join(kept)
+    answer = row["completion"]
+    kept = answer[: first_words(answer, config.evaluate.max_text_tokens // 2)]
+    target = config.prompt.render_answer(answer) if kept == answer else kept
     return config.prompt.render_row(row), target
 
 

@@ -51,7 +51,7 @@ class Measuring:
     trained_on: Mapping[str, tuple[list[Path], list[str]]]
     data_dir: Path
     output: Path
-    architecture: Path | None  # directory of the base's config.json; None where it is not needed
+    architecture: Any  # the base's transformers config; None where only a bundle is measured
 
     @classmethod
     def plan(
@@ -65,7 +65,7 @@ class Measuring:
         everything: bool,
         flags: list[str],
     ) -> Measuring:
-        """Read what is to be measured on; says how many rows of what.
+        """Read the rows that everything will be measured on, and say how many there are.
 
         Args:
             targets: `results.targets_by_label` of the records.

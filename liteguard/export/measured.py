@@ -28,6 +28,7 @@ from liteguard.rows import CONVERSATION, check_system_texts, conversation_text, 
 from liteguard.runtime.bundle import Answer
 from liteguard.runtime.workers import BundleWorkers
 from liteguard.sampling import Sampling
+from liteguard.text import first_words
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -213,10 +214,9 @@ def _pairs(config: Config, data_dir: Path) -> Iterator[tuple[str, str]]:
         return parts and (prompt.begin(parts[0]), parts[1])
 
     def of_answer(row: dict[str, Any]) -> tuple[str, str]:
-        cut = row["completion"].split(" ")[:words]
-        whole = " ".join(cut) == row["completion"]
-        target = prompt.render_answer(row["completion"]) if whole else " ".join(cut)
-        return prompt.render_row(row), target
+        answer = row["completion"]
+        cut = answer[: first_words(answer, words)]
+        return prompt.render_row(row), prompt.render_answer(answer) if cut == answer else cut
 
     for split in ("test", "validation", "train"):
         found = (
