@@ -121,10 +121,11 @@ def test_its_cells_run_from_the_first_to_the_last(tiny_config, tmp_path, monkeyp
             continue
         for line in cell.splitlines():
             command = line[1:].format(**variables)
+            if "doctor.py" in command:  # imports everything, one by one: tests/test_doctor.py
+                continue
             done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=900)
             said = f"{command}\n{done.stdout}\n{done.stderr}"
-            # What doctor.py finds depends on the machine: a disk or a hub may be missing.
-            assert done.returncode == 0 or "doctor.py" in command, said
+            assert done.returncode == 0, said
             assert "Traceback" not in said, said
             printed[command.split("| ")[-1]] = done.stdout
     assert Path.cwd() == clone and variables["MODEL"] == "tiny"
