@@ -22,6 +22,7 @@ _BULLET = re.compile(
 _ITEM = re.compile(r"(?:[-*]|\d{1,3}[.)]|\(?(?:[A-Za-z]|\d{1,3}|[ivx]{2,4})\))(?:\s|$)")
 _FIRST = re.compile(r"\(?(?:1|a|A|i)[.)]")
 _HEADING_OR_TABLE = re.compile(r"#{1,6} |\|")
+_LABEL = re.compile(r"[^\W\d_]+:")
 _BREAK = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 # Widths for which programs wrap text; what is narrower is a list, what is wider was not wrapped.
 NARROWEST, WIDEST = 50, 130
@@ -57,7 +58,7 @@ def normalise_lines(text: str) -> str:
 
 
 def _marked(line: str) -> str:
-    """A line whose bullet, of any shape, is a "-"."""
+    """A line whose round or square bullet is a "-"."""
     bare = line.lstrip()
     found = _BULLET.match(bare)
     return f"{line[: len(line) - len(bare)]}- {bare[found.end() :]}" if found else line
@@ -109,9 +110,6 @@ def _is_wrapped(block: Sequence[Line], width: int) -> bool:
     lower = [_continues(after) for _, after in following]
     labelled = any(_LABEL.match(after) for _, after in following)
     return full and 2 * sum(lower) >= len(lower) and not labelled
-
-
-_LABEL = re.compile(r"[^\W\d_]+:")
 
 
 def _continues(text: str) -> bool:
